@@ -1,0 +1,1 @@
+"""Actor processes: sample rollout groups with vLLM and follow the weights."""

@@ -1,0 +1,1 @@
+"""The run's side of Redis: connection, leases, the rollout queue, the fleet."""

@@ -1,0 +1,239 @@
+"""What the processes ask of Redis: five seams, each with a Redis side, a fake and one contract suite.
+
+All calls block with a deadline (``broker.timeout_s``) and raise ``BrokerUnavailable`` after it; an asyncio
+caller uses ``asyncio.to_thread``. Life of a group: leased -> sampled -> enqueued -> read -> trained (or
+discarded, counted) -> committed, when a durable checkpoint holds its effect.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lambdapo_async.rollout import Lease, Split
+
+Phase = Literal["starting", "running", "finished"]
+
+
+class EnqueueStatus(StrEnum):
+    """Answers of the queue to one group."""
+
+    OK = "OK"
+    DUP = "DUP"
+    """This sequence number is already in: go on with the next."""
+    GAP = "GAP"
+    """Redis lost earlier ones: offer again from ``last + 1``."""
+    FULL = "FULL"
+    """No room in groups or bytes: wait and offer again."""
+    EPOCH = "EPOCH"
+    """The queue was declared untrustworthy: offer again from ``committed + 1``."""
+    LATE = "LATE"
+    """Accepted without its payload: the lease had expired and another actor holds the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueReply:
+    """The queue's answer and what it knows of this producer."""
+
+    status: EnqueueStatus
+    last: int
+    """Last sequence number accepted from this producer; 0 before the first."""
+    committed: int
+    """Last sequence number whose effect is durable at the learner."""
+    epoch: str
+    """The queue's epoch now; use it in the next offer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """A group's entry in the stream; the payload lies beside it."""
+
+    producer: str
+    seq: int
+    """Consecutive per producer, from 1."""
+    lease: Lease
+    min_version: int
+    num_bytes: int
+    mean_reward: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One group as read by the learner."""
+
+    descriptor: Descriptor
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Depths right now."""
+
+    queued: int
+    """Groups in Redis, read but uncommitted ones included."""
+    num_bytes: int
+    leased: int
+    """Leases held by actors."""
+    returned: int
+    """Leases handed back or expired, waiting to be granted again."""
+    admitted: int
+    """Training leases granted and not consumed: leased, returned, queued or at the learner."""
+    quarantined: int
+
+
+class Heartbeat(BaseModel):
+    """What an actor says of itself, every ``broker.heartbeat_s``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    actor_id: Annotated[str, Field(max_length=128)]
+    host: Annotated[str, Field(max_length=256)]
+    pid: int
+    state: Literal["starting", "sampling", "draining"]
+    device: Annotated[str, Field(max_length=128)]
+    dtype: Annotated[str, Field(max_length=32)]
+    engine: Annotated[str, Field(max_length=128)]
+    """Engine name and version."""
+    policy_version: int
+    groups_in_flight: int
+    groups_sent: int
+    completions: int
+    """Rollouts sampled since the start."""
+    tokens: int
+    """Completion tokens sampled since the start."""
+    tokens_per_s: float
+    """Over the last beats."""
+    idle_share: Annotated[float, Field(ge=0.0, le=1.0)]
+    """Share of the time since the last beat in which the engine held no request."""
+    counters: Annotated[dict[str, float], Field(max_length=64)] = {}
+    """Everything else worth a number: updates, pause seconds, scoring failures, late groups."""
+    sent_at: float
+    """Unix time in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """The run as its actors see it."""
+
+    phase: Phase
+    epoch: str
+    version: int
+    """Newest policy version published; -1 before the first."""
+    schema: int
+
+
+class Admission(Protocol):
+    """Grants prompts to actors, so that staleness and memory are bounded before anything is sampled."""
+
+    def lease(self, max_count: int) -> tuple[Lease, ...]:
+        """At most ``max_count`` leases: held-out ones first, then returned ones, then new ones.
+
+        Training leases are granted while admitted < (max_staleness + 1) * groups_per_step; empty means the
+        gate is closed or the run is not ``running``.
+        """
+
+    def renew(self, leases: Sequence[Lease]) -> tuple[Lease, ...]:
+        """Push the expiry of held leases; returns those that are no longer ours."""
+
+    def hand_back(self, leases: Sequence[Lease]) -> None:
+        """Give leases up unanswered; they are granted next."""
+
+
+class RolloutSink(Protocol):
+    """The actor's end of the queue: one outstanding offer per producer."""
+
+    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
+        """Offer one group; the same sequence number may be offered any number of times."""
+
+
+class RolloutSource(Protocol):
+    """The learner's end of the queue. Every call is fenced: ``FencedError`` once another learner came."""
+
+    def initialise(self, *, watermarks: Mapping[str, int], consumed: int, next_index: int) -> None:
+        """Take the run over: raise fence and marks, drop what is already durable, recount, read from the start.
+
+        Args:
+            watermarks: producer -> last sequence number whose effect the checkpoint holds.
+            consumed: training groups trained or discarded in the surviving history.
+            next_index: training indices below it were leased in the surviving history.
+        """
+
+    def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
+        """Groups not read before, oldest first; waits for the first one, empty after ``timeout_s``."""
+
+    def release(self, consumed: int) -> None:
+        """Raise the consumed count, so that the gate opens for groups that were discarded."""
+
+    def commit(self, watermarks: Mapping[str, int]) -> None:
+        """Delete everything up to the marks: a checkpoint holds it. Idempotent."""
+
+    def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
+        """Keep an unreadable group aside (bounded, counted)."""
+
+    def request_evaluation(self, leases: Sequence[Lease]) -> None:
+        """Offer held-out leases to the actors, ahead of training ones."""
+
+    def stats(self) -> QueueStats:
+        """Depths right now."""
+
+
+class Fleet(Protocol):
+    """Who is there."""
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        """Say that we live."""
+
+    def members(self) -> tuple[Heartbeat, ...]:
+        """Actors whose last heartbeat is younger than ``broker.lease_s``; unreadable records are left out."""
+
+    def leave(self, actor_id: str) -> None:
+        """Sign off after a drain."""
+
+
+class RunStore(Protocol):
+    """What an actor needs to join: config, model files (no weights), rows, phase."""
+
+    def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
+        """Publish config and model files; ``FencedError`` if a newer learner owns the run id."""
+
+    def put_rows(self, split: Split, rows: Sequence[Mapping[str, str | None]]) -> None:
+        """Publish a split's rows in chunks."""
+
+    def config_json(self) -> bytes:
+        """The published config; ``RunNotFoundError`` when there is none or its schema is unknown."""
+
+    def model_files(self) -> dict[str, bytes]:
+        """File name -> content: config.json, tokenizer and generation config."""
+
+    def num_rows(self, split: Split) -> int:
+        """Rows of a split."""
+
+    def row(self, split: Split, index: int) -> Mapping[str, str | None]:
+        """One row; chunks are cached."""
+
+    def state(self) -> RunState:
+        """Phase, epoch and version; ``RunNotFoundError`` when the run is not in this Redis."""
+
+    def set_phase(self, phase: Phase, *, fence: int) -> None:
+        """``running`` once the first weights are out; ``finished`` tells the actors to drain and exit 0."""
+
+
+class WeightStore(Protocol):
+    """Versions of the policy: seen whole or not at all, checksummed (docs: weights)."""
+
+    def publish(self, version: int, payload: bytes, *, consumed: int, fence: int) -> None:
+        """Chunks, manifest, head, notification, in this order; old versions nobody reads are deleted.
+
+        ``consumed`` is raised with the head: the gate opens for the groups of this step.
+        """
+
+    def head(self) -> int | None:
+        """Newest whole version; None before the first."""
+
+    def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
+        """The head as soon as it is above ``than``; None after ``timeout_s``."""
+
+    def fetch(self, version: int) -> bytes:
+        """A version's safetensors bytes, every chunk verified; ``WeightsError`` when gone or damaged."""

@@ -1,0 +1,138 @@
+"""TOML file plus dotted overrides -> :class:`RunConfig`, or one line that says what to change."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lambdapo_async.config.run import RunConfig
+from lambdapo_async.errors import ConfigError
+
+REDIS_URL_VARIABLE = "REDIS_URL"
+
+
+def load_config(
+    path: Path, overrides: Iterable[str] = (), *, environ: Mapping[str, str] = os.environ
+) -> RunConfig:
+    """Read ``path``, apply ``section.key=value`` overrides and validate.
+
+    Precedence: overrides, then REDIS_URL for ``broker.url``, then the file, then the defaults.
+
+    Raises:
+        ConfigError: one line that names the field, the value and the nearest valid name.
+    """
+    tree = _read_toml(path)
+    if url := environ.get(REDIS_URL_VARIABLE):
+        _set(tree, ["broker", "url"], url)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], *, source: str) -> RunConfig:
+    """Validate a tree of plain values; ``source`` leads the error's line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_describe(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; the shipped ones are in configs/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name a .toml file in it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise ConfigError(f"--set {override}: expected section.key=value, for example learner.lr=1e-6")
+    _set(tree, path, _parse_value(text.strip()))
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none (so strings need no quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for depth, part in enumerate(path[:-1], start=1):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {'.'.join(path)}: {'.'.join(path[:depth])} is a value, not a section")
+    tree[path[-1]] = value
+
+
+def _describe(detail: ErrorDetails) -> str:
+    location = [str(part) for part in detail["loc"]]
+    field = ".".join(_without_union_tags(location)) or "config"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {field}{_suggestion(location)}"
+    if detail["type"] == "missing":
+        return f"{field} is required"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{field} = {_shown(field, detail['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(field: str, value: Any) -> str:
+    """The wrong value, unless it may hold a password."""
+    return "***" if field == "broker.url" else repr(value)[:120]
+
+
+def _without_union_tags(location: Sequence[str]) -> list[str]:
+    """pydantic puts the chosen kind of a tagged union into the location: ``task.jsonl.train_path``."""
+    return [part for i, part in enumerate(location) if not (i == 1 and location[0] == "task" and part in _TASKS)]
+
+
+def _suggestion(location: Sequence[str]) -> str:
+    names = _valid_names(location[:-1])
+    nearest = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    if nearest:
+        return f"; did you mean {nearest[0]}?"
+    return f"; valid here: {', '.join(sorted(names))}"
+
+
+def _valid_names(location: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if part in _TASKS:
+            section = _TASKS[part]
+        elif part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as ``Surrogate | None`` or ``tuple[Rejection, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    sections = (_section_of(argument) for argument in get_args(annotation))
+    return next((section for section in sections if section is not None), None)
+
+
+def _task_kinds() -> dict[str, type[BaseModel]]:
+    union = RunConfig.model_fields["task"].annotation
+    members = get_args(union) if get_origin(union) is Union or get_args(union) else (union,)
+    return {get_args(member.model_fields["kind"].annotation)[0]: member for member in members}
+
+
+_TASKS = _task_kinds()

@@ -1,0 +1,181 @@
+"""The whole configuration and the checks that only a combination shows."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from lambdapo_async.config.sections import (
+    ActorConfig,
+    BrokerConfig,
+    DensityConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    SamplingConfig,
+    Section,
+    StalenessConfig,
+    TaskConfig,
+)
+
+CONFIG_SCHEMA = 1
+"""Raised when an older actor could misread a published config."""
+
+
+class RunConfig(Section):
+    """Everything that defines a run; the actors get all of it but ``broker.url``."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Run ids are made from it."""
+    seed: int = Field(0, ge=0)
+    """Seed of data order, generated rows and the starter model."""
+    output_dir: Path = Path("outputs")
+    """Folder of all runs; a run writes to ``output_dir/run_id``."""
+    model: ModelConfig
+    task: TaskConfig
+    density: DensityConfig = DensityConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    staleness: StalenessConfig = StalenessConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    broker: BrokerConfig = BrokerConfig()
+    actor: ActorConfig = ActorConfig()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        problems = [problem for check in _CHECKS if (problem := check(self)) is not None]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def published(self) -> dict[str, Any]:
+        """What the actors may know: JSON-ready, without the broker's URL."""
+        return self.model_dump(mode="json", exclude={"broker": {"url"}})
+
+
+def _check_context(config: RunConfig) -> str | None:
+    if config.sampling.max_tokens < config.model.max_length:
+        return None
+    return (
+        f"sampling.max_tokens = {config.sampling.max_tokens} leaves no room for a prompt in "
+        f"model.max_length = {config.model.max_length}: lower the first or raise the second"
+    )
+
+
+def _check_micro_batch(config: RunConfig) -> str | None:
+    if config.learner.micro_batch_tokens >= config.model.max_length:
+        return None
+    return (
+        f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} cannot hold one sequence of "
+        f"model.max_length = {config.model.max_length}: raise it"
+    )
+
+
+def _check_group_size(config: RunConfig) -> str | None:
+    if config.rollout.group_size >= 2:
+        return None
+    return "rollout.group_size = 1 has no pairs, so every advantage is 0: use at least 2"
+
+
+def _check_engine_holds_group(config: RunConfig) -> str | None:
+    if config.rollout.group_size <= config.actor.max_num_seqs:
+        return None
+    return (
+        f"rollout.group_size = {config.rollout.group_size} does not fit into "
+        f"actor.max_num_seqs = {config.actor.max_num_seqs}: raise the second"
+    )
+
+
+def _check_density_with_std(config: RunConfig) -> str | None:
+    advantage = config.objective.advantage
+    normalised = advantage.std_norm or advantage.estimator in ("grpo", "reinforce_pp")
+    if config.density.gate == "off" or not normalised:
+        return None
+    return (
+        "density.gate with std-normalised advantages blows differences of density up to full rewards: set "
+        'density.gate = "off", or objective.advantage.std_norm = false and an estimator without division'
+    )
+
+
+def _check_density_reference(config: RunConfig) -> str | None:
+    if config.density.gate == "off" or config.task.kind != "jsonl" or config.task.solution_field:
+        return None
+    return f'density.gate = "{config.density.gate}" needs reference solutions: set task.solution_field'
+
+
+def _check_trust_region(config: RunConfig) -> str | None:
+    if config.learner.minibatches == 1:
+        return None
+    from lambdapo_async.objective.presets import resolve_policy_loss  # config must import without the maths
+
+    if resolve_policy_loss(config.objective.policy_loss).surrogate.kind == "ppo":
+        return None
+    return (
+        f"learner.minibatches = {config.learner.minibatches} takes several updates from one batch, which needs a "
+        'trust region: objective.policy_loss.preset = "decoupled" or "ppo"'
+    )
+
+
+def _check_minibatches(config: RunConfig) -> str | None:
+    if config.learner.minibatches <= config.rollout.groups_per_step:
+        return None
+    return (
+        f"learner.minibatches = {config.learner.minibatches} exceeds "
+        f"rollout.groups_per_step = {config.rollout.groups_per_step}"
+    )
+
+
+def _check_drop_above(config: RunConfig) -> str | None:
+    if config.staleness.drop_above > config.staleness.max_staleness:
+        return None
+    return (
+        f"staleness.drop_above = {config.staleness.drop_above} must exceed "
+        f"staleness.max_staleness = {config.staleness.max_staleness}: admission already bounds staleness"
+    )
+
+
+def _check_queue_holds_a_checkpoint_interval(config: RunConfig) -> str | None:
+    """Groups stay in Redis until a checkpoint holds their effect."""
+    steps = config.learner.checkpoint_every + config.staleness.max_staleness + 1
+    needed = steps * config.rollout.groups_per_step
+    if config.broker.max_groups >= needed:
+        return None
+    return (
+        f"broker.max_groups = {config.broker.max_groups} is below the {needed} groups between two checkpoints: "
+        "raise it or lower learner.checkpoint_every"
+    )
+
+
+def _check_lease(config: RunConfig) -> str | None:
+    if config.broker.lease_s >= 3 * config.broker.heartbeat_s:
+        return None
+    return (
+        f"broker.lease_s = {config.broker.lease_s:g} must be at least three times "
+        f"broker.heartbeat_s = {config.broker.heartbeat_s:g}, or a late heartbeat loses leases"
+    )
+
+
+def _check_starter(config: RunConfig) -> str | None:
+    if config.model.path != "starter" or config.task.kind == "arithmetic" or config.model.max_length >= 64:
+        return None
+    return 'model.path = "starter" needs model.max_length >= 64'
+
+
+_CHECKS = (
+    _check_context,
+    _check_micro_batch,
+    _check_group_size,
+    _check_engine_holds_group,
+    _check_density_with_std,
+    _check_density_reference,
+    _check_trust_region,
+    _check_minibatches,
+    _check_drop_above,
+    _check_queue_holds_a_checkpoint_interval,
+    _check_lease,
+    _check_starter,
+)

@@ -1,0 +1,266 @@
+"""The sections of a run's configuration, in the order in which data meets them.
+
+Every field has its unit and default here; ``lambdapo config`` prints them resolved.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which causal language model is trained."""
+
+    path: str
+    """Hugging Face repo id, a local folder in its format, or ``starter`` (built once from the task)."""
+    revision: str | None = None
+    """Branch, tag or commit of a repo id; None is its default branch."""
+    max_length: PositiveInt = 4096
+    """Context in tokens: prompt plus completion."""
+
+
+class ArithmeticTask(Section):
+    """Built-in column addition with written working and reference solutions."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    num_train: PositiveInt = 20_000
+    """Training rows generated from the run's seed."""
+    num_heldout: PositiveInt = 256
+    """Held-out rows; none of them is a training row."""
+    digits: PositiveInt = 3
+    """Digits of each summand at most."""
+
+
+class JsonlTask(Section):
+    """Rows of JSON-lines files."""
+
+    kind: Literal["jsonl"]
+    train_path: Path
+    """File of the training rows."""
+    heldout_path: Path
+    """File of the held-out rows."""
+    prompt_field: str = "question"
+    """Field with the prompt's text."""
+    answer_field: str = "answer"
+    """Field with the reference answer."""
+    solution_field: str | None = None
+    """Field with a reference solution, for the density reward; may be the answer field."""
+    answer_format: Literal["plain", "gsm8k"] = "plain"
+    """``gsm8k``: the final answer follows ``####`` in the answer field."""
+    template: str = "{prompt}"
+    """Prompt text sent to the model; ``{prompt}`` is replaced by the row's."""
+    chat: bool = False
+    """Render the prompt through the tokenizer's chat template."""
+    rewards: tuple[str, ...] = ("math",)
+    """Verifiable reward functions by registered name (``math``, ``exact``) or dotted path; their product is V."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows of each file; None is all."""
+
+
+TaskConfig = Annotated[ArithmeticTask | JsonlTask, Field(discriminator="kind")]
+
+
+class DensityConfig(Section):
+    """Semantic density reward: R = V + lam * (1 - V) * density (docs/algorithm.md, section 3)."""
+
+    gate: Literal["off", "wrong", "always"] = "off"
+    """``wrong``: only what V leaves open is rewarded; ``always``: R = V + lam * density."""
+    lam: float = Field(0.1, ge=0.0, le=1.0)
+    """Weight of the density."""
+    metric: Literal["numbers", "rouge_l", "multiset"] = "numbers"
+    """F1 between reasoning trace and reference solution."""
+    min_reference_tokens: PositiveInt = 8
+    """A shorter reference solution gives no density (counted)."""
+
+
+class SamplingConfig(Section):
+    """How the behavior policy samples."""
+
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature; the recorded log-probabilities include it."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus mass; other than 1 biases the ratio."""
+    top_k: int = Field(-1, ge=-1)
+    """Most likely tokens kept; -1 is all, anything else biases the ratio."""
+    max_tokens: PositiveInt = 1024
+    """Completion tokens at most."""
+
+
+class RolloutConfig(Section):
+    """What a step is made of."""
+
+    group_size: PositiveInt = 8
+    """Rollouts per prompt (G)."""
+    groups_per_step: PositiveInt = 16
+    """Groups of one optimizer step."""
+    filter_zero_variance: bool = True
+    """Leave out groups whose rewards are all equal: they carry no gradient."""
+
+
+class StalenessConfig(Section):
+    """How old a group may be, in versions: learner version minus oldest producing version."""
+
+    max_staleness: int = Field(2, ge=0)
+    """Admission: at most (this + 1) steps' groups are in flight; 0 is synchronous training."""
+    drop_above: PositiveInt = 16
+    """Last resort: an older group is dropped and counted."""
+
+
+class AdvantageConfig(Section):
+    """The advantage estimator (docs/algorithm.md, section 1)."""
+
+    estimator: Literal["lambda", "rloo", "grpo", "dr_grpo", "reinforce_pp"] = "lambda"
+    """``lambda``: pairwise decomposed advantage."""
+    weight: Literal["own", "rank", "agree", "uniform"] = "own"
+    """Pair weight w_ij of ``lambda``."""
+    tau: PositiveFloat = 1.0
+    """Temperature of the pair weight, in units of the confidence."""
+    confidence: Literal["z", "mean", "sum"] = "z"
+    """s_i: mean token log-probability standardised in the group, the mean, or the sum."""
+    center: bool = False
+    """Subtract the group's mean advantage."""
+    shift: float = 0.0
+    """Constant added to every advantage of a group that has reward variance."""
+    std_norm: bool = False
+    """Divide by the standard deviation of the group's rewards."""
+
+
+class RatioWeight(Section):
+    """Importance weight rho = pi_anchor / mu, detached."""
+
+    level: Literal["token", "sequence", "geo"] = "token"
+    op: Literal["none", "truncate", "mask"] = "none"
+    """``truncate`` clamps rho into [lo, hi]; ``mask`` sets it to 0 outside."""
+    lo: float = Field(0.0, ge=0.0)
+    hi: PositiveFloat = 2.0
+    sign: Literal["any", "negative"] = "any"
+    """``negative``: only rollouts with a negative advantage are weighted."""
+
+
+class Rejection(Section):
+    """Tokens or sequences outside [lo, hi] of a statistic get no gradient."""
+
+    statistic: Literal["token_ratio", "token_prob_diff", "seq_ratio", "seq_geo", "seq_k3"]
+    lo: float = float("-inf")
+    hi: float = float("inf")
+    sign: Literal["any", "advantage", "negative"] = "any"
+    """``advantage``: only where the ratio moved with the advantage's sign; ``negative``: only A < 0."""
+
+
+class Surrogate(Section):
+    """The differentiated term, with r = pi / anchor."""
+
+    kind: Literal["ppo", "score"] = "ppo"
+    """``ppo``: clipped ratio; ``score``: sg(weight) * A * log pi."""
+    level: Literal["token", "geo"] = "token"
+    eps_lo: float = Field(0.2, ge=0.0)
+    eps_hi: float = Field(0.2, ge=0.0)
+    dual: PositiveFloat | None = None
+    """Dual clip: bound of r for A < 0; None is off."""
+
+
+class PolicyLossConfig(Section):
+    """The policy loss: a preset, or the five knobs (docs/algorithm.md, section 2)."""
+
+    preset: str | None = "cispo"
+    """Name of a published variant; a knob given beside it replaces the preset's."""
+    anchor: Literal["behavior", "proximal", "latest"] | None = None
+    """The policy in the denominator of r."""
+    weight: RatioWeight | None = None
+    reject: tuple[Rejection, ...] | None = None
+    surrogate: Surrogate | None = None
+    reduce: Literal["token", "sequence", "constant"] | None = None
+    """Denominator: tokens of the step, mean per sequence, or tokens at full length."""
+
+
+class ObjectiveConfig(Section):
+    """What the learner maximises."""
+
+    advantage: AdvantageConfig = AdvantageConfig()
+    policy_loss: PolicyLossConfig = PolicyLossConfig()
+
+
+class LearnerConfig(Section):
+    """The optimizer and its process."""
+
+    num_steps: PositiveInt = 1000
+    """Optimizer steps of the run."""
+    lr: PositiveFloat = 1e-6
+    """AdamW's learning rate after warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from lr / warmup_steps."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    minibatches: PositiveInt = 1
+    """Optimizer updates per step's groups; above 1 the loss needs a trust region."""
+    micro_batch_tokens: PositiveInt = 16_384
+    """Token budget of one forward and backward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch; None leaves torch's default."""
+    checkpoint_every: PositiveInt = 20
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+    data_timeout_s: PositiveFloat = 600.0
+    """The learner stops with an error after this long without a group."""
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation by the actors, on the verifiable reward alone."""
+
+    every_steps: PositiveInt | None = 20
+    """Steps between evaluations; None is never."""
+    num_prompts: PositiveInt = 64
+    """Held-out rows asked each time, the first ones."""
+    target: float | None = None
+    """Stop the run when the mean held-out reward reaches this."""
+
+
+class BrokerConfig(Section):
+    """Redis, the only meeting point of the processes."""
+
+    url: str = "redis://127.0.0.1:6379/0"
+    """Also from ``--redis-url`` or REDIS_URL; never published, its password never logged."""
+    max_groups: PositiveInt = 4096
+    """Groups in the queue, the learner's uncommitted ones included."""
+    max_bytes: PositiveInt = 2 * 1024**3
+    """Payload bytes in the queue."""
+    lease_s: PositiveFloat = 60.0
+    """A lease not renewed for this long goes to another actor."""
+    heartbeat_s: PositiveFloat = 2.0
+    """Seconds between an actor's heartbeats (each renews its leases)."""
+    timeout_s: PositiveFloat = 30.0
+    """Deadline of one Redis call, retries included."""
+
+
+class ActorConfig(Section):
+    """What every actor of the run does alike."""
+
+    groups_in_flight: PositiveInt = 16
+    """Groups an actor samples at once."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """The engine's compute type."""
+    max_num_seqs: PositiveInt = 128
+    """Sequences that the engine runs at once."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Memory of the KV cache; None leaves it to vLLM on a GPU and is 0.25 on a CPU."""
+    gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0)
+    """Share of GPU memory that vLLM may take."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs of one actor's engine."""
+    reward_timeout_s: PositiveFloat = 20.0
+    """Deadline of scoring one group; its rewards are 0 then (counted)."""
+    drain_s: PositiveFloat = 30.0
+    """After SIGTERM unfinished groups get this long before their leases are handed back."""

@@ -1,0 +1,63 @@
+"""Every error this project raises on purpose.
+
+LambdaPOError
+├── UserError             the user can fix it: one line, exit code 2
+│   ├── ConfigError       a config key, value or combination of values
+│   └── TaskError         a dataset or reward that cannot be used
+├── WireFormatError       bytes that are not a rollout group we understand
+├── BrokerError           Redis answered something the protocol does not allow
+│   ├── BrokerUnavailable Redis did not answer before the deadline
+│   ├── FencedError       another learner owns the run now
+│   └── RunNotFoundError  this Redis holds no such run, or one of another schema
+├── WeightsError          a weight version that is missing, damaged or of another model
+├── CheckpointError       a checkpoint that is missing or damaged
+└── EngineError           the inference engine died or refused a request
+"""
+
+
+class LambdaPOError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UserError(LambdaPOError):
+    """The user can fix it; ``__main__`` prints the message alone and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A config key, value or combination of values is wrong."""
+
+
+class TaskError(UserError):
+    """A dataset or reward function cannot be used."""
+
+
+class WireFormatError(LambdaPOError):
+    """Bytes that are not a rollout group we understand; the entry is quarantined."""
+
+
+class BrokerError(LambdaPOError):
+    """Redis answered something that the protocol does not allow."""
+
+
+class BrokerUnavailable(BrokerError):  # noqa: N818 - a condition, not a fault
+    """Redis did not answer before the deadline."""
+
+
+class FencedError(BrokerError):
+    """Another learner owns the run now; this one must stop."""
+
+
+class RunNotFoundError(BrokerError, UserError):
+    """This Redis holds no such run, or one whose schema we do not know."""
+
+
+class WeightsError(LambdaPOError):
+    """A weight version is missing, damaged or of another model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing or damaged."""
+
+
+class EngineError(LambdaPOError):
+    """The inference engine died or refused a request."""

@@ -1,0 +1,1 @@
+"""Pure maths: advantages, policy losses, semantic density, diagnostics (docs/algorithm.md)."""

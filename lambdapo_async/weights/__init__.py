@@ -1,0 +1,1 @@
+"""Weight versions: naming, checksums and their way through Redis."""

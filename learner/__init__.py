@@ -1,0 +1,1 @@
+"""The learner process: groups in, weight versions out."""
