@@ -16,9 +16,7 @@ from lambdapo_async.errors import ConfigError
 REDIS_URL_VARIABLE = "REDIS_URL"
 
 
-def load_config(
-    path: Path, overrides: Iterable[str] = (), *, environ: Mapping[str, str] = os.environ
-) -> RunConfig:
+def load_config(path: Path, overrides: Iterable[str] = (), *, environ: Mapping[str, str] = os.environ) -> RunConfig:
     """Read ``path``, apply ``section.key=value`` overrides and validate.
 
     Precedence: overrides, then REDIS_URL for ``broker.url``, then the file, then the defaults.
