@@ -27,9 +27,14 @@ def load_config(path: Path, overrides: Iterable[str] = (), *, environ: Mapping[s
     tree = _read_toml(path)
     if url := environ.get(REDIS_URL_VARIABLE):
         _set(tree, ["broker", "url"], url)
+    return parse_config(apply_overrides(tree, overrides), source=str(path))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set ``section.key=value`` in ``tree``, in place; later ones win."""
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str) -> RunConfig:

@@ -34,16 +34,27 @@ class RunConfig(Section):
     output_dir: Path = Path("outputs")
     """Folder of all runs; a run writes to ``output_dir/run_id``."""
     model: ModelConfig
+    """The trained model."""
     task: TaskConfig
+    """Rows and rewards."""
     density: DensityConfig = DensityConfig()
+    """Reward for reasoning like the reference."""
     sampling: SamplingConfig = SamplingConfig()
+    """How actors sample."""
     rollout: RolloutConfig = RolloutConfig()
+    """What a step is made of."""
     staleness: StalenessConfig = StalenessConfig()
+    """How old a group may be."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What is maximised."""
     learner: LearnerConfig = LearnerConfig()
+    """The optimizer."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out evaluation."""
     broker: BrokerConfig = BrokerConfig()
+    """Redis."""
     actor: ActorConfig = ActorConfig()
+    """The actors."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -107,12 +118,11 @@ def _check_density_reference(config: RunConfig) -> str | None:
     return f'density.gate = "{config.density.gate}" needs reference solutions: set task.solution_field'
 
 
-def _check_trust_region(config: RunConfig) -> str | None:
-    if config.learner.minibatches == 1:
-        return None
-    from lambdapo_async.objective.presets import resolve_policy_loss  # config must import without the maths
+def _check_policy_loss(config: RunConfig) -> str | None:
+    from lambdapo_async.objective.presets import resolve_policy_loss  # presets are made of this package's sections
 
-    if resolve_policy_loss(config.objective.policy_loss).surrogate.kind == "ppo":
+    kind = resolve_policy_loss(config.objective.policy_loss).surrogate.kind
+    if kind == "ppo" or config.learner.minibatches == 1:
         return None
     return (
         f"learner.minibatches = {config.learner.minibatches} takes several updates from one batch, which needs a "
@@ -172,7 +182,7 @@ _CHECKS = (
     _check_engine_holds_group,
     _check_density_with_std,
     _check_density_reference,
-    _check_trust_region,
+    _check_policy_loss,
     _check_minibatches,
     _check_drop_above,
     _check_queue_holds_a_checkpoint_interval,

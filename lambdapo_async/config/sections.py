@@ -30,6 +30,7 @@ class ArithmeticTask(Section):
     """Built-in column addition with written working and reference solutions."""
 
     kind: Literal["arithmetic"] = "arithmetic"
+    """Chooses the task."""
     num_train: PositiveInt = 20_000
     """Training rows generated from the run's seed."""
     num_heldout: PositiveInt = 256
@@ -42,6 +43,7 @@ class JsonlTask(Section):
     """Rows of JSON-lines files."""
 
     kind: Literal["jsonl"]
+    """Chooses the task."""
     train_path: Path
     """File of the training rows."""
     heldout_path: Path
@@ -136,10 +138,13 @@ class RatioWeight(Section):
     """Importance weight rho = pi_anchor / mu, detached."""
 
     level: Literal["token", "sequence", "geo"] = "token"
+    """One ratio per token, the sequence's product, or its geometric mean."""
     op: Literal["none", "truncate", "mask"] = "none"
     """``truncate`` clamps rho into [lo, hi]; ``mask`` sets it to 0 outside."""
     lo: float = Field(0.0, ge=0.0)
+    """Lower bound of rho."""
     hi: PositiveFloat = 2.0
+    """Upper bound of rho."""
     sign: Literal["any", "negative"] = "any"
     """``negative``: only rollouts with a negative advantage are weighted."""
 
@@ -148,8 +153,11 @@ class Rejection(Section):
     """Tokens or sequences outside [lo, hi] of a statistic get no gradient."""
 
     statistic: Literal["token_ratio", "token_prob_diff", "seq_ratio", "seq_geo", "seq_k3"]
+    """What is compared with the bounds, per token or per sequence."""
     lo: float = float("-inf")
+    """Lower bound, in the statistic's unit."""
     hi: float = float("inf")
+    """Upper bound, in the statistic's unit."""
     sign: Literal["any", "advantage", "negative"] = "any"
     """``advantage``: only where the ratio moved with the advantage's sign; ``negative``: only A < 0."""
 
@@ -160,8 +168,11 @@ class Surrogate(Section):
     kind: Literal["ppo", "score"] = "ppo"
     """``ppo``: clipped ratio; ``score``: sg(weight) * A * log pi."""
     level: Literal["token", "geo"] = "token"
+    """r per token, or the sequence's geometric mean (GSPO)."""
     eps_lo: float = Field(0.2, ge=0.0)
+    """r is clipped below 1 - eps_lo."""
     eps_hi: float = Field(0.2, ge=0.0)
+    """r is clipped above 1 + eps_hi."""
     dual: PositiveFloat | None = None
     """Dual clip: bound of r for A < 0; None is off."""
 
@@ -174,8 +185,11 @@ class PolicyLossConfig(Section):
     anchor: Literal["behavior", "proximal", "latest"] | None = None
     """The policy in the denominator of r."""
     weight: RatioWeight | None = None
+    """Importance weight of the anchor against the behavior policy."""
     reject: tuple[Rejection, ...] | None = None
+    """Filters; a token must pass all of them."""
     surrogate: Surrogate | None = None
+    """The differentiated term."""
     reduce: Literal["token", "sequence", "constant"] | None = None
     """Denominator: tokens of the step, mean per sequence, or tokens at full length."""
 
@@ -184,7 +198,9 @@ class ObjectiveConfig(Section):
     """What the learner maximises."""
 
     advantage: AdvantageConfig = AdvantageConfig()
+    """How rewards become advantages."""
     policy_loss: PolicyLossConfig = PolicyLossConfig()
+    """How advantages become a gradient."""
 
 
 class LearnerConfig(Section):
@@ -207,6 +223,7 @@ class LearnerConfig(Section):
     micro_batch_tokens: PositiveInt = 16_384
     """Token budget of one forward and backward."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: CUDA where there is a device."""
     num_threads: PositiveInt | None = None
     """CPU threads of torch; None leaves torch's default."""
     checkpoint_every: PositiveInt = 20

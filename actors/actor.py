@@ -1,0 +1,237 @@
+"""One actor: lease prompts, sample groups, reward them, send them; follow the weights all the while."""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+from actors.engine import Completion, InferenceEngine
+from actors.follower import WeightFollower
+from actors.meter import EngineMeter
+from actors.outbox import Outbox
+from actors.prompts import LeasedPrompts, Prompt
+from actors.scoring import Scorer
+from lambdapo_async.broker.interface import Admission, Fleet, Heartbeat, RunStore
+from lambdapo_async.config import RunConfig
+from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing
+from lambdapo_async.tasks.interface import Scored
+
+logger = logging.getLogger(__name__)
+
+_GATE_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorParts:
+    """Everything an actor is put together from."""
+
+    actor_id: str
+    config: RunConfig
+    engine: InferenceEngine
+    follower: WeightFollower
+    prompts: LeasedPrompts
+    scorer: Scorer
+    outbox: Outbox
+    admission: Admission
+    fleet: Fleet
+    run_store: RunStore
+
+
+class Actor:
+    """Runs until the run is finished or :meth:`drain` is called; the first failure of a loop ends it."""
+
+    def __init__(self, parts: ActorParts) -> None:
+        self._parts = parts
+        self._config = parts.config
+        self._meter = EngineMeter()
+        self._in_flight: dict[Lease, asyncio.Task[None]] = {}
+        self._delivering: set[Lease] = set()
+        self._draining = asyncio.Event()
+        self._slot_freed = asyncio.Event()
+        self._lost_leases = 0
+
+    def drain(self) -> None:
+        """Lease nothing more, send what is finished, hand the rest back, end. Idempotent."""
+        self._draining.set()
+
+    async def run(self) -> None:
+        """Sample until drained.
+
+        Raises:
+            ExceptionGroup: what the failed loops raised (EngineError, BrokerError, WeightsError, TaskError).
+        """
+        try:
+            async with asyncio.TaskGroup() as loops:
+                background = [
+                    loops.create_task(self._parts.follower.follow(), name="follow_weights"),
+                    loops.create_task(self._beat(), name="beat"),
+                ]
+                await self._sample()
+                for task in background:
+                    task.cancel()
+        finally:
+            await self._sign_off()
+
+    async def _sample(self) -> None:
+        """Keep ``groups_in_flight`` groups going.
+
+        consumes: leases    waits for: the admission gate, a free slot    unblocks: the learner's next batch
+        """
+        async with asyncio.TaskGroup() as groups:
+            while not self._draining.is_set():
+                free = self._config.actor.groups_in_flight - len(self._in_flight)
+                leases = await self._lease(free)
+                for lease in leases:
+                    task = groups.create_task(self._answer(lease), name=lease.id)
+                    self._in_flight[lease] = task
+                    task.add_done_callback(lambda _, lease=lease: self._forget(lease))
+                if not leases:
+                    await self._wait_for_room()
+            await self._finish_or_cancel()
+
+    async def _lease(self, free: int) -> tuple[Lease, ...]:
+        if free == 0 or self._parts.engine.policy_version < 0:
+            return ()
+        return await asyncio.to_thread(self._parts.admission.lease, free)
+
+    async def _wait_for_room(self) -> None:
+        """Until a slot is free, new weights came (they open the gate), we drain, or a moment passed."""
+        events = (self._slot_freed, self._parts.follower.changed, self._draining)
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
+        await asyncio.wait(waits, timeout=_GATE_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        self._slot_freed.clear()
+        self._parts.follower.changed.clear()
+
+    def _forget(self, lease: Lease) -> None:
+        self._in_flight.pop(lease, None)
+        self._delivering.discard(lease)
+        self._slot_freed.set()
+
+    async def _answer(self, lease: Lease) -> None:
+        """One lease, from prompt to delivered group."""
+        prompt = await asyncio.to_thread(self._parts.prompts.of, lease)
+        started_at, started = time.time(), time.monotonic()
+        with self._meter.request():
+            completions = await self._parts.engine.sample_group(
+                prompt.token_ids, size=prompt.num_samples, sampling=self._config.sampling
+            )
+        sampled = time.monotonic()
+        self._meter.count(len(completions), sum(len(completion.token_ids) for completion in completions))
+        if any(completion.finish_reason == "abort" for completion in completions):
+            await asyncio.to_thread(self._parts.admission.hand_back, [lease])
+            return
+        texts = await asyncio.to_thread(self._parts.prompts.decode, completions)
+        scores = await self._parts.scorer.score(prompt.row, texts)
+        timing = Timing(
+            started_at=started_at, generation_s=sampled - started, scoring_s=time.monotonic() - sampled
+        )
+        self._delivering.add(lease)
+        await self._parts.outbox.send(self._group(lease, prompt, completions, texts, scores, timing))
+
+    def _group(
+        self,
+        lease: Lease,
+        prompt: Prompt,
+        completions: tuple[Completion, ...],
+        texts: list[str],
+        scores: list[Scored],
+        timing: Timing,
+    ) -> RolloutGroup:
+        rollouts = tuple(
+            Rollout(
+                completion_ids=completion.token_ids,
+                behavior_logprobs=completion.logprobs,
+                version_spans=completion.version_spans,
+                finish_reason=completion.finish_reason,
+                text=text,
+                reward=scored.reward,
+                reward_parts=scored.parts,
+            )
+            for completion, text, scored in zip(completions, texts, scores, strict=True)
+        )
+        return RolloutGroup(
+            lease=lease,
+            prompt_ids=prompt.token_ids,
+            rollouts=rollouts,
+            actor_id=self._parts.actor_id,
+            timing=timing,
+        )
+
+    async def _finish_or_cancel(self) -> None:
+        """Give running groups ``drain_s``, then hand their leases back."""
+        if not self._in_flight:
+            return
+        await asyncio.wait(list(self._in_flight.values()), timeout=self._config.actor.drain_s)
+        unfinished = dict(self._in_flight)
+        for task in unfinished.values():
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(list(unfinished.values()))
+            logger.info("handing back %d unfinished leases", len(unfinished))
+            await asyncio.to_thread(self._parts.admission.hand_back, list(unfinished))
+
+    async def _beat(self) -> None:
+        """Say that we live, renew our leases, notice the end of the run.
+
+        waits for: the next beat    unblocks: lease expiry of the dead, the drain at the end
+        """
+        parts, beat_s = self._parts, self._config.broker.heartbeat_s
+        while True:
+            await asyncio.to_thread(parts.fleet.beat, self._heartbeat())
+            held = list(self._in_flight)
+            for lease in await asyncio.to_thread(parts.admission.renew, held) if held else ():
+                self._drop_lost(lease)
+            if (await asyncio.to_thread(parts.run_store.state)).phase == "finished":
+                logger.info("the run is finished")
+                self.drain()
+            await asyncio.sleep(beat_s)
+
+    def _drop_lost(self, lease: Lease) -> None:
+        """Somebody else answers it now. A group accepted a moment ago is no longer leased either: not lost."""
+        task = self._in_flight.get(lease)
+        if task is not None and lease not in self._delivering:
+            self._lost_leases += 1
+            task.cancel()
+
+    def _heartbeat(self) -> Heartbeat:
+        parts = self._parts
+        tokens_per_s, idle_share = self._meter.beat()
+        info = parts.engine.info
+        sampling = parts.engine.policy_version >= 0
+        return Heartbeat(
+            actor_id=parts.actor_id,
+            host=socket.gethostname()[:256],
+            pid=os.getpid(),
+            state="draining" if self._draining.is_set() else "sampling" if sampling else "starting",
+            device=info.device,
+            dtype=info.dtype,
+            engine=info.name,
+            policy_version=parts.engine.policy_version,
+            groups_in_flight=len(self._in_flight),
+            groups_sent=parts.outbox.sent,
+            completions=self._meter.completions,
+            tokens=self._meter.tokens,
+            tokens_per_s=tokens_per_s,
+            idle_share=idle_share,
+            counters={
+                "weight_updates": parts.follower.updates,
+                "weight_fetch_s": parts.follower.fetch_s,
+                "weight_pause_s": parts.follower.pause_s,
+                "groups_late": parts.outbox.late,
+                "outbox_restarts": parts.outbox.restarts,
+                "leases_lost": self._lost_leases,
+                "scoring_timeouts": parts.scorer.failures,
+            },
+            sent_at=time.time(),
+        )
+
+    async def _sign_off(self) -> None:
+        """Hand back what we still hold after a failure, and leave the fleet."""
+        held = [lease for lease, task in self._in_flight.items() if not task.done()]
+        if held:
+            await asyncio.to_thread(self._parts.admission.hand_back, held)
+        await asyncio.to_thread(self._parts.fleet.leave, self._parts.actor_id)

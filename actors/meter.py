@@ -1,0 +1,49 @@
+"""What an actor counts about itself, for its heartbeats."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class EngineMeter:
+    """Tokens sampled, and the share of time in which the engine had nothing to do."""
+
+    def __init__(self) -> None:
+        self.tokens = self.completions = 0
+        self._running = 0
+        self._idle_since: float | None = time.monotonic()
+        self._idle_s = 0.0
+        self._beat_at, self._tokens_at_beat = time.monotonic(), 0
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Wraps one engine request."""
+        self._settle_idle(time.monotonic())
+        self._running += 1
+        self._idle_since = None
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if self._running == 0:
+                self._idle_since = time.monotonic()
+
+    def count(self, completions: int, tokens: int) -> None:
+        """Add what a request returned."""
+        self.completions += completions
+        self.tokens += tokens
+
+    def beat(self) -> tuple[float, float]:
+        """(tokens per second, idle share) since the last call."""
+        now = time.monotonic()
+        self._settle_idle(now)
+        elapsed = max(now - self._beat_at, 1e-9)
+        rate = (self.tokens - self._tokens_at_beat) / elapsed
+        idle_share = min(self._idle_s / elapsed, 1.0)
+        self._beat_at, self._tokens_at_beat, self._idle_s = now, self.tokens, 0.0
+        return rate, idle_share
+
+    def _settle_idle(self, now: float) -> None:
+        if self._idle_since is not None:
+            self._idle_s += now - self._idle_since
+            self._idle_since = now

@@ -1,0 +1,80 @@
+"""`python -m learner configs/x.toml`: start the learner of a run, or go on with it."""
+
+import datetime
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from lambdapo_async.cli.errors import run_main
+from lambdapo_async.cli.options import ConfigPath, DryRun, Overrides, RedisUrl, Resume, RunId
+from lambdapo_async.config import RunConfig, load_config
+from lambdapo_async.errors import ConfigError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A learner that is about to start."""
+
+    config: RunConfig
+    run_id: str
+    resume: bool
+
+    @property
+    def folder(self) -> Path:
+        """Everything the run writes."""
+        return self.config.output_dir / self.run_id
+
+
+@app.command()
+def learn(
+    config_path: ConfigPath,
+    run_id: RunId = None,
+    overrides: Overrides = (),
+    redis_url: RedisUrl = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train the policy of a run: read rollout groups, take optimizer steps, publish weight versions."""
+    launch = _launch(config_path, run_id, overrides, redis_url, resume=resume)
+    if dry_run:
+        typer.echo(f"would {'resume' if resume else 'start'} run {launch.run_id} in {launch.folder}")
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from learner.session import run_learner  # torch and transformers only once the config is known to be right
+
+    run_learner(launch.config, run_id=launch.run_id, folder=launch.folder, resume=resume)
+
+
+def _launch(
+    config_path: Path, run_id: str | None, overrides: tuple[str, ...] | list[str], redis_url: str | None, *, resume: bool
+) -> Launch:
+    """Everything that can be wrong is found here, before Redis, a GPU or a model is touched."""
+    if redis_url is not None:
+        overrides = [*overrides, f"broker.url={redis_url}"]
+    config = load_config(config_path, overrides)
+    if resume and run_id is None:
+        raise ConfigError(f"--resume needs --run-id; {_runs_of(config)}")
+    launch = Launch(config, run_id or _new_run_id(config), resume)
+    has_checkpoint = any((launch.folder / "checkpoints").glob("step-*"))
+    if resume and not has_checkpoint:
+        raise ConfigError(f"--resume: {launch.folder} holds no checkpoint; {_runs_of(config)}")
+    if has_checkpoint and not resume:
+        raise ConfigError(f"{launch.folder} already holds a run: add --resume to go on with it, or choose another --run-id")
+    return launch
+
+
+def _new_run_id(config: RunConfig) -> str:
+    return f"{config.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _runs_of(config: RunConfig) -> str:
+    folders = sorted(folder.parent.name for folder in config.output_dir.glob("*/checkpoints"))
+    return f"runs in {config.output_dir}: {', '.join(folders[-8:])}" if folders else f"{config.output_dir} holds no run"
+
+
+if __name__ == "__main__":
+    run_main(app)

@@ -1,0 +1,217 @@
+"""Checkpoints: whole or not at all, and never written by a learner that lost the run.
+
+checkpoints/fence-3                        won by the third learner (learner.fence)
+checkpoints/step-00000040.fence-3.save-2/  complete, for it got its name by a rename
+    model/            float32 weights, config and tokenizer: AutoModelForCausalLM.from_pretrained reads it
+    state.json        counters, watermarks, random state
+    tensors.safetensors   AdamW's moments, random state
+    manifest.json     file -> bytes and xxh3_128; damage of any file is found before it is used
+"""
+
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lambdapo_async.errors import CheckpointError
+from learner.durable import sync, sync_tree
+from learner.fence import check_owner, take_fence
+from learner.policy import Policy
+from learner.rng import RandomState
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d+)\.fence-(\d+)\.save-(\d+)")
+_HASH_BYTES = 2**24
+
+
+class LearnerState(BaseModel):
+    """Where a learner stands, beside its policy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: NonNegativeInt
+    """Optimizer steps taken."""
+    version: NonNegativeInt
+    """Newest policy version published."""
+    consumed: NonNegativeInt
+    """Training groups trained or discarded."""
+    next_index: NonNegativeInt
+    """Training indices below it were leased."""
+    watermarks: dict[str, int]
+    """producer -> last sequence number whose effect the policy holds."""
+
+
+class _SavedState(BaseModel):
+    """state.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learner: LearnerState
+    num_updates: NonNegativeInt
+    num_skipped: NonNegativeInt
+    python_rng: list[object]
+    numpy_rng: dict[str, object]
+
+
+class _SavedFile(BaseModel):
+    """One file in manifest.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_bytes: NonNegativeInt
+    xxh3_128: str
+
+
+class _Manifest(BaseModel):
+    """manifest.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: dict[str, _SavedFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole."""
+
+    folder: Path
+    state: LearnerState
+    _saved: _SavedState
+    _tensors: dict[str, Tensor]
+
+    @property
+    def model_dir(self) -> Path:
+        """For ``Policy.load``."""
+        return self.folder / "model"
+
+    def restore(self, policy: Policy) -> None:
+        """Give ``policy``, loaded from :attr:`model_dir`, its optimizer state, and the process its random state."""
+        random_state = {name: tensor for name, tensor in self._tensors.items() if name.startswith("rng:")}
+        moments = {name: tensor for name, tensor in self._tensors.items() if name not in random_state}
+        policy.load_optimizer_state(moments, num_updates=self._saved.num_updates, num_skipped=self._saved.num_skipped)
+        RandomState(random_state, self._saved.python_rng, self._saved.numpy_rng).restore()
+
+
+class CheckpointStore:
+    """The checkpoints of one run in one folder. Take the fence before anything is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._fence: int | None = None
+        self._num_saves = 0
+
+    def take_fence(self) -> int:
+        """Own the run; an earlier learner can neither save nor prune any more."""
+        self._fence = take_fence(self._folder)
+        return self._fence
+
+    def save(self, state: LearnerState, policy: Policy) -> Path:
+        """Write a checkpoint durably; it appears under its name complete, or not at all.
+
+        Raises:
+            FencedError: a later learner owns the run.
+        """
+        fence = self._owned()
+        self._num_saves += 1
+        name = f"step-{state.step:08d}.fence-{fence}.save-{self._num_saves}"
+        partial, final = self._folder / f"partial-{name}", self._folder / name
+        (partial / "model").mkdir(parents=True)
+        _write(partial, state, policy)
+        sync_tree(partial)
+        self._owned()  # a learner that slept while it wrote must not come up with a newer checkpoint
+        os.rename(partial, final)
+        sync(self._folder)
+        return final
+
+    def load_latest(self) -> Checkpoint | None:
+        """The newest checkpoint; None when there is none.
+
+        A damaged one is left alone and the next older one taken, with a warning: groups committed between the
+        two are lost to the run.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole.
+        """
+        problems = []
+        for folder in self._newest_first():
+            try:
+                return _read(folder)
+            except CheckpointError as error:
+                logger.warning("%s; looking for an older checkpoint", error)
+                problems.append(str(error))
+        if problems:
+            raise CheckpointError(f"no checkpoint in {self._folder} is whole: {'; '.join(problems)}")
+        return None
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the ``keep`` newest, and what earlier learners left half written."""
+        self._owned()
+        partial = [path for path in self._folder.iterdir() if path.name.startswith("partial-")]
+        for folder in [*partial, *self._newest_first()[max(1, keep) :]]:
+            shutil.rmtree(folder)
+
+    def _owned(self) -> int:
+        if self._fence is None:
+            raise CheckpointError(f"{self._folder}: take_fence() before anything is written")
+        check_owner(self._folder, self._fence)
+        return self._fence
+
+    def _newest_first(self) -> list[Path]:
+        """By fence first: what a fenced-off learner wrote late is older than anything its successor wrote."""
+        if not self._folder.is_dir():
+            return []
+        found = [(match, path) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found, key=lambda item: _age(item[0]), reverse=True)]
+
+
+def _age(name: re.Match[str]) -> tuple[int, int, int]:
+    step, fence, save = (int(number) for number in name.groups())
+    return fence, step, save
+
+
+def _write(folder: Path, state: LearnerState, policy: Policy) -> None:
+    policy.save_model(folder / "model")
+    random_state = RandomState.capture()
+    saved = _SavedState(
+        learner=state,
+        num_updates=policy.num_updates,
+        num_skipped=policy.num_skipped,
+        python_rng=random_state.python,
+        numpy_rng=random_state.numpy,
+    )
+    (folder / "state.json").write_text(saved.model_dump_json())
+    save_file({**policy.optimizer_state(), **random_state.tensors}, folder / "tensors.safetensors")
+    files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
+    (folder / "manifest.json").write_text(_Manifest(files=files).model_dump_json(indent=1))
+
+
+def _read(folder: Path) -> Checkpoint:
+    try:
+        manifest = _Manifest.model_validate_json((folder / "manifest.json").read_bytes())
+        for name, expected in manifest.files.items():
+            if (found := _fingerprint(folder / name)) != expected:
+                raise CheckpointError(f"{folder / name} is damaged: {found} instead of {expected}")
+        saved = _SavedState.model_validate_json((folder / "state.json").read_bytes())
+        return Checkpoint(folder, saved.learner, saved, load_file(folder / "tensors.safetensors"))
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error!s:.300}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> _SavedFile:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return _SavedFile(num_bytes=path.stat().st_size, xxh3_128=digest.hexdigest())

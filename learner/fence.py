@@ -1,0 +1,43 @@
+"""Fences: numbers that say which learner owns a run, kept where the checkpoints are.
+
+They never come from Redis, which may come back empty or older: a file created with O_EXCL can be won once.
+"""
+
+import os
+import re
+import socket
+from pathlib import Path
+
+from lambdapo_async.errors import FencedError
+from learner.durable import sync
+
+_FENCE = re.compile(r"fence-(\d+)")
+
+
+def take_fence(folder: Path) -> int:
+    """Win the next number, durably; every earlier owner is fenced off from then on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fence = newest_fence(folder)
+    while True:
+        fence += 1
+        try:
+            descriptor = os.open(folder / f"fence-{fence}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:  # another learner won this number just now
+            continue
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
+        sync(folder / f"fence-{fence}")
+        sync(folder)
+        return fence
+
+
+def newest_fence(folder: Path) -> int:
+    """The largest number won so far; 0 before the first."""
+    matches = (_FENCE.fullmatch(path.name) for path in folder.iterdir())
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
+def check_owner(folder: Path, fence: int) -> None:
+    """``FencedError`` once a later learner took over."""
+    if (newest := newest_fence(folder)) != fence:
+        raise FencedError(f"{folder}: this learner holds fence {fence}, but fence {newest} was taken since: stop it")

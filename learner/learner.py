@@ -1,0 +1,168 @@
+"""The learner's loop: take a batch, train, publish, evaluate, checkpoint."""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+from lambdapo_async.broker.interface import Fleet, RolloutSource, RunStore
+from lambdapo_async.config import RunConfig
+from lambdapo_async.errors import BrokerUnavailable
+from learner.batcher import Batcher, StepBatch
+from learner.checkpoint import CheckpointStore, LearnerState
+from learner.evaluation import Evaluation, EvaluationResult
+from learner.policy import Policy
+from learner.publisher import Publisher
+from learner.reporting import Reporter
+from learner.trainer import StepResult, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerParts:
+    """Everything a learner is put together from."""
+
+    config: RunConfig
+    fence: int
+    policy: Policy
+    trainer: Trainer
+    batcher: Batcher
+    evaluation: Evaluation
+    publisher: Publisher
+    checkpoints: CheckpointStore
+    source: RolloutSource
+    run_store: RunStore
+    fleet: Fleet
+    reporter: Reporter
+
+
+class Learner:
+    """Trains until ``num_steps``, the evaluation target, or :meth:`stop`."""
+
+    def __init__(self, parts: LearnerParts, *, step: int, version: int) -> None:
+        self._parts, self._config = parts, parts.config
+        self._step = step
+        self._version = version
+        self._target_reached = False
+        self._stopping = threading.Event()
+        self._checkpointed_step = step if step > 0 else -1
+
+    def stop(self) -> None:
+        """End after the running step, with a checkpoint; the run can be resumed."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Train.
+
+        consumes: rollout groups    waits for: enough of them for a step    unblocks: actors, by each new version
+        """
+        self._open_run()
+        while not self._is_over():
+            batch = self._parts.batcher.next_batch(self._version)
+            started = time.monotonic()
+            result = self._parts.trainer.step(batch.groups, version=self._version)
+            self._parts.batcher.trained(batch)
+            self._step += 1
+            self._publish()
+            self._record(batch, result, step_s=time.monotonic() - started)
+            self._evaluate_if_due()
+            self._checkpoint_if_due()
+        if self._stopping.is_set():
+            self._suspend_run()
+        else:
+            self._finish_run()
+
+    def _is_over(self) -> bool:
+        return self._stopping.is_set() or self._target_reached or self._step >= self._config.learner.num_steps
+
+    def _open_run(self) -> None:
+        """The first version goes out before any actor may sample."""
+        self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
+        self._parts.publisher.flush()
+        self._parts.run_store.set_phase("running", fence=self._parts.fence)
+        logger.info("step %d: version %d is out, the run is open", self._step, self._version)
+        self._evaluate_if_due()
+
+    def _publish(self) -> None:
+        self._version += 1
+        self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
+
+    def _record(self, batch: StepBatch, result: StepResult, *, step_s: float) -> None:
+        self._parts.reporter.step(
+            self._step,
+            self._version,
+            batch,
+            result,
+            step_s=step_s,
+            publish_stall_s=self._parts.publisher.take_stall_s(),
+            queue=self._parts.source.stats(),
+            fleet=self._parts.fleet.members(),
+        )
+
+    def _evaluate_if_due(self) -> None:
+        if self._parts.evaluation.is_due(self._step):
+            self._parts.evaluation.ask(self._step)
+        self._take_evaluations()
+
+    def _take_evaluations(self) -> None:
+        for finished in self._parts.evaluation.take_finished():
+            self._parts.reporter.evaluation(finished)
+            self._target_reached = self._target_reached or self._reaches_target(finished)
+
+    def _reaches_target(self, finished: EvaluationResult) -> bool:
+        target = self._config.evaluation.target
+        return target is not None and finished.reward >= target
+
+    def _checkpoint_if_due(self) -> None:
+        if self._step % self._config.learner.checkpoint_every == 0:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Make the step durable, then let Redis forget what led to it: never the other way round."""
+        if self._step == self._checkpointed_step:
+            return
+        batcher = self._parts.batcher
+        self._parts.checkpoints.save(
+            LearnerState(
+                step=self._step,
+                version=self._version,
+                consumed=batcher.consumed,
+                next_index=batcher.next_index,
+                watermarks=batcher.watermarks(),
+            ),
+            self._parts.policy,
+        )
+        self._parts.source.commit(batcher.watermarks())
+        self._parts.checkpoints.prune(self._config.learner.keep_checkpoints)
+        self._checkpointed_step = self._step
+        self._parts.reporter.event(self._step, "checkpoint")
+
+    def _suspend_run(self) -> None:
+        self._checkpoint()
+        self._parts.publisher.flush()
+        self._parts.reporter.event(self._step, "suspended")
+        logger.info("suspended at step %d; --resume goes on from here", self._step)
+
+    def _finish_run(self) -> None:
+        """Last version, tail evaluation, final checkpoint; then the actors may go home."""
+        self._parts.publisher.flush()
+        self._finish_evaluation()
+        self._checkpoint()
+        self._parts.run_store.set_phase("finished", fence=self._parts.fence)
+        self._parts.reporter.event(self._step, "finished")
+        logger.info("finished at step %d, version %d", self._step, self._version)
+
+    def _finish_evaluation(self) -> None:
+        if self._target_reached or self._config.evaluation.every_steps is None:
+            return
+        if not self._parts.evaluation.is_open(self._step) and not self._parts.evaluation.is_due(self._step):
+            self._parts.evaluation.ask(self._step)
+        deadline = time.monotonic() + self._config.learner.data_timeout_s
+        while self._parts.evaluation.is_open(self._step):
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(
+                    f"the last evaluation was not answered for {self._config.learner.data_timeout_s:g} s"
+                )
+            self._parts.batcher.serve_evaluation(timeout_s=1.0)
+        self._take_evaluations()

@@ -1,0 +1,88 @@
+"""Sends weight versions to the store while the learner goes on training."""
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Protocol
+
+from torch import Tensor
+
+from lambdapo_async.broker.interface import WeightStore
+from lambdapo_async.errors import WeightsError
+from lambdapo_async.weights.safetensors_file import encode_full
+
+PUBLISH_DEADLINE_S = 600.0
+"""Seconds that one publish may take before the step that waits for it gives up."""
+
+
+class Snapshottable(Protocol):
+    """What is published: the learner's ``Policy``."""
+
+    def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face name and a CPU bfloat16 copy of every parameter."""
+
+
+class Publisher:
+    """Publishes on one background thread; a step waits only while the previous publish still runs.
+
+    An error of the thread is raised by the next call. Not thread-safe: one caller.
+    """
+
+    def __init__(self, store: WeightStore, *, run_id: str, fence: int, deadline_s: float = PUBLISH_DEADLINE_S) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._fence = fence
+        self._deadline_s = deadline_s
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publisher")
+        self._running: Future[None] | None = None
+        self._stall_s = 0.0
+        self.published_version: int | None = None
+        """Newest version that the store accepted."""
+
+    def publish(self, version: int, policy: Snapshottable, *, consumed: int) -> None:
+        """Copy the weights now, send them in the background as ``version``.
+
+        Args:
+            version: larger than any version before.
+            policy: may be trained on as soon as this returns.
+            consumed: training groups trained or discarded when these weights were made.
+
+        Raises:
+            WeightsError, BrokerError: of the previous publish, or it exceeded its deadline.
+        """
+        self.flush()
+        tensors = dict(policy.named_bf16())
+        self._running = self._thread.submit(self._send, version, tensors, consumed)
+
+    def flush(self) -> None:
+        """Wait until nothing is being published; raises what went wrong."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        started = time.monotonic()
+        try:
+            running.result(timeout=self._deadline_s)
+        except FutureTimeoutError as error:
+            raise WeightsError(
+                f"publishing took over {self._deadline_s:g} s: the store is too slow or unreachable"
+            ) from error
+        finally:
+            self._stall_s += time.monotonic() - started
+
+    def take_stall_s(self) -> float:
+        """Seconds that the caller waited for publishes since the last call of this."""
+        stall_s, self._stall_s = self._stall_s, 0.0
+        return stall_s
+
+    def close(self) -> None:
+        """Flush and end the thread; the thread is asked to end even when the flush fails."""
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _send(self, version: int, tensors: Mapping[str, Tensor], consumed: int) -> None:
+        payload = encode_full(tensors, run_id=self._run_id, version=version)
+        self._store.publish(version, payload, consumed=consumed, fence=self._fence)
+        self.published_version = version

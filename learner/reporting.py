@@ -1,0 +1,158 @@
+"""What a run tells about itself: metrics.jsonl, samples.jsonl and the log."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lambdapo_async.broker.interface import Heartbeat, QueueStats
+from lambdapo_async.objective.diagnostics import alarms
+from lambdapo_async.rollout import RolloutGroup
+from learner.batcher import StepBatch
+from learner.evaluation import EvaluationResult
+from learner.trainer import StepResult
+
+logger = logging.getLogger(__name__)
+
+_SAMPLES_PER_EVALUATION = 8
+
+
+class MetricSink(Protocol):
+    """Where rows go: a file in production, a list in tests."""
+
+    def write(self, kind: str, step: int, values: dict[str, float | str]) -> None:
+        """Append one row."""
+
+
+class SampleSink(Protocol):
+    """Where sample rollouts go."""
+
+    def write(self, step: int, group: RolloutGroup) -> None:
+        """Append one group's first rollout."""
+
+
+class Reporter:
+    """Turns steps and evaluations into rows with stable names (lambdapo_async/metrics.py lists them)."""
+
+    def __init__(self, metrics: MetricSink, samples: SampleSink) -> None:
+        self._metrics, self._samples = metrics, samples
+        self._totals: Counter[str] = Counter()
+        self._step_ended = time.monotonic()
+
+    def step(
+        self,
+        step: int,
+        version: int,
+        batch: StepBatch,
+        result: StepResult,
+        *,
+        step_s: float,
+        publish_stall_s: float,
+        queue: QueueStats,
+        fleet: Sequence[Heartbeat],
+    ) -> None:
+        """One finished optimizer step."""
+        now = time.monotonic()
+        total_s, self._step_ended = now - self._step_ended, now
+        row = {
+            "policy_version": float(version),
+            **_rewards(batch.seen),
+            **result.metrics,
+            **_staleness(batch, version - 1),
+            **self._counts(batch),
+            **_speed(batch, total_s),
+            **_depths(queue),
+            **_fleet(fleet),
+            "time/step_s": step_s,
+            "time/wait_s": batch.wait_s,
+            "time/publish_stall_s": publish_stall_s,
+            "speed/idle_share": min(batch.wait_s / max(total_s, 1e-9), 1.0),
+        }
+        self._metrics.write("step", step, row)
+        logger.info(
+            "step=%d reward=%.3f loss=%.4f grad_norm=%.3f staleness=%.1f wait=%.2fs train=%.2fs",
+            step, row["reward/mean"], row["loss/policy"], row["optim/grad_norm"], row["staleness/mean"],
+            batch.wait_s, step_s,
+        )  # fmt: skip
+        for alarm in alarms(row):
+            logger.warning("step=%d alarm: %s", step, alarm)
+            self.event(step, f"alarm: {alarm}")
+
+    def evaluation(self, result: EvaluationResult) -> None:
+        """One finished held-out evaluation."""
+        self._metrics.write(
+            "eval",
+            result.step,
+            {
+                "eval/reward": result.reward,
+                "eval/num": float(len(result.groups)),
+                "eval/length": result.mean_length,
+                "eval/version": result.mean_version,
+            },
+        )
+        logger.info("evaluation of step %d: held-out reward %.3f", result.step, result.reward)
+        for group in result.groups[:_SAMPLES_PER_EVALUATION]:
+            self._samples.write(result.step, group)
+
+    def event(self, step: int, text: str) -> None:
+        """Something worth a mark on the curves."""
+        self._metrics.write("event", step, {"text": text})
+
+    def _counts(self, batch: StepBatch) -> dict[str, float]:
+        self._totals["trained"] += len(batch.groups)
+        self._totals.update(batch.discarded)
+        return {
+            "groups/trained": self._totals["trained"],
+            "groups/zero_variance": self._totals["zero_variance"],
+            "groups/dropped_stale": self._totals["stale"],
+            "groups/malformed": self._totals["malformed"],
+            "groups/without_confidence": sum(received.num_missing_confidence for received in batch.groups),
+            "frac_reward_zero_std": batch.discarded["zero_variance"] / max(len(batch.seen), 1),
+        }
+
+
+def _rewards(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Means over every rollout that arrived, so that filtering does not colour the curve."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    means = {"reward/mean": float(np.mean([rollout.reward for rollout in rollouts]))}
+    for name in sorted({name for rollout in rollouts for name in rollout.reward_parts}):
+        values = [rollout.reward_parts[name] for rollout in rollouts if name in rollout.reward_parts]
+        means[f"reward/{name}"] = float(np.mean(values))
+    means["rollout/length"] = float(np.mean([rollout.num_tokens for rollout in rollouts]))
+    means["rollout/truncated"] = float(np.mean([rollout.finish_reason == "length" for rollout in rollouts]))
+    return means
+
+
+def _staleness(batch: StepBatch, version: int) -> dict[str, float]:
+    staleness_G = batch.staleness_G(version)
+    return {"staleness/mean": float(staleness_G.mean()), "staleness/max": float(staleness_G.max())}
+
+
+def _speed(batch: StepBatch, total_s: float) -> dict[str, float]:
+    tokens = sum(received.group.num_completion_tokens for received in batch.groups)
+    sequences = sum(len(received.group.rollouts) for received in batch.groups)
+    return {
+        "tokens/trained": tokens,
+        "speed/tokens_per_s": tokens / total_s,
+        "speed/sequences_per_s": sequences / total_s,
+    }
+
+
+def _depths(queue: QueueStats) -> dict[str, float]:
+    return {
+        "queue/groups": queue.queued,
+        "queue/bytes": queue.num_bytes,
+        "queue/leased": queue.leased,
+        "queue/admitted": queue.admitted,
+    }
+
+
+def _fleet(fleet: Sequence[Heartbeat]) -> dict[str, float]:
+    return {
+        "actors/alive": len(fleet),
+        "actors/tokens_per_s": sum(actor.tokens_per_s for actor in fleet),
+        "actors/idle_share": float(np.mean([actor.idle_share for actor in fleet])) if fleet else 1.0,
+    }

@@ -1,0 +1,195 @@
+"""Puts a learner together from its config, in the order that crash safety asks for, and runs it."""
+
+import contextlib
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from transformers import AutoTokenizer
+
+from lambdapo_async.broker.interface import RunLimits
+from lambdapo_async.broker.redis_run import RedisRun
+from lambdapo_async.config import RunConfig
+from lambdapo_async.errors import TaskError
+from lambdapo_async.metrics import MetricsLog
+from lambdapo_async.tasks.interface import Row, Task
+from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
+from lambdapo_async.tasks.registry import build_task
+from learner.batcher import Batcher
+from learner.checkpoint import Checkpoint, CheckpointStore, LearnerState
+from learner.evaluation import Evaluation
+from learner.ingest import Ingest
+from learner.learner import Learner, LearnerParts
+from learner.policy import Policy, pick_device
+from learner.publisher import Publisher
+from learner.reporting import Reporter
+from learner.samples import SampleLog
+from learner.starter import ensure_starter
+from learner.trainer import Trainer
+from learner.watermarks import Watermarks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a run that fit its context."""
+
+    train: list[Row]
+    heldout: list[Row]
+
+
+def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -> None:
+    """Train the run until it is finished or SIGTERM suspends it."""
+    if config.learner.num_threads is not None:
+        torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.seed)
+    task = build_task(config)
+    model_path = ensure_starter(config, task) if config.model.path == "starter" else config.model.path
+    run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
+    # The fence comes first: whatever an older learner still does cannot reach what is loaded from here on.
+    checkpoints = CheckpointStore(folder / "checkpoints")
+    fence = checkpoints.take_fence()
+    checkpoint = checkpoints.load_latest() if resume else None
+    policy = _load_policy(config, model_path, checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.model_dir if checkpoint else _folder_of(policy, folder))
+    rows = fitting_rows(task, tokenizer, config)
+    _publish_run(run, config, policy, rows, fence=fence)
+    with contextlib.ExitStack() as resources:
+        learner = _assemble(
+            run, config, folder=folder, fence=fence, checkpoints=checkpoints, checkpoint=checkpoint,
+            policy=policy, rows=rows, run_id=run_id, resources=resources,
+        )  # fmt: skip
+        with _stop_on_signals(learner):
+            learner.run()
+
+
+def _folder_of(policy: Policy, folder: Path) -> Path:
+    """The model's companion files (tokenizer included) as a folder of the run."""
+    target = folder / "model_files"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in policy.model_files.items():
+        (target / name).write_bytes(content)
+    return target
+
+
+def _load_policy(config: RunConfig, model_path: str | Path, checkpoint: Checkpoint | None) -> Policy:
+    policy = Policy.load(
+        checkpoint.model_dir if checkpoint else model_path,
+        revision=None if checkpoint else config.model.revision,
+        config=config.learner,
+        temperature=config.sampling.temperature,
+        device=pick_device(config.learner.device),
+    )
+    if checkpoint is not None:
+        checkpoint.restore(policy)
+    logger.info("policy with %.2f M parameters on %s", policy.num_parameters / 1e6, policy.device)
+    return policy
+
+
+def fitting_rows(task: Task, tokenizer: Tokenizer, config: RunConfig) -> Rows:
+    """Leave out rows whose prompts leave no room for the longest completion; they are counted in the log.
+
+    Raises:
+        TaskError: none is left.
+    """
+    encoder = PromptEncoder(tokenizer, task, config)
+    splits = []
+    for split, rows in (("training", task.train_rows()), ("held-out", task.heldout_rows())):
+        fitting = [row for row in rows if encoder.fits(row)]
+        if len(fitting) < len(rows):
+            logger.warning(
+                "left out %d of %d %s rows: their prompts exceed %d tokens (model.max_length - sampling.max_tokens)",
+                len(rows) - len(fitting), len(rows), split, encoder.max_tokens,
+            )  # fmt: skip
+        if not fitting:
+            raise TaskError(
+                f"none of {len(rows)} {split} rows fits: prompts may have {encoder.max_tokens} tokens; "
+                "raise model.max_length or lower sampling.max_tokens"
+            )
+        splits.append(fitting)
+    return Rows(*splits)
+
+
+def _publish_run(run: RedisRun, config: RunConfig, policy: Policy, rows: Rows, *, fence: int) -> None:
+    """Everything an actor needs to join, but the weights."""
+    run.run_store.create(json.dumps(config.published()).encode(), policy.model_files, fence=fence)
+    run.run_store.put_rows("train", [row.as_map() for row in rows.train])
+    run.run_store.put_rows("heldout", [row.as_map() for row in rows.heldout])
+
+
+def _assemble(
+    run: RedisRun,
+    config: RunConfig,
+    *,
+    folder: Path,
+    fence: int,
+    checkpoints: CheckpointStore,
+    checkpoint: Checkpoint | None,
+    policy: Policy,
+    rows: Rows,
+    run_id: str,
+    resources: contextlib.ExitStack,
+) -> Learner:
+    state = checkpoint.state if checkpoint else LearnerState(step=0, version=0, consumed=0, next_index=0, watermarks={})
+    head = run.weights.head()
+    # A version number names one set of weights for ever: after a crash we go on above everything that was out.
+    version = state.version if head is None else max(state.version, head) + 1
+    source = run.source(fence, RunLimits.of(config))
+    source.initialise(watermarks=state.watermarks, consumed=state.consumed, next_index=state.next_index)
+    metrics = resources.enter_context(MetricsLog(folder / "metrics.jsonl", after_step=state.step))
+    samples = resources.enter_context(SampleLog(folder / "samples.jsonl", rows, after_step=state.step))
+    evaluation = Evaluation(source, config.evaluation, num_rows=len(rows.heldout))
+    publisher = Publisher(run.weights, run_id=run_id, fence=fence)
+    resources.callback(publisher.close)
+    ingest = Ingest(
+        source, config, vocab_size=policy.vocab_size, newest_version=lambda: run.weights.head() or 0
+    )
+    resources.callback(ingest.close)
+    ingest.start()
+    batcher = Batcher(
+        ingest,
+        source,
+        evaluation,
+        config,
+        watermarks=Watermarks(state.watermarks),
+        consumed=state.consumed,
+        next_index=state.next_index,
+    )
+    parts = LearnerParts(
+        config=config,
+        fence=fence,
+        policy=policy,
+        trainer=Trainer(policy, config),
+        batcher=batcher,
+        evaluation=evaluation,
+        publisher=publisher,
+        checkpoints=checkpoints,
+        source=source,
+        run_store=run.run_store,
+        fleet=run.fleet,
+        reporter=Reporter(metrics, samples),
+    )
+    return Learner(parts, step=state.step, version=version)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(learner: Learner) -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C suspends after the running step; the next one has its usual effect."""
+
+    def stop_once(number: int, _: FrameType | None) -> None:
+        logger.info("%s: stopping after this step", signal.Signals(number).name)
+        signal.signal(number, previous[signal.Signals(number)])
+        learner.stop()
+
+    previous = {number: signal.signal(number, stop_once) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
