@@ -1,6 +1,7 @@
 """One actor: lease prompts, sample groups, reward them, send them; follow the weights all the while."""
 
 import asyncio
+import functools
 import logging
 import os
 import socket
@@ -60,19 +61,25 @@ class Actor:
         """Sample until drained.
 
         Raises:
-            ExceptionGroup: what the failed loops raised (EngineError, BrokerError, WeightsError, TaskError).
+            EngineError, BrokerError, WeightsError, TaskError: what the first failed loop raised.
         """
         try:
-            async with asyncio.TaskGroup() as loops:
-                background = [
-                    loops.create_task(self._parts.follower.follow(), name="follow_weights"),
-                    loops.create_task(self._beat(), name="beat"),
-                ]
-                await self._sample()
-                for task in background:
-                    task.cancel()
+            await self._run_loops()
+        except BaseExceptionGroup as group:
+            raise _first_cause(group) from group
         finally:
             await self._sign_off()
+
+    async def _run_loops(self) -> None:
+        """The first failure of a loop cancels the others."""
+        async with asyncio.TaskGroup() as loops:
+            background = [
+                loops.create_task(self._parts.follower.follow(), name="follow_weights"),
+                loops.create_task(self._beat(), name="beat"),
+            ]
+            await self._sample()
+            for task in background:
+                task.cancel()
 
     async def _sample(self) -> None:
         """Keep ``groups_in_flight`` groups going.
@@ -86,7 +93,7 @@ class Actor:
                 for lease in leases:
                     task = groups.create_task(self._answer(lease), name=lease.id)
                     self._in_flight[lease] = task
-                    task.add_done_callback(lambda _, lease=lease: self._forget(lease))
+                    task.add_done_callback(functools.partial(self._forget, lease))
                 if not leases:
                     await self._wait_for_room()
             await self._finish_or_cancel()
@@ -106,7 +113,7 @@ class Actor:
         self._slot_freed.clear()
         self._parts.follower.changed.clear()
 
-    def _forget(self, lease: Lease) -> None:
+    def _forget(self, lease: Lease, _: asyncio.Task[None]) -> None:
         self._in_flight.pop(lease, None)
         self._delivering.discard(lease)
         self._slot_freed.set()
@@ -117,7 +124,7 @@ class Actor:
         started_at, started = time.time(), time.monotonic()
         with self._meter.request():
             completions = await self._parts.engine.sample_group(
-                prompt.token_ids, size=prompt.num_samples, sampling=self._config.sampling
+                prompt.token_ids.tolist(), size=prompt.num_samples, sampling=self._config.sampling
             )
         sampled = time.monotonic()
         self._meter.count(len(completions), sum(len(completion.token_ids) for completion in completions))
@@ -235,3 +242,10 @@ class Actor:
         if held:
             await asyncio.to_thread(self._parts.admission.hand_back, held)
         await asyncio.to_thread(self._parts.fleet.leave, self._parts.actor_id)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The exception that a tree of exception groups began with."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -50,8 +50,10 @@ class Outbox:
             descriptor = self._describe(group, payload)
             reply = await asyncio.to_thread(self._sink.enqueue, descriptor, payload, epoch=self._epoch)
             match reply.status:
-                case EnqueueStatus.OK | EnqueueStatus.DUP | EnqueueStatus.LATE:
+                case EnqueueStatus.OK | EnqueueStatus.DUP:
                     self._last_seq = descriptor.seq
+                    return reply.status
+                case EnqueueStatus.LATE:  # the next group takes the number
                     return reply.status
                 case EnqueueStatus.GAP | EnqueueStatus.EPOCH:
                     self._start_over(reply.status, reply.epoch)

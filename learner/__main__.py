@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def learn(
 
 
 def _launch(
-    config_path: Path, run_id: str | None, overrides: tuple[str, ...] | list[str], redis_url: str | None, *, resume: bool
+    config_path: Path, run_id: str | None, overrides: Sequence[str], redis_url: str | None, *, resume: bool
 ) -> Launch:
     """Everything that can be wrong is found here, before Redis, a GPU or a model is touched."""
     if redis_url is not None:

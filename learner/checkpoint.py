@@ -14,6 +14,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
@@ -47,6 +48,19 @@ class LearnerState(BaseModel):
     """Training indices below it were leased."""
     watermarks: dict[str, int]
     """producer -> last sequence number whose effect the policy holds."""
+
+
+class Saveable(Protocol):
+    """What a checkpoint takes from the learner's ``Policy``."""
+
+    num_updates: int
+    num_skipped: int
+
+    def save_model(self, folder: Path) -> None:
+        """Write a Hugging Face folder."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Name -> tensor of what the optimizer remembers."""
 
 
 class _SavedState(BaseModel):
@@ -113,7 +127,7 @@ class CheckpointStore:
         self._fence = take_fence(self._folder)
         return self._fence
 
-    def save(self, state: LearnerState, policy: Policy) -> Path:
+    def save(self, state: LearnerState, policy: Saveable) -> Path:
         """Write a checkpoint durably; it appears under its name complete, or not at all.
 
         Raises:
@@ -177,7 +191,7 @@ def _age(name: re.Match[str]) -> tuple[int, int, int]:
     return fence, step, save
 
 
-def _write(folder: Path, state: LearnerState, policy: Policy) -> None:
+def _write(folder: Path, state: LearnerState, policy: Saveable) -> None:
     policy.save_model(folder / "model")
     random_state = RandomState.capture()
     saved = _SavedState(

@@ -38,7 +38,7 @@ class Evaluation:
 
     def is_due(self, step: int) -> bool:
         """Whether ``step`` is one of every ``every_steps``."""
-        return self._every is not None and step % self._every == 0
+        return self._every > 0 and step % self._every == 0
 
     def ask(self, step: int) -> None:
         """Offer the held-out prompts to the actors."""

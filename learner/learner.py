@@ -40,13 +40,13 @@ class LearnerParts:
 class Learner:
     """Trains until ``num_steps``, the evaluation target, or :meth:`stop`."""
 
-    def __init__(self, parts: LearnerParts, *, step: int, version: int) -> None:
+    def __init__(self, parts: LearnerParts, *, step: int, version: int, resumed: bool) -> None:
         self._parts, self._config = parts, parts.config
         self._step = step
         self._version = version
         self._target_reached = False
         self._stopping = threading.Event()
-        self._checkpointed_step = step if step > 0 else -1
+        self._checkpointed_step = step if resumed else -1
 
     def stop(self) -> None:
         """End after the running step, with a checkpoint; the run can be resumed."""
@@ -77,10 +77,11 @@ class Learner:
         return self._stopping.is_set() or self._target_reached or self._step >= self._config.learner.num_steps
 
     def _open_run(self) -> None:
-        """The first version goes out before any actor may sample."""
+        """The first version goes out before any actor may sample, and a checkpoint before anything can be lost."""
         self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
         self._parts.publisher.flush()
         self._parts.run_store.set_phase("running", fence=self._parts.fence)
+        self._checkpoint()
         logger.info("step %d: version %d is out, the run is open", self._step, self._version)
         self._evaluate_if_due()
 
@@ -154,7 +155,7 @@ class Learner:
         logger.info("finished at step %d, version %d", self._step, self._version)
 
     def _finish_evaluation(self) -> None:
-        if self._target_reached or self._config.evaluation.every_steps is None:
+        if self._target_reached or self._config.evaluation.every_steps == 0:
             return
         if not self._parts.evaluation.is_open(self._step) and not self._parts.evaluation.is_due(self._step):
             self._parts.evaluation.ask(self._step)

@@ -53,10 +53,10 @@ def packed_logprobs(
 
 
 def project(
-    head: nn.Module, hidden_SE: Tensor, target_S: Tensor, *, temperature: float, chunk_logits: int
+    head: nn.Linear, hidden_SE: Tensor, target_S: Tensor, *, temperature: float, chunk_logits: int
 ) -> tuple[Tensor, Tensor]:
     """[S] log-probability of each target and [S] entropy, at most ``chunk_logits`` logits at a time."""
-    chunk = max(1, chunk_logits // head.weight.shape[0])
+    chunk = max(1, chunk_logits // head.out_features)
     if hidden_SE.shape[0] <= chunk:
         return _logprobs_and_entropy(head, hidden_SE, target_S, temperature)
     parts = [
@@ -64,14 +64,14 @@ def project(
             _logprobs_and_entropy, head, hidden, target, temperature,
             use_reentrant=False, preserve_rng_state=False,
         )
-        for hidden, target in zip(hidden_SE.split(chunk), target_S.split(chunk), strict=True)
+        for hidden, target in zip(torch.split(hidden_SE, chunk), torch.split(target_S, chunk), strict=True)
     ]  # fmt: skip
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
 def _logprobs_and_entropy(
-    head: nn.Module, hidden_SE: Tensor, target_S: Tensor, temperature: float
+    head: nn.Linear, hidden_SE: Tensor, target_S: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     logits_SV = head(hidden_SE).float()
     if temperature != 1.0:

@@ -8,8 +8,8 @@ from lambdapo_async.errors import ConfigError
 from learner.attention import PackedLayout
 
 DOCUMENT_LENGTHS = (5, 7)
-TOLERANCE = 0.05
-"""Largest difference of logits, in units of their standard deviation; bfloat16 stays below, a leak does not."""
+TOLERANCE = 0.5
+"""Largest difference of logits, in units of their standard deviation: rounding is far below, a leak at 3 or more."""
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -23,6 +24,16 @@ LossFn = Callable[[Tensor], Tensor]
 
 OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW keeps per parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """What a forward pass says of each packed token; all without gradient, 0 where there is no loss."""
+
+    logprobs_T: Tensor
+    """[T] float32 log pi."""
+    entropy_T: Tensor
+    """[T] float32 entropy of the distribution the token was drawn from, in nats."""
 
 
 def pick_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -93,12 +104,19 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the masters live."""
-        return self._model.device
+        device: torch.device = self._model.device
+        return device
 
     @property
     def num_parameters(self) -> int:
         """Trained parameters, tied ones counted once."""
         return sum(parameter.numel() for parameter in self._parameters.values())
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows."""
+        vocab_size: int = self._model.get_input_embeddings().num_embeddings
+        return vocab_size
 
     @property
     def lr(self) -> float:
@@ -113,16 +131,12 @@ class Policy:
             logprobs_T, _ = packed_logprobs(self._model, micro_batch, temperature=self._temperature)
         return logprobs_T
 
-    def backward(self, micro_batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
-        """Add the gradient of ``loss_fn`` on one micro-batch, which lies on the policy's device.
-
-        Returns:
-            ``logprobs_T`` and ``entropy_T`` of ``packed_logprobs``, both without gradient.
-        """
+    def backward(self, micro_batch: MicroBatch, loss_fn: LossFn) -> TokenStatistics:
+        """Add the gradient of ``loss_fn`` on one micro-batch, which lies on the policy's device."""
         with _autocast(self.device):
             logprobs_T, entropy_T = packed_logprobs(self._model, micro_batch, temperature=self._temperature)
-        loss_fn(logprobs_T).backward()
-        return logprobs_T.detach(), entropy_T
+        torch.autograd.backward(loss_fn(logprobs_T))
+        return TokenStatistics(logprobs_T.detach(), entropy_T)
 
     def step(self) -> float:
         """Clip the accumulated gradient, update the masters, forget the gradient.
@@ -143,10 +157,15 @@ class Policy:
         self._optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face name and float32 master of every parameter, tied ones once; not a copy."""
+        for name, parameter in self._parameters.items():
+            yield name, parameter.detach()
+
     def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and a contiguous bfloat16 copy on the CPU of every parameter, tied ones once."""
-        for name, parameter in self._parameters.items():
-            yield name, parameter.detach().to(torch.bfloat16).cpu().contiguous()
+        for name, master in self.named_masters():
+            yield name, master.to(torch.bfloat16).cpu().contiguous()
 
     def save_model(self, folder: Path) -> None:
         """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and :meth:`load` read: float32 weights."""

@@ -37,8 +37,8 @@ class Publisher:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publisher")
         self._running: Future[None] | None = None
         self._stall_s = 0.0
-        self.published_version: int | None = None
-        """Newest version that the store accepted."""
+        self.newest_version = -1
+        """Newest version that an actor may have seen; its publish may still run."""
 
     def publish(self, version: int, policy: Snapshottable, *, consumed: int) -> None:
         """Copy the weights now, send them in the background as ``version``.
@@ -52,6 +52,7 @@ class Publisher:
             WeightsError, BrokerError: of the previous publish, or it exceeded its deadline.
         """
         self.flush()
+        self.newest_version = version
         tensors = dict(policy.named_bf16())
         self._running = self._thread.submit(self._send, version, tensors, consumed)
 
@@ -85,4 +86,3 @@ class Publisher:
     def _send(self, version: int, tensors: Mapping[str, Tensor], consumed: int) -> None:
         payload = encode_full(tensors, run_id=self._run_id, version=version)
         self._store.publish(version, payload, consumed=consumed, fence=self._fence)
-        self.published_version = version

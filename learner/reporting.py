@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ _SAMPLES_PER_EVALUATION = 8
 class MetricSink(Protocol):
     """Where rows go: a file in production, a list in tests."""
 
-    def write(self, kind: str, step: int, values: dict[str, float | str]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
         """Append one row."""
 
 

@@ -143,12 +143,12 @@ def _assemble(
     source = run.source(fence, RunLimits.of(config))
     source.initialise(watermarks=state.watermarks, consumed=state.consumed, next_index=state.next_index)
     metrics = resources.enter_context(MetricsLog(folder / "metrics.jsonl", after_step=state.step))
-    samples = resources.enter_context(SampleLog(folder / "samples.jsonl", rows, after_step=state.step))
+    samples = resources.enter_context(SampleLog(folder / "samples.jsonl", rows.heldout, after_step=state.step))
     evaluation = Evaluation(source, config.evaluation, num_rows=len(rows.heldout))
     publisher = Publisher(run.weights, run_id=run_id, fence=fence)
     resources.callback(publisher.close)
     ingest = Ingest(
-        source, config, vocab_size=policy.vocab_size, newest_version=lambda: run.weights.head() or 0
+        source, config, vocab_size=policy.vocab_size, newest_version=lambda: publisher.newest_version
     )
     resources.callback(ingest.close)
     ingest.start()
@@ -175,7 +175,7 @@ def _assemble(
         fleet=run.fleet,
         reporter=Reporter(metrics, samples),
     )
-    return Learner(parts, step=state.step, version=version)
+    return Learner(parts, step=state.step, version=version, resumed=checkpoint is not None)
 
 
 @contextlib.contextmanager

@@ -8,13 +8,41 @@ discarded, counted) -> committed, when a durable checkpoint holds its effect.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lambdapo_async.config import RunConfig
 from lambdapo_async.rollout import Lease, Split
 
 Phase = Literal["starting", "running", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunLimits:
+    """What the queue and the admission gate hold the actors to."""
+
+    max_staleness: int
+    groups_per_step: int
+    max_groups: int
+    max_bytes: int
+    lease_s: float
+
+    @property
+    def capacity(self) -> int:
+        """Training leases that may be granted and not consumed."""
+        return (self.max_staleness + 1) * self.groups_per_step
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """The limits that ``config`` asks for."""
+        return cls(
+            max_staleness=config.staleness.max_staleness,
+            groups_per_step=config.rollout.groups_per_step,
+            max_groups=config.broker.max_groups,
+            max_bytes=config.broker.max_bytes,
+            lease_s=config.broker.lease_s,
+        )
 
 
 class EnqueueStatus(StrEnum):
@@ -30,7 +58,7 @@ class EnqueueStatus(StrEnum):
     EPOCH = "EPOCH"
     """The queue was declared untrustworthy: offer again from ``committed + 1``."""
     LATE = "LATE"
-    """Accepted without its payload: the lease had expired and another actor holds the prompt."""
+    """Refused for good: the lease had expired and another actor holds or answered the prompt; the number is free."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,8 +237,8 @@ class LearnerConfig(Section):
 class EvaluationConfig(Section):
     """Held-out evaluation by the actors, on the verifiable reward alone."""
 
-    every_steps: PositiveInt | None = 20
-    """Steps between evaluations; None is never."""
+    every_steps: int = Field(20, ge=0)
+    """Steps between evaluations; 0 is never."""
     num_prompts: PositiveInt = 64
     """Held-out rows asked each time, the first ones."""
     target: float | None = None

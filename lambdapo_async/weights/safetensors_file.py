@@ -10,8 +10,10 @@ from itertools import pairwise
 from math import prod
 from typing import Annotated
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -23,6 +25,8 @@ MAX_HEADER_BYTES = 64 * 2**20
 """A header larger than this is an attack or damage: 100,000 tensors need about 12 MiB."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_FIELDS = TypeAdapter(dict[str, dict[str, object]])
+_METADATA = TypeAdapter(dict[str, str])
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -71,14 +75,15 @@ def encode_full(tensors: Mapping[str, Tensor], *, run_id: str, version: int) -> 
         "numel": str(sum(tensor.numel() for tensor in tensors.values())),
         "checksum": state_checksum(_bytes_of(name, tensor) for name, tensor in tensors.items()),
     }
-    return save(dict(tensors), metadata)
+    payload: bytes = save(dict(tensors), metadata)
+    return payload
 
 
 def _bytes_of(name: str, tensor: Tensor) -> TensorBytes:
     if tensor.dtype not in _DTYPE_NAMES:
         raise WeightsError(f"{name} is {tensor.dtype}; weights are published as one of {sorted(_DTYPES)}")
-    data = memoryview(tensor.flatten().view(torch.uint8).numpy())
-    return TensorBytes(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data)
+    bits: NDArray[np.uint8] = tensor.flatten().view(torch.uint8).numpy()
+    return TensorBytes(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), bits.data)
 
 
 def read_header(payload: bytes) -> Header:
@@ -87,10 +92,10 @@ def read_header(payload: bytes) -> Header:
     if len(payload) < 8 or length > min(MAX_HEADER_BYTES, len(payload) - 8):
         raise WeightsError(f"{len(payload)} bytes cannot hold a safetensors header of {length}")
     try:
-        fields = json.loads(payload[8 : 8 + length])
-        metadata = {str(key): str(value) for key, value in fields.pop("__metadata__", {}).items()}
+        fields = _FIELDS.validate_python(json.loads(payload[8 : 8 + length]))
+        metadata = _METADATA.validate_python(fields.pop("__metadata__", {}))
         tensors = {name: TensorEntry.model_validate(entry) for name, entry in fields.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"not a safetensors header: {error!s:.200}") from error
     _check_extents(tensors, num_bytes=len(payload) - 8 - length)
     return Header(tensors, metadata, 8 + length)

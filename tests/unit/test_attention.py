@@ -1,10 +1,18 @@
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lambdapo_async.errors import ConfigError, UserError
-from learner.attention import PackedLayout, padded_attention, select_attention
+from learner.attention import PackedLayout, installed_flash_attention, padded_attention, select_attention
 from learner.packing_check import check_packing
 from tests.tiny_models import Architecture, layout_of, micro_batch, tiny_model
 
@@ -15,7 +23,7 @@ def naive_attention(query: Tensor, key: Tensor, value: Tensor, marks: list[int],
     """One document, one head, one query at a time."""
     share = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
-    for begin, end in zip(marks, marks[1:], strict=False):
+    for begin, end in pairwise(marks):
         for t in range(begin, end):
             for head in range(query.shape[1]):
                 scores = key[begin : t + 1, head // share] @ query[t, head] * scaling
@@ -34,10 +42,20 @@ def test_padded_attention_equals_one_query_at_a_time(kv_heads: int) -> None:
 
 
 def test_layout_maps_every_token_to_its_slot_and_back() -> None:
-    layout = PackedLayout(torch.tensor([0, 2, 3, 6], dtype=torch.int32), 3)
-    token_of_slot, slot_of_token = layout.padded
-    assert token_of_slot.tolist() == [0, 1, 0, 2, 0, 0, 3, 4, 5]
-    assert slot_of_token.tolist() == [0, 1, 3, 6, 7, 8]
+    layout = PackedLayout(torch.tensor([0, 3, 4, 8], dtype=torch.int32), 4)
+    single, others = layout.padded
+    assert single.token_of_slot.tolist() == [[3]]
+    assert others.token_of_slot.tolist() == [[0, 1, 2, 0], [4, 5, 6, 7]]
+    assert others.is_token.tolist() == [[True, True, True, False], [True] * 4]
+    assert layout.slot_of_token.tolist() == [1, 2, 3, 0, 5, 6, 7, 8]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=30))
+def test_every_token_has_one_slot_and_padding_less_than_doubles_the_work(lengths: list[int]) -> None:
+    layout = layout_of(micro_batch(lengths))
+    tokens = torch.cat([batch.token_of_slot.flatten() for batch in layout.padded])
+    assert torch.equal(tokens[layout.slot_of_token], torch.arange(sum(lengths)))
+    assert len(tokens) < 2 * sum(lengths)
 
 
 def run(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
@@ -116,6 +134,47 @@ def test_check_packing_refuses_an_output_layer_that_scales() -> None:
     model.forward = scaled
     with pytest.raises(ConfigError, match="cannot be trained on packed sequences"):
         check_packing(model)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts a package flash_attn with the given source on the path."""
+
+    def write(source: str) -> None:
+        (tmp_path / "flash_attn").mkdir()
+        (tmp_path / "flash_attn" / "__init__.py").write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    yield write
+    sys.modules.pop("flash_attn", None)
+
+
+def test_a_broken_flash_attn_is_an_error_and_not_absence(install: Callable[[str], None]) -> None:
+    install("raise ImportError('undefined symbol: _ZN3c104cuda')")
+    with pytest.raises(ImportError, match="undefined symbol"):
+        installed_flash_attention()
+
+
+FAITHFUL = """
+def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False):
+    from learner.attention import PackedLayout, padded_attention
+    assert causal and dropout_p == 0.0 and cu_q is cu_k and max_q == max_k
+    return padded_attention(q, k, v, PackedLayout(cu_q, max_q), softmax_scale)
+"""
+
+
+def test_flash_attn_is_called_with_its_own_signature(install: Callable[[str], None]) -> None:
+    install(FAITHFUL)
+    kernel = installed_flash_attention()
+    assert kernel is not None
+    layout = layout_of(micro_batch(LENGTHS))
+    inputs = [torch.randn(sum(LENGTHS), 4, 8) for _ in range(3)]
+    assert torch.equal(kernel(*inputs, layout, 0.5), padded_attention(*inputs, layout, 0.5))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_an_absent_flash_attn_is_none() -> None:
+    assert installed_flash_attention() is None
 
 
 def test_the_cpu_takes_the_padded_kernel() -> None:

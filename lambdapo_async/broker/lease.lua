@@ -1,0 +1,51 @@
+-- Grant leases: held-out ones, then returned ones, then new ones as far as the gate is open.
+-- KEYS[1] = state, KEYS[2] = leases, KEYS[3] = holders, KEYS[4] = todo, KEYS[5] = heldout, KEYS[6] = the actor's last grant
+-- ARGV[1] = actor id, ARGV[2] = leases wanted, ARGV[3] = request id
+local state = redis.call('HMGET', KEYS[1], 'phase', 'lease_ms', 'capacity', 'admitted', 'consumed', 'frontier')
+if state[1] ~= 'running' or not state[2] then return {} end
+local actor, wanted, lease_ms = ARGV[1], tonumber(ARGV[2]), tonumber(state[2])
+local capacity, admitted, consumed, frontier =
+  tonumber(state[3]), tonumber(state[4]), tonumber(state[5]), tonumber(state[6])
+
+-- The reply to this very request was lost: the same leases again.
+local last_grant = redis.call('GET', KEYS[6])
+if last_grant then
+  last_grant = cjson.decode(last_grant)
+  if last_grant[1] == ARGV[3] then
+    table.remove(last_grant, 1)
+    return last_grant
+  end
+end
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+-- What expired goes to the front of its line, the oldest first.
+local expired = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 1000)
+for i = #expired, 1, -1 do
+  redis.call('ZREM', KEYS[2], expired[i])
+  redis.call('HDEL', KEYS[3], expired[i])
+  redis.call('LPUSH', string.sub(expired[i], 1, 6) == 'train:' and KEYS[4] or KEYS[5], expired[i])
+end
+if #expired > 0 then redis.call('HINCRBY', KEYS[1], 'expired', #expired) end
+
+local granted = {}
+for _, line in ipairs({KEYS[5], KEYS[4]}) do
+  while #granted < wanted do
+    local id = redis.call('LPOP', line)
+    if not id then break end
+    granted[#granted + 1] = id
+  end
+end
+while #granted < wanted and admitted - consumed < capacity do
+  granted[#granted + 1] = 'train:0:' .. string.format('%.0f', frontier)
+  frontier, admitted = frontier + 1, admitted + 1
+end
+redis.call('HSET', KEYS[1], 'frontier', frontier, 'admitted', admitted)
+for _, id in ipairs(granted) do
+  redis.call('ZADD', KEYS[2], now + lease_ms, id)
+  redis.call('HSET', KEYS[3], id, actor)
+end
+if #granted > 0 then
+  redis.call('SET', KEYS[6], cjson.encode({ARGV[3], unpack(granted)}), 'PX', lease_ms)
+end
+return granted

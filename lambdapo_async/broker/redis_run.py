@@ -1,0 +1,46 @@
+"""All seams of one run in one Redis."""
+
+from lambdapo_async.broker.admission import RedisAdmission
+from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.fleet import RedisFleet
+from lambdapo_async.broker.interface import RunLimits
+from lambdapo_async.broker.ownership import Ownership
+from lambdapo_async.broker.rollout_sink import RedisRolloutSink
+from lambdapo_async.broker.rollout_source import RedisRolloutSource
+from lambdapo_async.broker.run_store import RedisRunStore
+from lambdapo_async.keys import RunKeys
+from lambdapo_async.weights.store import RedisWeightStore
+
+
+class RedisRun:
+    """What one process knows of a run; thread-safe, connects at the first call.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``.
+        run_id: names the run's keys.
+        timeout_s: deadline of each call, repetitions included.
+    """
+
+    def __init__(self, url: str, run_id: str, *, timeout_s: float) -> None:
+        self.keys = RunKeys(run_id)
+        self._broker = Broker(url, timeout_s=timeout_s)
+        self._ownership = Ownership(self._broker, self.keys)
+        self.run_store = RedisRunStore(self._broker, self.keys, self._ownership)
+        self.fleet = RedisFleet(self._broker, self.keys)
+        self.weights = RedisWeightStore(self._broker, self.keys)
+
+    def admission(self, actor_id: str) -> RedisAdmission:
+        """The leases of one actor."""
+        return RedisAdmission(self._broker, self.keys, actor_id)
+
+    def sink(self) -> RedisRolloutSink:
+        """The actor's end of the queue; its producers are named ``<actor_id>.<number>``, as leases are by actor."""
+        return RedisRolloutSink(self._broker, self.keys)
+
+    def source(self, fence: int, limits: RunLimits) -> RedisRolloutSource:
+        """The learner's end of the queue."""
+        return RedisRolloutSource(self._broker, self.keys, self._ownership, fence, limits)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._broker.close()

@@ -1,0 +1,150 @@
+"""What an actor needs to join, over Redis: config, model files, rows, phase."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import msgpack
+import redis
+import zstandard
+
+from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.interface import Phase, RunState
+from lambdapo_async.broker.ownership import Ownership
+from lambdapo_async.broker.script import Script
+from lambdapo_async.errors import BrokerError, RunNotFoundError, TaskError
+from lambdapo_async.keys import RunKeys
+from lambdapo_async.rollout import Split
+
+PROTOCOL_SCHEMA = 1
+"""Raised whenever an older process could misread or corrupt what a newer one keeps in Redis."""
+ROWS_PER_CHUNK = 256
+MAX_SPLIT_BYTES = 1024**3
+"""Compressed rows of one split; they share Redis' memory with the queue."""
+_CHUNKS_CACHED = 128
+_MAX_CHUNK_BYTES = 512 * 1024**2  # decompressed: 2 MB per row; more is damage or a bomb
+
+FoundRow = dict[str, str | None]
+
+
+class RedisRunStore:
+    """The published run (see ``interface.RunStore``)."""
+
+    def __init__(
+        self, broker: Broker, keys: RunKeys, ownership: Ownership, *, max_split_bytes: int = MAX_SPLIT_BYTES
+    ) -> None:
+        self._broker, self._keys, self._ownership = broker, keys, ownership
+        self._max_split_bytes = max_split_bytes
+        self._set_phase = Script(broker, "set_phase", fenced=True)
+        self._chunk = lru_cache(maxsize=_CHUNKS_CACHED)(self._fetch_chunk)
+
+    def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
+        """Publish config and model files under our fence; the run is ``starting`` from here on."""
+        self._ownership.take_over(fence, {"schema": PROTOCOL_SCHEMA, "phase": "starting"})
+
+        def publish(client: redis.Redis) -> None:
+            pipeline = client.pipeline(transaction=True)
+            pipeline.set(self._keys.config, config_json)
+            pipeline.delete(self._keys.model_files)
+            if model_files:
+                pipeline.hset(self._keys.model_files, mapping=dict(model_files))
+            pipeline.execute()
+
+        self._broker.call(publish)
+
+    def put_rows(self, split: Split, rows: Sequence[Mapping[str, str | None]]) -> None:
+        """Publish a split's rows in chunks.
+
+        Raises:
+            TaskError: they are too many for Redis.
+        """
+        chunks = list(self._compressed(split, rows))
+
+        def publish(client: redis.Redis) -> None:
+            client.delete(self._keys.rows(split))
+            for number, chunk in enumerate(chunks):
+                client.hset(self._keys.rows(split), str(number), chunk)
+            client.hset(self._keys.state, f"rows_{split}", len(rows))
+
+        self._broker.call(publish)
+        self._chunk.cache_clear()
+
+    def config_json(self) -> bytes:
+        """The published config.
+
+        Raises:
+            RunNotFoundError: there is none, or its schema is not ours.
+        """
+        self.state()
+        config = self._broker.call(lambda client: client.get(self._keys.config))
+        if not isinstance(config, bytes):
+            raise RunNotFoundError(f"run {self._keys.run_id} has no config yet: is its learner still starting?")
+        return config
+
+    def model_files(self) -> dict[str, bytes]:
+        """File name -> content."""
+        files: dict[bytes, bytes] = self._broker.call(lambda client: client.hgetall(self._keys.model_files))
+        return {name.decode(): content for name, content in files.items()}
+
+    def num_rows(self, split: Split) -> int:
+        """Rows of a split."""
+        count = self._broker.call(lambda client: client.hget(self._keys.state, f"rows_{split}"))
+        if count is None:
+            raise RunNotFoundError(f"run {self._keys.run_id} has no {split} rows yet: is its learner still starting?")
+        return int(count)
+
+    def row(self, split: Split, index: int) -> FoundRow:
+        """One row; chunks are cached.
+
+        Raises:
+            BrokerError: no such row, or it is damaged.
+        """
+        chunk, place = divmod(index, ROWS_PER_CHUNK)
+        rows = self._chunk(split, chunk)
+        if not 0 <= place < len(rows):
+            raise BrokerError(f"run {self._keys.run_id} has no row {index} in {split}")
+        return rows[place]
+
+    def state(self) -> RunState:
+        """Phase, epoch and version.
+
+        Raises:
+            RunNotFoundError: the run is not in this Redis, or its schema is not ours.
+        """
+        schema, phase, epoch, version = self._broker.call(
+            lambda client: client.hmget(self._keys.state, ["schema", "phase", "epoch", "version"])
+        )
+        if schema is None or phase is None or epoch is None:
+            raise RunNotFoundError(f"this Redis holds no run {self._keys.run_id!r}: check the run id and the URL")
+        if int(schema) != PROTOCOL_SCHEMA:
+            raise RunNotFoundError(
+                f"run {self._keys.run_id} speaks schema {int(schema)}, this version speaks {PROTOCOL_SCHEMA}: "
+                "install the learner's version of lambdapo-async"
+            )
+        return RunState(phase.decode(), epoch.decode(), -1 if version is None else int(version), int(schema))
+
+    def set_phase(self, phase: Phase, *, fence: int) -> None:
+        """``running`` once the first weights are out; ``finished`` tells the actors to drain and exit 0."""
+        self._set_phase([self._keys.state], [fence, phase])
+
+    def _compressed(self, split: Split, rows: Sequence[Mapping[str, str | None]]) -> Iterator[bytes]:
+        compressor, total = zstandard.ZstdCompressor(), 0
+        for first in range(0, len(rows), ROWS_PER_CHUNK):
+            chunk = compressor.compress(msgpack.packb([dict(row) for row in rows[first : first + ROWS_PER_CHUNK]]))
+            total += len(chunk)
+            if total > self._max_split_bytes:
+                raise TaskError(
+                    f"the first {first + ROWS_PER_CHUNK} of {len(rows)} {split} rows take {total} bytes compressed, "
+                    f"more than {self._max_split_bytes}: set task.max_rows"
+                )
+            yield chunk
+
+    def _fetch_chunk(self, split: Split, number: int) -> list[FoundRow]:
+        chunk = self._broker.call(lambda client: client.hget(self._keys.rows(split), str(number)))
+        if not isinstance(chunk, bytes):
+            return []
+        try:
+            packed = zstandard.ZstdDecompressor().decompress(chunk, max_output_size=_MAX_CHUNK_BYTES)
+            rows: list[FoundRow] = msgpack.unpackb(packed, max_array_len=ROWS_PER_CHUNK, max_map_len=16)
+        except (zstandard.ZstdError, ValueError, msgpack.UnpackException) as error:
+            raise BrokerError(f"chunk {number} of the {split} rows is damaged: {error}") from error
+        return rows

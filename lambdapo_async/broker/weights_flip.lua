@@ -1,0 +1,14 @@
+-- Make a complete version the head. Repeated by the same learner it changes nothing.
+-- KEYS[1] = state, KEYS[2] = head, KEYS[3] = log
+-- ARGV[1] = fence, ARGV[2] = version, ARGV[3] = consumed, ARGV[4] = log entries kept
+local head = redis.call('GET', KEYS[2])
+if head and tonumber(head) > tonumber(ARGV[2]) then return {'OLD', head} end
+if head ~= ARGV[2] then
+  redis.call('SET', KEYS[2], ARGV[2])
+  redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[4], '*', 'v', ARGV[2])
+  redis.call('HSET', KEYS[1], 'version', ARGV[2])
+end
+if tonumber(redis.call('HGET', KEYS[1], 'consumed') or '0') < tonumber(ARGV[3]) then
+  redis.call('HSET', KEYS[1], 'consumed', ARGV[3])
+end
+return {'OK'}

@@ -1,0 +1,41 @@
+"""The demo's view of Redis: which server, and what it knows of the run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from lambdapo_async.broker.embedded import embedded_server
+from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.redis_run import RedisRun
+from lambdapo_async.config.load import REDIS_URL_VARIABLE
+from lambdapo_async.errors import RunNotFoundError
+
+_TIMEOUT_S = 10.0
+
+
+@contextmanager
+def demo_redis(environ: Mapping[str, str]) -> Iterator[str]:
+    """The URL of the given Redis, or of a private one that ends with the block."""
+    if url := environ.get(REDIS_URL_VARIABLE):
+        yield url
+        return
+    with embedded_server() as url:
+        yield url
+
+
+class BrokerWatch:
+    """Reads a run's state and fleet; writes nothing."""
+
+    def __init__(self, url: str, run_id: str) -> None:
+        self._run = RedisRun(url, run_id, timeout_s=_TIMEOUT_S)
+
+    def is_published(self) -> bool:
+        """Whether actors can join."""
+        try:
+            self._run.run_store.state()
+        except RunNotFoundError:
+            return False
+        return True
+
+    def fleet(self) -> Sequence[Heartbeat]:
+        """The actors that live."""
+        return self._run.fleet.members()

@@ -1,0 +1,128 @@
+"""Every Redis key of a run, named here and nowhere else.
+
+The braces are a hash tag: a cluster keeps the whole run in one slot, so that scripts may touch all of it at once.
+"""
+
+from dataclasses import dataclass
+
+from lambdapo_async.rollout import Split
+
+
+@dataclass(frozen=True, slots=True)
+class RunKeys:
+    """The keys of one run id."""
+
+    run_id: str
+
+    def _key(self, name: str) -> bytes:
+        return f"{{lp:{self.run_id}}}:{name}".encode()
+
+    @property
+    def state(self) -> bytes:
+        """Hash: schema, fence, owner, epoch, phase, version, limits and counters."""
+        return self._key("st")
+
+    @property
+    def config(self) -> bytes:
+        """String: the published config as JSON."""
+        return self._key("config")
+
+    @property
+    def model_files(self) -> bytes:
+        """Hash: file name -> content."""
+        return self._key("files")
+
+    def rows(self, split: Split) -> bytes:
+        """Hash: chunk number -> zstd-compressed msgpack list of rows."""
+        return self._key(f"rows:{split}")
+
+    @property
+    def queue(self) -> bytes:
+        """Stream: one descriptor per uncommitted group."""
+        return self._key("q")
+
+    def payload(self, producer: str, seq: int) -> bytes:
+        """String: the group itself, beside its descriptor."""
+        return self._key(f"g:{producer}:{seq}")
+
+    @property
+    def accepted(self) -> bytes:
+        """Hash: producer -> last sequence number accepted."""
+        return self._key("prod")
+
+    @property
+    def committed(self) -> bytes:
+        """Hash: producer -> last sequence number durable at the learner; only ever raised."""
+        return self._key("commit")
+
+    @property
+    def leases(self) -> bytes:
+        """Sorted set: lease id -> expiry in milliseconds of server time."""
+        return self._key("lease")
+
+    @property
+    def holders(self) -> bytes:
+        """Hash: lease id -> actor that holds it."""
+        return self._key("holder")
+
+    @property
+    def todo(self) -> bytes:
+        """List: training leases that came back, next one first."""
+        return self._key("todo")
+
+    @property
+    def heldout(self) -> bytes:
+        """List: held-out leases to be granted, next one first."""
+        return self._key("heldout")
+
+    @property
+    def answered(self) -> bytes:
+        """Sorted set: lease ids answered lately -> server time of the answer in milliseconds."""
+        return self._key("answered")
+
+    def grant(self, actor_id: str) -> bytes:
+        """String, expiring: request id and lease ids of the actor's last grant, for a lost reply."""
+        return self._key(f"grant:{actor_id}")
+
+    @property
+    def fleet(self) -> bytes:
+        """Hash: actor id -> heartbeat (msgpack)."""
+        return self._key("fleet")
+
+    @property
+    def fleet_expiry(self) -> bytes:
+        """Sorted set: actor id -> expiry of its heartbeat in milliseconds of server time."""
+        return self._key("fleet_expiry")
+
+    @property
+    def dead(self) -> bytes:
+        """Stream: quarantined groups, the newest ones."""
+        return self._key("dead")
+
+    def weights_chunk(self, version: int, index: int) -> bytes:
+        """String: one piece of a version."""
+        return self._key(f"w:{version}:{index}")
+
+    def weights_manifest(self, version: int) -> bytes:
+        """String: sizes and checksums of a version (msgpack)."""
+        return self._key(f"w:{version}:m")
+
+    @property
+    def weights_head(self) -> bytes:
+        """String: the newest whole version."""
+        return self._key("w:latest")
+
+    @property
+    def weights_log(self) -> bytes:
+        """Stream: one entry per head, for readers that block."""
+        return self._key("w:log")
+
+    @property
+    def weights_versions(self) -> bytes:
+        """Sorted set: every version begun -> its number of chunks, negative once it may not be read any more."""
+        return self._key("w:vers")
+
+    @property
+    def weights_readers(self) -> bytes:
+        """Sorted set: ``version|reader`` -> expiry in milliseconds of server time."""
+        return self._key("w:readers")

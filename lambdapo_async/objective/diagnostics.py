@@ -1,0 +1,151 @@
+"""What every step reports about its data, under stable names, and what of it is alarming.
+
+T = packed tokens of a micro-batch, K = those of them with loss, N = its sequences with loss, B = groups, G = rollouts
+of a group.
+
+=========================  ============================================================================
+``ratio/ess_token``        effective sample size of pi/mu over tokens, divided by their number: 1 is on-policy
+``ratio/ess_sequence``     the same over sequences, with the product of a sequence's ratios
+``mismatch_kl``            k3 estimate of KL(mu || pi), nats per token
+``ratio/abs_log_mean``     mean and largest abs(log pi - log mu) of a token, nats
+``ratio/abs_log_max``
+``mismatch/fresh``         the mean over tokens that the learner's own version sampled: kernels, not staleness;
+                           absent in a step without such tokens
+``mismatch/fresh_share``   their share of the tokens
+``advantage/shift``        mean advantage
+``advantage/abs_mean``     mean abs(advantage)
+``confidence/reward_corr`` correlation of s and R inside groups, averaged over groups where both vary
+``frac_reward_zero_std``   share of the groups whose rewards are all equal
+=========================  ============================================================================
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lambdapo_async.objective.policy_loss import MAX_LOG_RATIO
+
+MIN_ESS = 0.3
+MAX_MASKED = 0.1
+MIN_SHIFT = -1e-6
+"""Rounding leaves a centred advantage with a mean of this order."""
+
+_MASKED = ("ratio/masked_pos", "ratio/masked_neg", "ratio/rejected_pos", "ratio/rejected_neg")
+
+
+class TokenDiagnostics:
+    """Sums over the micro-batches of a step; nothing is read back from the device before :meth:`finalise`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._abs_log_max: list[Tensor] = []
+
+    def add(
+        self,
+        logprobs_T: Tensor,
+        behavior_logprobs_T: Tensor,
+        loss_mask_T: Tensor,
+        segment_ids_T: Tensor,
+        fresh_mask_T: Tensor,
+    ) -> None:
+        """Count one micro-batch.
+
+        Args:
+            logprobs_T: [T] float32 log pi; ignored where masked.
+            behavior_logprobs_T: [T] float32 log mu; ignored where masked.
+            loss_mask_T: [T] bool.
+            segment_ids_T: [T] int64 number of the token's sequence, 0..N-1.
+            fresh_mask_T: [T] bool, True where the learner's current version sampled the token.
+        """
+        log_ratio_K = (logprobs_T.detach().double() - behavior_logprobs_T.detach().double())[loss_mask_T]
+        if log_ratio_K.numel() == 0:
+            return
+        # Numbered anew, because a sequence without a loss token is no sample.
+        sequences_N, segments_K = torch.unique(segment_ids_T[loss_mask_T], return_inverse=True)
+        log_ratio_N = log_ratio_K.new_zeros(len(sequences_N)).index_add(0, segments_K, log_ratio_K)
+        ratio_K, ratio_N = _ratio(log_ratio_K), _ratio(log_ratio_N)
+        fresh_K = fresh_mask_T[loss_mask_T].double()
+        columns = {
+            "tokens": torch.ones_like(log_ratio_K),
+            "ratio": ratio_K,
+            "ratio_squared": ratio_K.square(),
+            "k3": ratio_K - 1 - log_ratio_K,
+            "abs_log": log_ratio_K.abs(),
+            "fresh_tokens": fresh_K,
+            "fresh_abs_log": log_ratio_K.abs() * fresh_K,
+            "sequences": torch.ones_like(ratio_N),
+            "sequence_ratio": ratio_N,
+            "sequence_ratio_squared": ratio_N.square(),
+        }
+        for name, column in columns.items():
+            self._sums[name] = self._sums.get(name, 0.0) + column.sum()
+        self._abs_log_max.append(log_ratio_K.abs().max())
+
+    def finalise(self) -> dict[str, float]:
+        """Metric name -> value over everything added; empty when no token was."""
+        if not self._sums:
+            return {}
+        sums = {name: float(value) for name, value in self._sums.items()}
+        tokens = sums["tokens"]
+        metrics = {
+            "ratio/ess_token": sums["ratio"] ** 2 / sums["ratio_squared"] / tokens,
+            "ratio/ess_sequence": sums["sequence_ratio"] ** 2 / sums["sequence_ratio_squared"] / sums["sequences"],
+            "mismatch_kl": sums["k3"] / tokens,
+            "ratio/abs_log_mean": sums["abs_log"] / tokens,
+            "ratio/abs_log_max": float(torch.stack(self._abs_log_max).max()),
+            "mismatch/fresh_share": sums["fresh_tokens"] / tokens,
+        }
+        if sums["fresh_tokens"] > 0:
+            metrics["mismatch/fresh"] = sums["fresh_abs_log"] / sums["fresh_tokens"]
+        return metrics
+
+
+def group_diagnostics(rewards_BG: Tensor, confidence_BG: Tensor, advantages_BG: Tensor) -> dict[str, float]:
+    """Metric name -> value over the groups of one step; all three are [B, G] float64."""
+    if rewards_BG.numel() == 0:
+        return {}
+    varied_B = rewards_BG.amax(dim=1) > rewards_BG.amin(dim=1)
+    metrics = {
+        "advantage/shift": float(advantages_BG.mean()),
+        "advantage/abs_mean": float(advantages_BG.abs().mean()),
+        "frac_reward_zero_std": 1.0 - float(varied_B.double().mean()),
+    }
+    both_B = varied_B & (confidence_BG.amax(dim=1) > confidence_BG.amin(dim=1))
+    if both_B.any():
+        correlation_B = _correlation(confidence_BG[both_B], rewards_BG[both_B])
+        metrics["confidence/reward_corr"] = float(correlation_B.mean())
+    return metrics
+
+
+def alarms(metrics: Mapping[str, float]) -> list[str]:
+    """One line per value that says training is going wrong; a metric that is absent alarms nobody."""
+    found = [
+        f"{name} = {metrics[name]:.2f} is below {MIN_ESS}: few samples carry the gradient; "
+        "lower staleness.max_staleness or learner.lr"
+        for name in ("ratio/ess_token", "ratio/ess_sequence")
+        if metrics.get(name, 1.0) < MIN_ESS
+    ]
+    masked = sum(metrics.get(name, 0.0) for name in _MASKED)
+    if masked > MAX_MASKED:
+        found.append(
+            f"{masked:.0%} of the tokens are masked or rejected, more than {MAX_MASKED:.0%}: "
+            "lower staleness.max_staleness, or widen the bounds of objective.policy_loss"
+        )
+    shift = metrics.get("advantage/shift", 0.0)
+    if shift < MIN_SHIFT and metrics.get("staleness/max", 0.0) > 0:
+        found.append(
+            f"advantage/shift = {shift:.3f} is negative on stale data, which pushes probability away from what was "
+            "sampled: set objective.advantage.center = true"
+        )
+    return found
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def _correlation(x_BG: Tensor, y_BG: Tensor) -> Tensor:
+    """[B] Pearson correlation of each row; both rows vary."""
+    x_BG, y_BG = (each - each.mean(dim=1, keepdim=True) for each in (x_BG, y_BG))
+    return torch.nn.functional.cosine_similarity(x_BG, y_BG, dim=1)

@@ -1,0 +1,1 @@
+"""The report of one run: curves, final numbers, samples and config on one page."""

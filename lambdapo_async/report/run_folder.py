@@ -1,0 +1,92 @@
+"""What a run has left in its folder, as the report reads it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lambdapo_async.config import RunConfig
+from lambdapo_async.errors import UserError
+from lambdapo_async.metrics import JsonLinesTail, MetricRow, read_metrics
+from lambdapo_async.report.machine import describe_machine
+
+_METRICS, _SAMPLES, _HEADER = "metrics.jsonl", "samples.jsonl", "run.json"
+
+
+class RunFolderError(UserError):
+    """A folder that holds no run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One held-out rollout."""
+
+    step: int
+    """Learner step whose evaluation it answered."""
+    prompt: str
+    text: str
+    """The completion."""
+    answer: str
+    """The reference's final answer."""
+    reward: float
+    """V"""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """Everything a report is made of."""
+
+    run_id: str
+    machine: str
+    """Empty when nobody recorded it."""
+    config: dict[str, Any]
+    """As published; empty when nobody recorded it."""
+    rows: list[MetricRow]
+    samples: list[Sample]
+
+    @property
+    def target(self) -> float | None:
+        """Held-out reward that ends the run."""
+        target = self.config.get("evaluation", {}).get("target")
+        return None if target is None else float(target)
+
+
+def write_header(folder: Path, run_id: str, config: RunConfig) -> None:
+    """Record what metrics do not say: the run's id, config and machine."""
+    header = {"run_id": run_id, "machine": describe_machine(), "config": config.published()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+
+
+def metrics_path(folder: Path) -> Path:
+    """Where a run's metrics are."""
+    return folder / _METRICS
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Everything in ``folder``; ``RunFolderError`` when there are no metrics."""
+    rows = read_metrics(metrics_path(folder))
+    if not rows:
+        raise RunFolderError(f"{folder} holds no run: {_METRICS} is missing or empty; name one like outputs/RUN_ID")
+    header = _read_header(folder / _HEADER)
+    samples = [
+        Sample(int(line["step"]), line["prompt"], line["text"], line["answer"], float(line["reward"]))
+        for line in JsonLinesTail(folder / _SAMPLES).take()
+    ]
+    return RunRecord(
+        run_id=header.get("run_id", folder.name),
+        machine=header.get("machine", ""),
+        config=header.get("config", {}),
+        rows=rows,
+        samples=samples,
+    )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged: {error}; delete it to report without it") from None
+    return header

@@ -1,0 +1,245 @@
+"""What every engine promises, asked of the scripted one and of the real one."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from actors.engine import Completion, InferenceEngine
+from actors.scripted_engine import ScriptedEngine, bigram_script
+from lambdapo_async.config.sections import SamplingConfig
+from lambdapo_async.errors import EngineError, WeightsError
+from tests.engine_fixtures import MAX_LENGTH, published_weights, tiny_config, write_weights
+
+# vLLM warns a lot, in this process and in the one that it forks with our filters.
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.filterwarnings("default")]
+
+PROMPT = [5, 6, 7, 20]
+VOCAB_SIZE = 50
+SAMPLING = SamplingConfig(max_tokens=100)
+
+Damage = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=["scripted", pytest.param("vllm", marks=pytest.mark.engine)]
+)
+async def bare_engine(
+    request: pytest.FixtureRequest, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[InferenceEngine]:
+    """An engine as it starts: without weights (until another test of the module gives it some)."""
+    engine: InferenceEngine
+    if request.param == "scripted":
+        engine = ScriptedEngine(bigram_script(VOCAB_SIZE), eos_token_id=0, max_length=MAX_LENGTH)
+    else:
+        from actors.vllm_engine import VllmEngine
+
+        scratch = tmp_path_factory.mktemp("s")
+        engine = await VllmEngine.start(tiny_model_folder, config=tiny_config(tiny_model_folder), scratch=scratch)
+    yield engine
+    await engine.shutdown()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(bare_engine: InferenceEngine, weights: Callable[[int], Path]) -> InferenceEngine:
+    """The module's engine under version 1."""
+    if bare_engine.policy_version != 1:
+        await bare_engine.load_weights(1, weights(1))
+    return bare_engine
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    folder = tmp_path_factory.mktemp("weights")
+
+    def file_of(version: int) -> Path:
+        path = folder / f"{version}.safetensors"
+        return path if path.exists() else write_weights(path, published_weights(tiny_model_folder, version))
+
+    return file_of
+
+
+async def running(engine: InferenceEngine, *, groups: int = 4, size: int = 8) -> list[asyncio.Task[tuple[Completion, ...]]]:
+    """Long requests of which a token or more is sampled: a short one, started after them, has come back."""
+    tasks = [
+        asyncio.create_task(engine.sample_group([*PROMPT, i], size=size, sampling=SAMPLING)) for i in range(groups)
+    ]
+    await engine.sample_group(PROMPT, size=1, sampling=SamplingConfig(max_tokens=3))
+    return tasks
+
+
+def versions(completion: Completion) -> list[int]:
+    return [span.policy_version for span in completion.version_spans]
+
+
+async def test_no_weights_no_samples(bare_engine: InferenceEngine) -> None:
+    assert bare_engine.policy_version == -1
+    with pytest.raises(EngineError, match="load_weights first"):
+        await bare_engine.sample_group(PROMPT, size=2, sampling=SAMPLING)
+
+
+async def test_columns_of_a_completion_agree(engine: InferenceEngine) -> None:
+    completions = await engine.sample_group(PROMPT, size=8, sampling=SAMPLING)
+    assert len(completions) == 8
+    for completion in completions:
+        num_tokens = len(completion.token_ids)
+        assert completion.token_ids.dtype == np.int32
+        assert completion.logprobs.dtype == np.float32
+        assert completion.logprobs.shape == (num_tokens,)
+        assert sum(span.num_tokens for span in completion.version_spans) == num_tokens
+        assert versions(completion) == [1]
+        assert np.isfinite(completion.logprobs).all()
+        assert (completion.logprobs <= 0).all()
+    assert len({completion.token_ids.tobytes() for completion in completions}) > 1, "samples of a group must differ"
+
+
+async def test_a_completion_stops_at_the_end_of_sequence_and_holds_it(engine: InferenceEngine) -> None:
+    groups = await asyncio.gather(*[engine.sample_group([*PROMPT, i], size=8, sampling=SAMPLING) for i in range(6)])
+    stopped = [c for group in groups for c in group if c.finish_reason == "stop"]
+    assert stopped, "48 samples of up to 100 tokens never ended; the model of this test must end some"
+    for completion in stopped:
+        assert completion.token_ids[-1] == 0
+        assert 0 not in completion.token_ids[:-1]
+
+
+async def test_max_tokens_is_a_length_finish(engine: InferenceEngine) -> None:
+    completions = await engine.sample_group(PROMPT, size=16, sampling=SamplingConfig(max_tokens=2))
+    cut = [completion for completion in completions if completion.finish_reason == "length"]
+    assert cut
+    assert all(len(completion.token_ids) == 2 and completion.token_ids[-1] != 0 for completion in cut)
+
+
+async def test_the_longest_possible_prompt_is_sampled_and_a_longer_one_refused(engine: InferenceEngine) -> None:
+    sampling = SamplingConfig(max_tokens=8)
+    assert await engine.sample_group([5] * (MAX_LENGTH - 8), size=1, sampling=sampling)
+    with pytest.raises(EngineError, match=rf"prompt of {MAX_LENGTH - 7} tokens.*max_tokens = 8.*{MAX_LENGTH} by 1"):
+        await engine.sample_group([5] * (MAX_LENGTH - 7), size=1, sampling=sampling)
+    with pytest.raises(EngineError, match="empty"):
+        await engine.sample_group([], size=1, sampling=sampling)
+
+
+async def test_a_seed_repeats_a_group(engine: InferenceEngine) -> None:
+    once, again, other = [
+        await engine.sample_group(PROMPT, size=4, sampling=SAMPLING, seed=seed) for seed in (11, 11, 12)
+    ]
+    assert [c.token_ids.tolist() for c in once] == [c.token_ids.tolist() for c in again]
+    assert [c.token_ids.tolist() for c in once] != [c.token_ids.tolist() for c in other]
+
+
+async def test_top_k_1_is_certain(engine: InferenceEngine) -> None:
+    completions = await engine.sample_group(PROMPT, size=4, sampling=SamplingConfig(max_tokens=10, top_k=1))
+    assert len({completion.token_ids.tobytes() for completion in completions}) == 1
+    assert np.allclose(np.concatenate([completion.logprobs for completion in completions]), 0.0)
+
+
+async def test_running_requests_survive_an_update_and_carry_both_versions(
+    engine: InferenceEngine, weights: Callable[[int], Path]
+) -> None:
+    tasks = await running(engine)
+    pause_s = await engine.load_weights(2, weights(2))
+    assert pause_s > 0
+    assert engine.policy_version == 2
+    completions = [completion for group in await asyncio.gather(*tasks) for completion in group]
+    assert len(completions) == 32
+    assert {"stop", "length"} >= {completion.finish_reason for completion in completions}
+    assert sum(versions(completion) == [1, 2] for completion in completions) >= 8
+    (fresh,) = await engine.sample_group(PROMPT, size=1, sampling=SAMPLING)
+    assert versions(fresh) == [2]
+
+
+async def test_abort_all_returns_what_was_sampled(engine: InferenceEngine) -> None:
+    tasks = await running(engine)
+    await engine.abort_all()
+    completions = [completion for group in await asyncio.gather(*tasks) for completion in group]
+    aborted = [completion for completion in completions if completion.finish_reason == "abort"]
+    assert sum(len(completion.token_ids) > 0 for completion in aborted) >= 8
+    for completion in aborted:
+        assert len(completion.token_ids) < 100
+        assert len(completion.logprobs) == len(completion.token_ids)
+        assert sum(span.num_tokens for span in completion.version_spans) == len(completion.token_ids)
+    assert await engine.sample_group(PROMPT, size=1, sampling=SAMPLING), "the engine must go on after an abort"
+
+
+async def test_a_cancelled_request_leaves_the_others_alone(engine: InferenceEngine) -> None:
+    tasks = await running(engine, groups=3)
+    tasks[0].cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert all(isinstance(result, tuple) and len(result) == 8 for result in results[1:])
+
+
+def _with(name: str, tensor: Tensor) -> Damage:
+    return lambda tensors: {**tensors, name: tensor}
+
+
+NORM = "model.norm.weight"
+
+
+def _nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    damaged = tensors[NORM].clone()
+    damaged[7] = torch.nan
+    return {**tensors, NORM: damaged}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda t: {n: x for n, x in t.items() if n != NORM}, f"1 tensors missing: {NORM}", id="missing"),
+        pytest.param(_with("model.extra.weight", torch.zeros(4)), "unknown to this model: model.extra", id="unknown"),
+        pytest.param(_with(NORM, torch.zeros(64, dtype=torch.bfloat16)), rf"{NORM} is BF16 \[64\].*\[128\]", id="shape"),
+        pytest.param(_with(NORM, torch.zeros(128)), rf"{NORM} is F32 .* expected BF16", id="dtype"),
+        pytest.param(_with(NORM, torch.zeros(128, dtype=torch.int8)), f"{NORM} is I8", id="integers"),
+        pytest.param(_nan, f"{NORM} is not finite", id="nan"),
+        pytest.param(_with(NORM, torch.full((128,), torch.inf).bfloat16()), f"{NORM} is not finite", id="infinity"),
+    ],
+)
+async def test_a_file_of_another_model_is_refused_and_the_old_weights_stay(
+    engine: InferenceEngine, weights: Callable[[int], Path], tmp_path: Path, tiny_model_folder: Path, damage: Damage, message: str
+) -> None:
+    greedy = SamplingConfig(max_tokens=20, top_k=1)
+    before = await engine.sample_group(PROMPT, size=1, sampling=greedy)
+    save_file(damage(published_weights(tiny_model_folder, 2)), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        await engine.load_weights(2, tmp_path / "w.safetensors")
+    assert engine.policy_version == 1
+    after = await engine.sample_group(PROMPT, size=1, sampling=greedy)
+    assert after[0].token_ids.tolist() == before[0].token_ids.tolist()
+    assert versions(after[0]) == [1]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x10\0\0\0\0\0\0\0{}", b"not weights" * 100])
+async def test_a_damaged_file_is_refused(engine: InferenceEngine, tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "w").write_bytes(content)
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        await engine.load_weights(2, tmp_path / "w")
+    assert engine.policy_version == 1
+
+
+async def test_a_refused_file_does_not_stop_running_requests(
+    engine: InferenceEngine, tmp_path: Path
+) -> None:
+    tasks = await running(engine, groups=2)
+    with pytest.raises(WeightsError):
+        await engine.load_weights(2, tmp_path / "missing")
+    for completion in [completion for group in await asyncio.gather(*tasks) for completion in group]:
+        assert versions(completion) == [1]
+        assert completion.finish_reason in ("stop", "length")
+
+
+async def test_shutdown_is_idempotent_and_final(engine: InferenceEngine, weights: Callable[[int], Path]) -> None:
+    tasks = await running(engine, groups=1)
+    await engine.shutdown()
+    await engine.shutdown()
+    with pytest.raises(EngineError, match="dead"):
+        await asyncio.gather(*tasks)
+    with pytest.raises(EngineError, match="dead"):
+        await engine.sample_group(PROMPT, size=1, sampling=SAMPLING)
+    with pytest.raises(EngineError, match="dead"):
+        await engine.load_weights(2, weights(2))

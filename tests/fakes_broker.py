@@ -1,0 +1,396 @@
+"""The broker in memory: the same seams on one shared state, held to the same contract tests as Redis.
+
+``FakeRun(run_id, state)`` is one process; processes of one run share the ``FakeRedisRun``.
+"""
+
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lambdapo_async.broker.interface import (
+    Delivery,
+    Descriptor,
+    EnqueueReply,
+    EnqueueStatus,
+    Heartbeat,
+    Phase,
+    QueueStats,
+    RunLimits,
+    RunState,
+)
+from lambdapo_async.errors import BrokerError, FencedError, RunNotFoundError, TaskError, WeightsError
+from lambdapo_async.rollout import Lease, Split
+
+SCHEMA = 1
+_POLL_S = 0.005
+
+
+@dataclass
+class FakeRedisRun:
+    """What Redis holds of a run."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    fence: int | None = None
+    owner: str = ""
+    epoch: str = ""
+    schema: int | None = None
+    phase: Phase | None = None
+    limits: RunLimits | None = None
+    admitted: int = 0
+    consumed: int = 0
+    frontier: int = 0
+    late: int = 0
+    quarantined: int = 0
+    config: bytes | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    rows: dict[Split, list[Mapping[str, str | None]]] = field(default_factory=dict)
+    queue: list[Delivery] = field(default_factory=list)
+    accepted: dict[str, int] = field(default_factory=dict)
+    committed: dict[str, int] = field(default_factory=dict)
+    held: dict[Lease, tuple[str, float]] = field(default_factory=dict)
+    lines: dict[Split, deque[Lease]] = field(default_factory=lambda: {"train": deque(), "heldout": deque()})
+    answered: set[Lease] = field(default_factory=set)
+    beats: dict[str, tuple[Heartbeat, float]] = field(default_factory=dict)
+    versions: dict[int, bytes] = field(default_factory=dict)
+    head: int | None = None
+
+    def take_over(self, fence: int, owner: str) -> None:
+        stored = -1 if self.fence is None else self.fence
+        if stored > fence or (stored == fence and self.owner != owner):
+            raise FencedError(f"another learner owns the run now (fence {stored})")
+        self.fence, self.owner = fence, owner
+        self.epoch = self.epoch or uuid.uuid4().hex
+
+    def check_fence(self, fence: int) -> None:
+        if self.fence is None:
+            raise BrokerError("this Redis does not hold the run any more")
+        if self.fence != fence:
+            raise FencedError(f"another learner owns the run now (fence {self.fence})")
+
+    def put_in_front(self, leases: Sequence[Lease]) -> None:
+        for lease in reversed(leases):
+            del self.held[lease]
+            self.lines[lease.split].appendleft(lease)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(delivery.payload) for delivery in self.queue)
+
+
+class FakeAdmission:
+    """``interface.Admission``"""
+
+    def __init__(self, state: FakeRedisRun, actor_id: str) -> None:
+        self._state, self._actor_id = state, actor_id
+
+    def lease(self, max_count: int) -> tuple[Lease, ...]:
+        state = self._state
+        with state.lock:
+            if state.phase != "running" or state.limits is None:
+                return ()
+            now = time.monotonic()
+            expired = [lease for lease, (_, expiry) in state.held.items() if expiry <= now]
+            state.put_in_front(sorted(expired, key=lambda lease: (state.held[lease][1], lease.id)))
+            granted: list[Lease] = []
+            for line in (state.lines["heldout"], state.lines["train"]):
+                while line and len(granted) < max_count:
+                    granted.append(line.popleft())
+            while len(granted) < max_count and state.admitted - state.consumed < state.limits.capacity:
+                granted.append(Lease("train", state.frontier))
+                state.frontier += 1
+                state.admitted += 1
+            for lease in granted:
+                state.held[lease] = (self._actor_id, now + state.limits.lease_s)
+            return tuple(granted)
+
+    def renew(self, leases: Sequence[Lease]) -> tuple[Lease, ...]:
+        state = self._state
+        with state.lock:
+            lost = tuple(lease for lease in leases if state.held.get(lease, ("",))[0] != self._actor_id)
+            for lease in set(leases) - set(lost):
+                assert state.limits is not None
+                state.held[lease] = (self._actor_id, time.monotonic() + state.limits.lease_s)
+            return lost
+
+    def hand_back(self, leases: Sequence[Lease]) -> None:
+        with self._state.lock:
+            ours = [lease for lease in leases if self._state.held.get(lease, ("",))[0] == self._actor_id]
+            self._state.put_in_front(ours)
+
+
+class FakeRolloutSink:
+    """``interface.RolloutSink``"""
+
+    def __init__(self, state: FakeRedisRun) -> None:
+        self._state = state
+
+    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
+        state, producer = self._state, descriptor.producer
+        with state.lock:
+            status = self._status(descriptor, payload, epoch)
+            if status is EnqueueStatus.OK:
+                self._accept(descriptor, payload)
+            return EnqueueReply(status, state.accepted.get(producer, 0), state.committed.get(producer, 0), state.epoch)
+
+    def _status(self, descriptor: Descriptor, payload: bytes, epoch: str) -> EnqueueStatus:
+        state = self._state
+        last = state.accepted.get(descriptor.producer, 0)
+        if epoch != state.epoch or state.limits is None:
+            return EnqueueStatus.EPOCH
+        if descriptor.seq <= last:
+            return EnqueueStatus.DUP
+        if descriptor.seq != last + 1:
+            return EnqueueStatus.GAP
+        holder = state.held.get(descriptor.lease, (None,))[0]
+        ours = holder is not None and f"{descriptor.producer}.".startswith(f"{holder}.")
+        if (holder is not None and not ours) or descriptor.lease in state.answered:
+            state.late += 1
+            if ours:
+                del state.held[descriptor.lease]
+            return EnqueueStatus.LATE
+        if len(payload) > state.limits.max_bytes:
+            raise BrokerError(f"group {descriptor.lease.id} has {len(payload)} bytes, more than broker.max_bytes")
+        full = len(state.queue) >= state.limits.max_groups or state.num_bytes + len(payload) > state.limits.max_bytes
+        return EnqueueStatus.FULL if full else EnqueueStatus.OK
+
+    def _accept(self, descriptor: Descriptor, payload: bytes) -> None:
+        state, lease = self._state, descriptor.lease
+        if lease in state.held:
+            del state.held[lease]
+        elif lease in state.lines[lease.split]:
+            state.lines[lease.split].remove(lease)
+        elif lease.split == "train":
+            state.admitted += 1
+        state.queue.append(Delivery(descriptor, payload))
+        state.accepted[descriptor.producer] = descriptor.seq
+        state.answered.add(lease)
+
+
+class FakeRolloutSource:
+    """``interface.RolloutSource``"""
+
+    def __init__(self, state: FakeRedisRun, owner: str, fence: int, limits: RunLimits) -> None:
+        self._state, self._owner, self._fence, self._limits = state, owner, fence, limits
+        self._received: dict[str, int] = {}
+
+    def initialise(self, *, watermarks: Mapping[str, int], consumed: int, next_index: int) -> None:
+        state = self._state
+        with state.lock:
+            state.take_over(self._fence, self._owner)
+            state.limits = self._limits
+            self.commit(watermarks)
+            state.lines["heldout"].clear()
+            unconsumed = [*state.held, *state.lines["train"], *(one.descriptor.lease for one in state.queue)]
+            state.consumed = consumed
+            state.admitted = consumed + sum(lease.split == "train" for lease in unconsumed)
+            state.frontier = max(state.frontier, next_index)
+            self._received = dict(watermarks)
+
+    def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._state.lock:
+                self._state.check_fence(self._fence)
+                unread = [delivery for delivery in self._state.queue if self._is_unread(delivery.descriptor)]
+                for delivery in unread[:max_groups]:
+                    self._received[delivery.descriptor.producer] = delivery.descriptor.seq
+            if unread or time.monotonic() >= deadline:
+                return unread[:max_groups]
+            time.sleep(_POLL_S)
+
+    def release(self, consumed: int) -> None:
+        with self._state.lock:
+            self._state.check_fence(self._fence)
+            self._state.consumed = max(self._state.consumed, consumed)
+
+    def commit(self, watermarks: Mapping[str, int]) -> None:
+        state = self._state
+        with state.lock:
+            state.check_fence(self._fence)
+            for producer, mark in watermarks.items():
+                for marks in (state.accepted, state.committed):
+                    marks[producer] = max(marks.get(producer, 0), mark)
+            state.queue = [
+                one for one in state.queue if one.descriptor.seq > watermarks.get(one.descriptor.producer, 0)
+            ]
+
+    def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
+        with self._state.lock:
+            self._state.check_fence(self._fence)
+            self._state.quarantined += 1
+
+    def request_evaluation(self, leases: Sequence[Lease]) -> None:
+        state = self._state
+        with state.lock:
+            state.check_fence(self._fence)
+            for lease in leases:
+                state.answered.discard(lease)
+                if lease not in state.held and lease not in state.lines["heldout"]:
+                    state.lines["heldout"].append(lease)
+
+    def stats(self) -> QueueStats:
+        state = self._state
+        with state.lock:
+            state.check_fence(self._fence)
+            return QueueStats(
+                queued=len(state.queue),
+                num_bytes=state.num_bytes,
+                leased=len(state.held),
+                returned=len(state.lines["train"]),
+                admitted=state.admitted - state.consumed,
+                quarantined=state.quarantined,
+            )
+
+    def _is_unread(self, descriptor: Descriptor) -> bool:
+        return descriptor.seq > self._received.get(descriptor.producer, 0)
+
+
+class FakeFleet:
+    """``interface.Fleet``"""
+
+    def __init__(self, state: FakeRedisRun) -> None:
+        self._state = state
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        with self._state.lock:
+            lease_s = self._state.limits.lease_s if self._state.limits else 60.0
+            self._state.beats[heartbeat.actor_id] = (heartbeat, time.monotonic() + lease_s)
+
+    def members(self) -> tuple[Heartbeat, ...]:
+        with self._state.lock:
+            beats = (self._state.beats[actor_id] for actor_id in sorted(self._state.beats))
+            return tuple(heartbeat for heartbeat, expiry in beats if expiry > time.monotonic())
+
+    def leave(self, actor_id: str) -> None:
+        with self._state.lock:
+            self._state.beats.pop(actor_id, None)
+
+
+class FakeRunStore:
+    """``interface.RunStore``"""
+
+    def __init__(self, state: FakeRedisRun, owner: str, run_id: str) -> None:
+        self._state, self._owner, self._run_id = state, owner, run_id
+
+    def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
+        state = self._state
+        with state.lock:
+            state.take_over(fence, self._owner)
+            state.schema, state.phase = SCHEMA, "starting"
+            state.config, state.files = config_json, dict(model_files)
+
+    def put_rows(self, split: Split, rows: Sequence[Mapping[str, str | None]]) -> None:
+        if len(rows) > 10_000_000:
+            raise TaskError(f"{len(rows)} {split} rows are too many: set task.max_rows")
+        with self._state.lock:
+            self._state.rows[split] = [dict(row) for row in rows]
+
+    def config_json(self) -> bytes:
+        with self._state.lock:
+            self.state()
+            if self._state.config is None:
+                raise RunNotFoundError(f"run {self._run_id} has no config yet")
+            return self._state.config
+
+    def model_files(self) -> dict[str, bytes]:
+        with self._state.lock:
+            return dict(self._state.files)
+
+    def num_rows(self, split: Split) -> int:
+        with self._state.lock:
+            if split not in self._state.rows:
+                raise RunNotFoundError(f"run {self._run_id} has no {split} rows yet")
+            return len(self._state.rows[split])
+
+    def row(self, split: Split, index: int) -> Mapping[str, str | None]:
+        with self._state.lock:
+            rows = self._state.rows.get(split, [])
+            if not 0 <= index < len(rows):
+                raise BrokerError(f"run {self._run_id} has no row {index} in {split}")
+            return rows[index]
+
+    def state(self) -> RunState:
+        state = self._state
+        with state.lock:
+            if state.schema is None or state.phase is None:
+                raise RunNotFoundError(f"this Redis holds no run {self._run_id!r}: check the run id and the URL")
+            if state.schema != SCHEMA:
+                raise RunNotFoundError(f"run {self._run_id} speaks schema {state.schema}, this version speaks {SCHEMA}")
+            return RunState(state.phase, state.epoch, -1 if state.head is None else state.head, state.schema)
+
+    def set_phase(self, phase: Phase, *, fence: int) -> None:
+        with self._state.lock:
+            self._state.check_fence(fence)
+            self._state.phase = phase
+
+
+class FakeWeightStore:
+    """``interface.WeightStore``; readers copy at once, so that it needs no reader leases."""
+
+    def __init__(self, state: FakeRedisRun) -> None:
+        self._state = state
+
+    def publish(self, version: int, payload: bytes, *, consumed: int, fence: int) -> None:
+        state = self._state
+        with state.lock:
+            state.check_fence(fence)
+            if not payload or (state.head is not None and version <= state.head):
+                raise WeightsError(f"version {version} is empty or not above the head {state.head}")
+            state.versions[version] = payload
+            state.versions = {kept: state.versions[kept] for kept in _newest(state.versions, 2)}
+            state.head = version
+            state.consumed = max(state.consumed, consumed)
+
+    def head(self) -> int | None:
+        with self._state.lock:
+            return self._state.head
+
+    def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            head = self.head()
+            if head is not None and head > than:
+                return head
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(_POLL_S)
+
+    def fetch(self, version: int) -> bytes:
+        with self._state.lock:
+            if version not in self._state.versions:
+                raise WeightsError(f"version {version} is gone: the head is {self._state.head}")
+            return self._state.versions[version]
+
+
+class FakeRun:
+    """Same shape as ``RedisRun``: one process of a run in memory."""
+
+    def __init__(self, run_id: str = "fake", state: FakeRedisRun | None = None) -> None:
+        self.shared = state or FakeRedisRun()
+        self._run_id, self._owner = run_id, uuid.uuid4().hex
+        self.run_store = FakeRunStore(self.shared, self._owner, run_id)
+        self.fleet = FakeFleet(self.shared)
+        self.weights = FakeWeightStore(self.shared)
+
+    def another(self) -> "FakeRun":
+        """Another process of the same run."""
+        return FakeRun(self._run_id, self.shared)
+
+    def admission(self, actor_id: str) -> FakeAdmission:
+        return FakeAdmission(self.shared, actor_id)
+
+    def sink(self) -> FakeRolloutSink:
+        return FakeRolloutSink(self.shared)
+
+    def source(self, fence: int, limits: RunLimits) -> FakeRolloutSource:
+        return FakeRolloutSource(self.shared, self._owner, fence, limits)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _newest(versions: Iterable[int], count: int) -> list[int]:
+    return sorted(versions)[-count:]

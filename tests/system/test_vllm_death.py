@@ -1,0 +1,93 @@
+"""What is left when the engine's process, or the one that holds it, is killed."""
+
+import asyncio
+import multiprocessing
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.vllm_engine import VllmEngine
+from lambdapo_async.config.sections import SamplingConfig
+from lambdapo_async.errors import EngineError
+from tests.engine_fixtures import published_weights, tiny_config, write_weights
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
+
+LONG = SamplingConfig(max_tokens=100)
+EVENT_TIMEOUT_S = 30.0
+
+
+@asynccontextmanager
+async def sampling_engine(folder: Path) -> AsyncIterator[VllmEngine]:
+    with tempfile.TemporaryDirectory(prefix="s") as scratch:
+        engine = await VllmEngine.start(folder, config=tiny_config(folder), scratch=Path(scratch))
+        try:
+            await engine.load_weights(0, write_weights(Path(scratch) / "w", published_weights(folder, 0)))
+            yield engine
+        finally:
+            await engine.shutdown()
+
+
+async def test_a_killed_engine_process_fails_every_request(tiny_model_folder: Path, tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    async with sampling_engine(tiny_model_folder) as engine:
+        (core,) = set(psutil.Process().children()) - before
+        tasks = [asyncio.create_task(engine.sample_group([5, 6, i], size=8, sampling=LONG)) for i in range(4)]
+        await engine.sample_group([5, 6], size=1, sampling=SamplingConfig(max_tokens=3))
+        core.kill()
+        async with asyncio.timeout(EVENT_TIMEOUT_S):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [EngineError] * 4
+        with pytest.raises(EngineError, match="dead"):
+            await engine.sample_group([5, 6], size=1, sampling=LONG)
+        weights = write_weights(tmp_path / "w", published_weights(tiny_model_folder, 1))
+        with pytest.raises(EngineError, match="dead"):
+            await engine.load_weights(1, weights)
+        assert engine.policy_version == 0
+
+
+async def test_a_failed_swap_kills_the_engine(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """After it the model may be half loaded and must not sample again."""
+    weights = write_weights(tmp_path / "w", published_weights(tiny_model_folder, 1))
+    async with sampling_engine(tiny_model_folder) as engine:
+        with weights.open("rb") as file:
+            only_we_can_open_it = Path(f"/proc/self/fd/{file.fileno()}")
+            tasks = [asyncio.create_task(engine.sample_group([5, 6, i], size=8, sampling=LONG)) for i in range(2)]
+            async with asyncio.timeout(EVENT_TIMEOUT_S):
+                swap = engine.load_weights(1, only_we_can_open_it)
+                results = await asyncio.gather(swap, *tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [EngineError] * 3
+        assert "version 1 failed" in str(results[0])
+        with pytest.raises(EngineError, match="version 1 failed"):
+            await engine.sample_group([5, 6], size=1, sampling=LONG)
+        assert engine.policy_version == 0
+
+
+def _hold_an_engine(folder: Path, ready: Connection) -> None:
+    async def hold() -> None:
+        async with sampling_engine(folder):
+            ready.send([child.pid for child in psutil.Process().children(recursive=True)])
+            await asyncio.Event().wait()
+
+    asyncio.run(hold())
+
+
+def test_a_killed_holder_leaves_no_process(tiny_model_folder: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("fork").Process(target=_hold_an_engine, args=(tiny_model_folder, theirs))
+    holder.start()
+    try:
+        assert ours.poll(EVENT_TIMEOUT_S), "the engine did not start"
+        children = [psutil.Process(pid) for pid in ours.recv()]
+        assert children, "the engine runs in a process of its own"
+    finally:
+        holder.kill()
+        holder.join()
+    _, alive = psutil.wait_procs(children, timeout=EVENT_TIMEOUT_S)
+    assert not alive, f"orphans of {os.getpid()}'s child: {alive}"

@@ -1,0 +1,278 @@
+"""The actor's loops on a scripted engine and a run in memory."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.actor import Actor, ActorParts
+from actors.follower import WeightFollower
+from actors.outbox import Outbox
+from actors.prompts import LeasedPrompts
+from actors.scripted_engine import ScriptedEngine, bigram_script
+from lambdapo_async.broker.interface import Delivery, RunLimits
+from lambdapo_async.config import RunConfig
+from lambdapo_async.errors import EngineError, WeightsError
+from lambdapo_async.rollout import Lease
+from lambdapo_async.tasks.interface import Row, Scored
+from lambdapo_async.weights.safetensors_file import encode_full
+from lambdapo_async.wire import decode_group
+from tests.fakes_broker import FakeRun
+
+VOCAB = 12
+EOS = 0
+TIMEOUT_S = 20.0
+CONFIG = RunConfig.model_validate(
+    {
+        "model": {"path": "unused", "max_length": 32},
+        "task": {"kind": "arithmetic"},
+        "sampling": {"max_tokens": 16},
+        "rollout": {"group_size": 3, "groups_per_step": 4},
+        "staleness": {"max_staleness": 1},
+        "broker": {"heartbeat_s": 0.02, "lease_s": 5.0},
+        "actor": {"groups_in_flight": 3, "drain_s": 5.0},
+    }
+)
+
+
+class DigitTokenizer:
+    """Ids are numbers; a text is its ids."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def apply_chat_template(self, conversation: object, *, add_generation_prompt: bool, tokenize: bool) -> str:
+        raise NotImplementedError
+
+    def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
+        return [" ".join(map(str, ids)) for ids in sequences]
+
+
+class RowEncoder:
+    def encode(self, row: Row) -> list[int]:
+        return [int(word) for word in row.prompt.split()]
+
+
+class LengthScorer:
+    """Rewards a completion by its length; can be held up."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.waiting = 0
+
+    async def score(self, row: Row, completions: Sequence[str]) -> list[Scored]:
+        self.waiting += 1
+        await self.gate.wait()
+        self.waiting -= 1
+        return [Scored(float(len(text.split())), {"verifiable": 1.0}) for text in completions]
+
+
+class Stage:
+    """An actor, its run, and the learner's hand on the run."""
+
+    def __init__(self, tmp_path: Path, *, num_rows: int = 5) -> None:
+        self.run = FakeRun("stage")
+        self.folder = tmp_path
+        self.run.run_store.create(b"{}", {}, fence=1)
+        for split in ("train", "heldout"):
+            rows = [Row(prompt=f"{i + 1} 2", answer="x").as_map() for i in range(num_rows)]
+            self.run.run_store.put_rows(split, rows)
+        self.source = self.run.source(1, RunLimits.of(CONFIG))
+        self.source.initialise(watermarks={}, consumed=0, next_index=0)
+        self.engine = ScriptedEngine(bigram_script(VOCAB), eos_token_id=EOS, max_length=32)
+        self.scorer = LengthScorer()
+        self.actor = Actor(self._parts())
+        self.deliveries: list[Delivery] = []
+
+    def _parts(self) -> ActorParts:
+        run = self.run
+        return ActorParts(
+            actor_id="a",
+            config=CONFIG,
+            engine=self.engine,
+            follower=WeightFollower(ImpatientWeights(run), self.engine, run_id="stage", folder=self.folder),
+            prompts=LeasedPrompts(run.run_store, RowEncoder(), DigitTokenizer(), CONFIG),  # type: ignore[arg-type]
+            scorer=self.scorer,  # type: ignore[arg-type]
+            outbox=Outbox(run.sink(), producer="a", epoch=run.run_store.state().epoch, full_timeout_s=5.0),
+            admission=run.admission("a"),
+            fleet=run.fleet,
+            run_store=run.run_store,
+        )
+
+    def publish(self, version: int, *, consumed: int = 0) -> None:
+        payload = encode_full({"w": torch.full((3,), float(version))}, run_id="stage", version=version)
+        self.run.weights.publish(version, payload, consumed=consumed, fence=1)
+
+    def open(self) -> None:
+        self.publish(0)
+        self.run.run_store.set_phase("running", fence=1)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    async def take(self, count: int) -> list[Delivery]:
+        """Groups as the learner reads them."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while len(self.deliveries) < count:
+                self.deliveries += await asyncio.to_thread(self.source.read, 10, timeout_s=0.01)
+        return self.deliveries
+
+
+class ImpatientWeights:
+    """The fake store with short waits, so that a cancelled follower's thread ends soon."""
+
+    def __init__(self, run: FakeRun) -> None:
+        self._weights = run.weights
+        self.fetch, self.head, self.publish = run.weights.fetch, run.weights.head, run.weights.publish
+
+    def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
+        return self._weights.wait_newer(than, timeout_s=min(timeout_s, 0.02))
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+@contextlib.asynccontextmanager
+async def acting(stage: Stage):
+    task = asyncio.ensure_future(stage.actor.run())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+def group_of(delivery: Delivery):
+    return decode_group(delivery.payload, vocab_size=VOCAB, max_version=100)
+
+
+async def test_groups_are_whole_tagged_and_numbered(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage):
+        deliveries = await stage.take(8)
+    assert [delivery.descriptor.seq for delivery in deliveries] == list(range(1, 9))
+    assert {delivery.descriptor.lease.index for delivery in deliveries} == set(range(8))
+    for delivery in deliveries:
+        group = group_of(delivery)
+        assert len(group.rollouts) == 3
+        assert {span.policy_version for rollout in group.rollouts for span in rollout.version_spans} == {0}
+        for rollout in group.rollouts:
+            assert rollout.reward == rollout.num_tokens
+            assert (rollout.completion_ids[-1] == EOS) == (rollout.finish_reason == "stop")
+
+
+async def test_nothing_is_sampled_before_weights_or_beyond_the_gate(stage: Stage) -> None:
+    stage.run.run_store.set_phase("running", fence=1)
+    async with acting(stage):
+        await stage.until(lambda: len(stage.run.fleet.members()) == 1)
+        assert stage.run.fleet.members()[0].state == "starting"
+        stage.publish(0)
+        await stage.take(8)
+        await stage.until(lambda: stage.run.fleet.members()[0].groups_sent == 8)
+        assert stage.source.stats().admitted == 8
+        assert stage.source.stats().leased == 0
+        stage.source.release(4)
+        await stage.take(12)
+    assert stage.source.stats().queued == 12
+
+
+async def test_held_out_prompts_are_answered_once_and_alone(stage: Stage) -> None:
+    stage.open()
+    asked = [Lease("heldout", index, 7) for index in range(4)]
+    stage.source.request_evaluation(asked)
+    async with acting(stage):
+        deliveries = await stage.take(12)
+    held_out = [delivery for delivery in deliveries if delivery.descriptor.lease.split == "heldout"]
+    assert sorted(delivery.descriptor.lease.id for delivery in held_out) == sorted(lease.id for lease in asked)
+    assert all(len(group_of(delivery).rollouts) == 1 for delivery in held_out)
+
+
+async def test_new_weights_are_followed_to_the_newest(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage):
+        await stage.take(8)
+        stage.publish(1)
+        stage.publish(5, consumed=8)
+        deliveries = await stage.take(16)
+    assert max(group_of(delivery).max_version for delivery in deliveries) == 5
+    assert stage.engine.policy_version == 5
+
+
+async def test_an_actor_signs_off_after_a_drain_and_owes_nothing(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage) as task:
+        await stage.take(2)
+        stage.actor.drain()
+        await asyncio.wait_for(task, TIMEOUT_S)
+    assert stage.run.fleet.members() == ()
+    stats = stage.source.stats()
+    assert (stats.leased, stats.admitted) == (0, stats.queued + stats.returned)
+
+
+async def test_what_is_not_finished_at_the_deadline_is_handed_back(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.scorer.gate.clear()
+    hasty = CONFIG.model_copy(update={"actor": CONFIG.actor.model_copy(update={"drain_s": 0.05})})
+    stage.actor = Actor(dataclasses.replace(stage._parts(), config=hasty))
+    stage.open()
+    async with acting(stage) as task:
+        await stage.until(lambda: stage.scorer.waiting == 3)
+        stage.actor.drain()
+        await asyncio.wait_for(task, TIMEOUT_S)
+    stats = stage.source.stats()
+    assert (stats.leased, stats.returned, stats.queued) == (0, 3, 0)
+
+
+async def test_the_end_of_the_run_drains_the_actor(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage) as task:
+        await stage.take(8)
+        stage.run.run_store.set_phase("finished", fence=1)
+        await asyncio.wait_for(task, TIMEOUT_S)
+
+
+async def test_a_lost_lease_is_not_sampled_to_the_end(stage: Stage) -> None:
+    stage.scorer.gate.clear()
+    stage.open()
+    async with acting(stage):
+        await stage.until(lambda: stage.scorer.waiting == 3)
+        # Somebody took the leases away, as expiry would.
+        stage.run.admission("a").hand_back([Lease("train", index) for index in range(3)])
+        await stage.until(lambda: any(m.counters["leases_lost"] >= 3 for m in stage.run.fleet.members()))
+        stage.scorer.gate.set()
+        deliveries = await stage.take(8)
+    indices = [delivery.descriptor.lease.index for delivery in deliveries]
+    assert sorted(indices) == list(range(8))
+
+
+async def test_a_dead_engine_ends_the_actor_and_frees_its_leases(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage) as task:
+        await stage.take(1)
+        await stage.engine.shutdown()
+        stage.source.release(8)
+        with pytest.raises(EngineError):
+            await asyncio.wait_for(asyncio.shield(task), TIMEOUT_S)
+    assert stage.source.stats().leased == 0
+    assert stage.run.fleet.members() == ()
+
+
+async def test_weights_that_cannot_be_had_twice_end_the_actor(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage) as task:
+        await stage.take(1)
+        stage.run.weights.publish(1, b"damaged", consumed=0, fence=1)
+        with pytest.raises(WeightsError):
+            await asyncio.wait_for(asyncio.shield(task), TIMEOUT_S)
+    assert stage.engine.policy_version == 0

@@ -1,0 +1,259 @@
+import logging
+import random
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lambdapo_async.config.sections import LearnerConfig
+from lambdapo_async.errors import CheckpointError, FencedError
+from learner.checkpoint import CheckpointStore, LearnerState
+from learner.policy import Policy
+from tests.tiny_models import micro_batch, tiny_model_folder
+
+CONFIG = LearnerConfig(lr=1e-2, warmup_steps=5, weight_decay=0.1, max_grad_norm=0.5)
+
+
+def load(folder: Path) -> Policy:
+    return Policy.load(folder, revision=None, config=CONFIG, temperature=0.9, device=torch.device("cpu"))
+
+
+def state(step: int) -> LearnerState:
+    return LearnerState(
+        step=step, version=step + 1, consumed=16 * step, next_index=99, watermarks={"actor-1": 7, "b": 0}
+    )
+
+
+def train(policy: Policy, steps: range) -> list[float]:
+    """Steps whose data and noise depend on the global generators, as a replay's sampling would."""
+    norms = []
+    for step in steps:
+        noise = float(torch.rand(()) + np.random.random() + random.random())
+        batch = micro_batch((9, 6), seed=step)
+        policy.backward(batch, lambda logprobs_T, noise=noise: -(logprobs_T * noise).sum() / 10)
+        norms.append(policy.step())
+    return norms
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.named_masters()}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture
+def policy(start: Path) -> Policy:
+    return load(start)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+def owner(folder: Path) -> CheckpointStore:
+    store = CheckpointStore(folder)
+    store.take_fence()
+    return store
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def test_resume_continues_bit_for_bit(policy: Policy, folder: Path) -> None:
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    train(policy, range(3))
+    owner(folder).save(state(3), policy)
+    expected_norms = train(policy, range(3, 7))
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+
+    checkpoint = CheckpointStore(folder).load_latest()
+    assert checkpoint is not None
+    assert checkpoint.state == state(3)
+    resumed = load(checkpoint.model_dir)
+    checkpoint.restore(resumed)
+    assert resumed.num_updates == 3
+    assert train(resumed, range(3, 7)) == expected_norms
+    torch.testing.assert_close(weights(resumed), weights(policy), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.optimizer_state(), policy.optimizer_state(), rtol=0, atol=0)
+
+
+def test_without_the_optimizer_state_the_continuation_differs(policy: Policy, folder: Path) -> None:
+    train(policy, range(3))
+    path = owner(folder).save(state(3), policy)
+    forgetful = load(path / "model")
+    torch.manual_seed(2), np.random.seed(2), random.seed(2)
+    train(policy, range(3, 5))
+    torch.manual_seed(2), np.random.seed(2), random.seed(2)
+    train(forgetful, range(3, 5))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(weights(forgetful).values(), weights(policy).values(), strict=True)
+    )
+
+
+def test_a_checkpoint_before_the_first_update_resumes(policy: Policy, folder: Path) -> None:
+    owner(folder).save(state(0), policy)
+    checkpoint = CheckpointStore(folder).load_latest()
+    assert checkpoint is not None
+    checkpoint.restore(policy)
+    assert policy.num_updates == 0
+
+
+def test_the_model_part_is_a_plain_hugging_face_folder(policy: Policy, folder: Path) -> None:
+    train(policy, range(1))
+    path = owner(folder).save(state(1), policy)
+    loaded = AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, weights(policy)[name])
+    assert (path / "model" / "tokenizer.json").read_text() == "{}"
+
+
+def test_no_checkpoint_is_none(folder: Path) -> None:
+    assert CheckpointStore(folder).load_latest() is None
+    owner(folder)
+    assert CheckpointStore(folder).load_latest() is None
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FILES = ["model/model.safetensors", "model/config.json", "tensors.safetensors", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_any_file_is_found_and_the_older_one_used(
+    policy: Policy, folder: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
+) -> None:
+    store = owner(folder)
+    store.save(state(1), policy)
+    damage(store.save(state(2), policy) / name)
+    with caplog.at_level(logging.WARNING):
+        checkpoint = CheckpointStore(folder).load_latest()
+    assert checkpoint is not None
+    assert checkpoint.state.step == 1
+    assert "step-00000002" in caplog.text
+
+
+def test_when_all_are_damaged_the_error_names_them(policy: Policy, folder: Path) -> None:
+    store = owner(folder)
+    for step in (1, 2):
+        flip(store.save(state(step), policy) / "tensors.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)step-00000002.*step-00000001"):
+        CheckpointStore(folder).load_latest()
+
+
+def test_a_save_that_was_killed_leaves_no_checkpoint(policy: Policy, folder: Path) -> None:
+    store = owner(folder)
+    complete = store.save(state(1), policy)
+    shutil.copytree(complete, folder / "partial-step-00000002.fence-1.save-2")
+    checkpoint = CheckpointStore(folder).load_latest()
+    assert checkpoint is not None
+    assert checkpoint.state.step == 1
+    store.prune(keep=5)
+    assert [path.name for path in folder.iterdir() if path.name.startswith("partial")] == []
+
+
+def test_fences_only_grow(folder: Path) -> None:
+    assert [CheckpointStore(folder).take_fence() for _ in range(3)] == [1, 2, 3]
+
+
+def test_racing_learners_win_different_fences(folder: Path) -> None:
+    barrier = threading.Barrier(8)
+    won: list[int] = []
+
+    def race() -> None:
+        barrier.wait(30)
+        won.append(CheckpointStore(folder).take_fence())
+
+    threads = [threading.Thread(target=race) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(won) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_woken_old_learner_can_neither_save_nor_prune(policy: Policy, folder: Path) -> None:
+    old = owner(folder)
+    old.save(state(1), policy)
+    owner(folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(FencedError, match="fence 1, but fence 2"):
+        old.save(state(9), policy)
+    with pytest.raises(FencedError):
+        old.prune(keep=1)
+    assert sorted(folder.rglob("*")) == before
+
+
+class SlowPolicy:
+    """Saves like a policy, and lets something happen meanwhile."""
+
+    def __init__(self, policy: Policy, meanwhile: Callable[[], object]) -> None:
+        self._policy, self._meanwhile = policy, meanwhile
+        self.num_updates, self.num_skipped = 0, 0
+
+    def save_model(self, folder: Path) -> None:
+        self._policy.save_model(folder)
+        self._meanwhile()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return self._policy.optimizer_state()
+
+
+def test_a_learner_fenced_off_while_it_writes_does_not_come_up_with_a_checkpoint(policy: Policy, folder: Path) -> None:
+    old = owner(folder)
+    with pytest.raises(FencedError):
+        old.save(state(9), SlowPolicy(policy, lambda: owner(folder)))
+    assert steps_in(folder) == []
+
+
+def test_a_successors_checkpoint_is_newer_than_anything_its_predecessor_wrote(policy: Policy, folder: Path) -> None:
+    old = owner(folder)
+    late = old.save(state(50), policy)
+    owner(folder).save(state(40), policy)
+    assert late.exists()
+    checkpoint = CheckpointStore(folder).load_latest()
+    assert checkpoint is not None
+    assert checkpoint.state.step == 40
+
+
+def test_the_same_step_saved_again_overwrites_nothing_and_is_newer(policy: Policy, folder: Path) -> None:
+    store = owner(folder)
+    first = store.save(state(5), policy)
+    second = store.save(state(5).model_copy(update={"consumed": 1000}), policy)
+    assert first != second
+    checkpoint = CheckpointStore(folder).load_latest()
+    assert checkpoint is not None
+    assert checkpoint.state.consumed == 1000
+
+
+def test_prune_keeps_the_newest(policy: Policy, folder: Path) -> None:
+    store = owner(folder)
+    for step in (8, 9, 10, 11):
+        store.save(state(step), policy)
+    store.prune(keep=2)
+    assert [name.split(".")[0] for name in steps_in(folder)] == ["step-00000010", "step-00000011"]
+    assert (folder / "fence-1").exists()
+
+
+def test_writing_without_a_fence_is_refused(policy: Policy, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="take_fence"):
+        CheckpointStore(folder).save(state(1), policy)

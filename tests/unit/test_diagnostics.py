@@ -1,0 +1,128 @@
+"""Diagnostics against direct formulas, split in any way."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lambdapo_async.objective.diagnostics import TokenDiagnostics, alarms, group_diagnostics
+
+Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def columns(seed: int = 0) -> Columns:
+    generator = torch.Generator().manual_seed(seed)
+    segments_T = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
+    behavior_T = -1.0 - torch.rand(10, generator=generator)
+    logprobs_T = behavior_T + 0.3 * torch.randn(10, generator=generator)
+    mask_T = torch.tensor([False, True, True, False, True, True, True, False, False, False])
+    fresh_T = torch.tensor([False, False, False, True, False, True, True, True, True, True])
+    return logprobs_T, behavior_T, mask_T, segments_T, fresh_T
+
+
+def measured(*batches: Columns) -> dict[str, float]:
+    diagnostics = TokenDiagnostics()
+    for batch in batches:
+        diagnostics.add(*batch)
+    return diagnostics.finalise()
+
+
+def test_equals_the_formulas() -> None:
+    logprobs_T, behavior_T, mask_T, segments_T, fresh_T = columns()
+    gaps = (logprobs_T - behavior_T).double()
+    ratios = [math.exp(gap) for gap, keep in zip(gaps.tolist(), mask_T.tolist(), strict=True) if keep]
+    sequence_ratios = [math.exp(float(gaps[mask_T & (segments_T == segment)].sum())) for segment in (0, 1)]
+    both = mask_T & fresh_T
+    expected = {
+        "ratio/ess_token": sum(ratios) ** 2 / sum(r * r for r in ratios) / 5,
+        "ratio/ess_sequence": sum(sequence_ratios) ** 2 / sum(r * r for r in sequence_ratios) / 2,
+        "mismatch_kl": sum(r - 1 - math.log(r) for r in ratios) / 5,
+        "ratio/abs_log_mean": float(gaps[mask_T].abs().mean()),
+        "ratio/abs_log_max": float(gaps[mask_T].abs().max()),
+        "mismatch/fresh": float(gaps[both].abs().mean()),
+        "mismatch/fresh_share": 2 / 5,
+    }
+    assert measured(columns()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_micro_batches_add_up() -> None:
+    whole = columns()
+    cut = int((whole[3] == 0).sum())
+    parts = [tuple(column[:cut] for column in whole), tuple(column[cut:] for column in whole)]
+    assert measured(*parts) == pytest.approx(measured(whole))  # type: ignore[arg-type]
+
+
+def test_masked_positions_never_leak() -> None:
+    logprobs_T, behavior_T, mask_T, segments_T, fresh_T = columns()
+    logprobs_T[~mask_T], behavior_T[~mask_T] = math.nan, -math.inf
+    assert measured((logprobs_T, behavior_T, mask_T, segments_T, fresh_T)) == measured(columns())
+
+
+def test_on_policy_is_clean() -> None:
+    logprobs_T, _, mask_T, segments_T, fresh_T = columns()
+    metrics = measured((logprobs_T, logprobs_T, mask_T, segments_T, fresh_T))
+    assert (metrics["ratio/ess_token"], metrics["ratio/ess_sequence"]) == (1.0, 1.0)
+    assert metrics["mismatch_kl"] == metrics["mismatch/fresh"] == metrics["ratio/abs_log_max"] == 0.0
+
+
+def test_without_fresh_or_any_tokens() -> None:
+    logprobs_T, behavior_T, mask_T, segments_T, fresh_T = columns()
+    stale = measured((logprobs_T, behavior_T, mask_T, segments_T, torch.zeros_like(fresh_T)))
+    assert "mismatch/fresh" not in stale
+    assert stale["mismatch/fresh_share"] == 0.0
+    assert measured((logprobs_T, behavior_T, torch.zeros_like(mask_T), segments_T, fresh_T)) == {}
+    assert measured() == {}
+
+
+def test_extreme_ratios_stay_finite() -> None:
+    logprobs_T, behavior_T, mask_T, segments_T, fresh_T = columns()
+    metrics = measured((logprobs_T, behavior_T * 1000, mask_T, segments_T, fresh_T))
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_group_diagnostics() -> None:
+    rewards_BG = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    confidence_BG = torch.tensor([[2.0, 1.0, 1.0], [3.0, 1.0, 2.0], [5.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    advantages_BG = torch.tensor([[1.0, -0.5, -0.5], [0.0, 0.0, 0.0], [-1.0, 0.2, 0.2], [0.5, -1.0, 0.5]])
+    metrics = group_diagnostics(rewards_BG.double(), confidence_BG.double(), advantages_BG.double())
+    assert metrics == pytest.approx(
+        {
+            "advantage/shift": -0.6 / 12,
+            "advantage/abs_mean": 5.4 / 12,
+            "frac_reward_zero_std": 0.25,
+            "confidence/reward_corr": 0.0,  # +1 and -1; the other two groups have none
+        },
+        abs=1e-6,
+    )
+
+
+def test_group_diagnostics_without_variance() -> None:
+    zeros_BG = torch.zeros(2, 3, dtype=torch.float64)
+    assert group_diagnostics(zeros_BG, zeros_BG, zeros_BG) == {
+        "advantage/shift": 0.0,
+        "advantage/abs_mean": 0.0,
+        "frac_reward_zero_std": 1.0,
+    }
+    assert group_diagnostics(zeros_BG[:0], zeros_BG[:0], zeros_BG[:0]) == {}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({}, []),
+        ({"ratio/ess_token": 0.3, "ratio/ess_sequence": 0.9}, []),
+        ({"ratio/ess_token": 0.29}, ["ratio/ess_token = 0.29 is below 0.3"]),
+        ({"ratio/ess_sequence": 0.1, "ratio/ess_token": 0.1}, ["ratio/ess_token = 0.10", "ratio/ess_sequence = 0.10"]),
+        ({"ratio/masked_pos": 0.05, "ratio/rejected_neg": 0.04}, []),
+        ({"ratio/masked_pos": 0.05, "ratio/rejected_neg": 0.06}, ["11% of the tokens are masked or rejected"]),
+        ({"ratio/truncated_pos": 0.5, "ratio/clipped_neg": 0.5}, []),
+        ({"advantage/shift": -0.1, "staleness/max": 0.0}, []),
+        ({"advantage/shift": -1e-17, "staleness/max": 3.0}, []),
+        ({"advantage/shift": -0.1, "staleness/max": 1.0}, ["advantage/shift = -0.100 is negative on stale data"]),
+    ],
+)
+def test_alarms(metrics: dict[str, float], expected: list[str]) -> None:
+    found = alarms(metrics)
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))

@@ -1,0 +1,167 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lambdapo_async.config.sections import LearnerConfig
+from lambdapo_async.errors import CheckpointError, ConfigError
+from learner.policy import Policy, pick_device
+from tests.tiny_models import VOCAB, Architecture, micro_batch, tiny_model_folder
+
+CPU = torch.device("cpu")
+BATCH = micro_batch((9, 6, 12))
+
+
+def load(folder: Path, **config: object) -> Policy:
+    settings = LearnerConfig.model_validate({"lr": 1e-3, "max_grad_norm": 1e9, **config})
+    return Policy.load(folder, revision=None, config=settings, temperature=1.0, device=CPU)
+
+
+def negative_likelihood(logprobs_T: Tensor) -> Tensor:
+    return -logprobs_T.sum() / 20
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.named_masters()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_model_folder(tmp_path / "model")
+
+
+def test_updates_raise_the_likelihood_and_match_adamw(folder: Path) -> None:
+    policy, model = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert set(weights(policy)) == {name for name, _ in model.named_parameters()}
+    before = policy.logprobs(BATCH).sum()
+    start = weights(policy)
+    policy.backward(BATCH, negative_likelihood)
+    policy.step()
+    moved = {name: (tensor - start[name]).abs().max() for name, tensor in weights(policy).items()}
+    assert policy.logprobs(BATCH).sum() > before
+    # Adam's first update moves every weight with a gradient by lr, whatever the gradient's size.
+    assert max(moved.values()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_backward_returns_what_logprobs_returns(folder: Path) -> None:
+    policy = load(folder)
+    statistics = policy.backward(BATCH, negative_likelihood)
+    torch.testing.assert_close(statistics.logprobs_T, policy.logprobs(BATCH))
+    assert not statistics.logprobs_T.requires_grad
+    assert (statistics.entropy_T[BATCH.loss_mask_T] > 0).all()
+
+
+def test_two_micro_batches_give_the_gradient_of_one(folder: Path) -> None:
+    whole, split = load(folder), load(folder)
+    ids = BATCH.input_ids_T
+    whole.backward(BATCH, negative_likelihood)
+    split.backward(micro_batch((9,), ids=ids[:9]), negative_likelihood)
+    split.backward(micro_batch((6, 12), ids=ids[9:]), negative_likelihood)
+    assert whole.step() == pytest.approx(split.step(), rel=1e-5)
+    torch.testing.assert_close(weights(whole), weights(split), rtol=1e-4, atol=1e-5)
+
+
+def test_clipping_scales_the_gradient_and_reports_the_norm_before_it(folder: Path) -> None:
+    free, clipped = load(folder), load(folder, max_grad_norm=1e-4)
+    norms = []
+    for policy in (free, clipped):
+        policy.backward(BATCH, negative_likelihood)
+        norms.append(policy.step())
+    assert norms[0] == norms[1] > 1e-4
+    ratio = clipped.optimizer_state()["exp_avg:model.norm.weight"] / free.optimizer_state()["exp_avg:model.norm.weight"]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 1e-4 / norms[0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_nothing_is_trained_on_a_gradient_that_is_not_finite(folder: Path, poison: float) -> None:
+    policy = load(folder)
+    before = weights(policy)
+    policy.backward(BATCH, lambda logprobs_T: logprobs_T.sum() * poison)
+    assert not math.isfinite(policy.step())
+    assert (policy.num_updates, policy.num_skipped) == (0, 1)
+    torch.testing.assert_close(weights(policy), before, rtol=0, atol=0)
+    policy.backward(BATCH, negative_likelihood)  # the poison is forgotten
+    assert math.isfinite(policy.step())
+    assert (policy.num_updates, policy.num_skipped) == (1, 1)
+
+
+def test_learning_rate_warms_up_linearly_and_stays(folder: Path) -> None:
+    policy = load(folder, warmup_steps=4)
+    seen = []
+    for _ in range(6):
+        seen.append(policy.lr)
+        policy.backward(BATCH, negative_likelihood)
+        policy.step()
+    assert seen == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(("architecture", "has_head"), [("qwen3", False), ("llama", True)])
+def test_named_bf16_has_checkpoint_names_with_tied_weights_once(
+    tmp_path: Path, architecture: Architecture, has_head: bool
+) -> None:
+    policy = load(tiny_model_folder(tmp_path, architecture))
+    published = dict(policy.named_bf16())
+    assert ("lm_head.weight" in published) == has_head
+    assert "model.embed_tokens.weight" in published
+    for name, master in policy.named_masters():
+        torch.testing.assert_close(published[name], master.to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_named_bf16_is_a_copy(folder: Path) -> None:
+    policy = load(folder, lr=1.0)
+    published = dict(policy.named_bf16())
+    before = {name: tensor.clone() for name, tensor in published.items()}
+    policy.backward(BATCH, negative_likelihood)
+    policy.step()
+    torch.testing.assert_close(published, before, rtol=0, atol=0)
+
+
+def test_saved_model_is_one_transformers_loads(folder: Path, tmp_path: Path) -> None:
+    policy = load(folder)
+    policy.backward(BATCH, negative_likelihood)
+    policy.step()
+    policy.save_model(tmp_path / "saved")
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).named_parameters())
+    torch.testing.assert_close(
+        {name: tensor.detach() for name, tensor in loaded.items()}, weights(policy), rtol=0, atol=0
+    )
+    assert load(tmp_path / "saved").model_files == policy.model_files
+
+
+def test_optimizer_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = load(tiny_model_folder(tmp_path / "other", "llama"))
+    other.backward(BATCH, negative_likelihood)
+    other.step()
+    with pytest.raises(CheckpointError, match="of another model"):
+        load(folder).load_optimizer_state(other.optimizer_state(), num_updates=1, num_skipped=0)
+
+
+def test_model_files_hold_config_and_tokenizer_but_no_weights(folder: Path) -> None:
+    assert set(load(folder).model_files) == {"config.json", "generation_config.json", "tokenizer.json"}
+
+
+def test_sizes(folder: Path) -> None:
+    policy = load(folder)
+    assert policy.vocab_size == VOCAB
+    assert policy.num_parameters == sum(tensor.numel() for tensor in weights(policy).values())
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"without config\.json"):
+        load(tmp_path)
+
+
+def test_a_name_that_is_neither_folder_nor_repo_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path = 'no such model!' .* cannot be read"):
+        load(Path("no such model!"))
+
+
+def test_pick_device() -> None:
+    assert pick_device("cpu") == CPU
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == CPU
+        with pytest.raises(ConfigError, match="no CUDA device"):
+            pick_device("cuda")

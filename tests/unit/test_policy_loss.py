@@ -1,0 +1,291 @@
+"""Every preset against a token-by-token oracle, in value and gradient; then what may never change a gradient."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lambdapo_async.config.sections import RatioWeight, Rejection, Surrogate
+from lambdapo_async.objective.policy_loss import LossDenominator, PolicyLoss, anchor_of, policy_loss
+from lambdapo_async.objective.presets import PRESETS, PolicyLossSpec
+from lambdapo_async.packing import TrainingSequence, pack
+from tests.reference import policy_loss as reference
+
+REDUCTIONS = ("token", "sequence", "constant")
+LENGTHS = (4, 1, 6, 3, 4)
+T = sum(LENGTHS)
+
+# Ratios far below, at and far above every bound of the presets; the last two lie outside the clamp of +-20 nats.
+LOG_RATIOS = [0.0, 0.1, -0.1, 0.3, -0.4, 1.0, -1.5, 2.5, -4.0, 25.0, -30.0]
+
+EXTRA_SPECS = {
+    "token_ratio": replace(PRESETS["cispo"], reject=(Rejection(statistic="token_ratio", lo=0.7, hi=1.5),)),
+    "seq_ratio": replace(PRESETS["ppo"], reject=(Rejection(statistic="seq_ratio", hi=2.0, sign="advantage"),)),
+    "seq_k3": replace(PRESETS["cispo"], reject=(Rejection(statistic="seq_k3", hi=0.5),)),
+    "two_rejections": replace(
+        PRESETS["ppo"],
+        reject=(Rejection(statistic="token_ratio", hi=1.5), Rejection(statistic="seq_geo", lo=0.5, sign="negative")),
+    ),
+    "geo_weight": replace(PRESETS["cispo"], weight=RatioWeight(level="geo", op="truncate", lo=0.8, hi=1.2)),
+    "clipped_score": replace(
+        PRESETS["cispo"], anchor="behavior", weight=RatioWeight(), surrogate=Surrogate(kind="score", eps_hi=0.5)
+    ),
+    "geo_score": replace(PRESETS["cispo"], anchor="behavior", surrogate=Surrogate(kind="score", level="geo")),
+}
+SPECS = {**PRESETS, **EXTRA_SPECS}
+
+
+class Tokens:
+    """Columns of T tokens in float64; ``spread`` scales how far pi, the proximal policy and mu are apart."""
+
+    def __init__(self, *, spread: float, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        gaps_T = torch.tensor(LOG_RATIOS, dtype=torch.float64).repeat(T)[torch.randperm(T, generator=generator)]
+        noise_T = 0.05 * torch.randn(T, dtype=torch.float64, generator=generator)
+        self.behavior_T = -0.5 - torch.rand(T, dtype=torch.float64, generator=generator)
+        self.logprobs_T = self.behavior_T + spread * (gaps_T + noise_T)
+        self.proximal_T = self.behavior_T + spread * gaps_T.roll(3) / 2
+        self.segments_T = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+        advantages_N = torch.tensor([1.5, -0.5, -1.0, 0.0, 0.7], dtype=torch.float64)
+        self.advantages_T = advantages_N[self.segments_T]
+        self.mask_T = torch.rand(T, generator=generator) > 0.25
+        self.denominator = LossDenominator(int(self.mask_T.sum()), len(LENGTHS), max_tokens=12)
+
+    def anchor_T(self, spec: PolicyLossSpec) -> Tensor:
+        return anchor_of(spec, self.logprobs_T, self.behavior_T, self.proximal_T)
+
+    def columns(self, spec: PolicyLossSpec) -> reference.Columns:
+        return reference.Columns(
+            behavior=self.behavior_T.tolist(),
+            anchor=self.anchor_T(spec).tolist(),
+            advantages=self.advantages_T.tolist(),
+            mask=self.mask_T.tolist(),
+            segments=self.segments_T.tolist(),
+        )
+
+    def loss(self, spec: PolicyLossSpec, rows: Tensor | None = None) -> tuple[PolicyLoss, Tensor]:
+        """Loss over ``rows`` (all by default, in any order), and d loss / d log pi of all T tokens."""
+        rows = torch.arange(T) if rows is None else rows
+        leaf_T = self.logprobs_T.clone().requires_grad_()
+        _, segments = torch.unique(self.segments_T[rows], return_inverse=True)
+        result = policy_loss(
+            leaf_T[rows],
+            self.behavior_T[rows],
+            self.anchor_T(spec)[rows],
+            self.advantages_T[rows],
+            self.mask_T[rows],
+            segments,
+            spec=spec,
+            denominator=self.denominator,
+        )
+        (gradient_T,) = torch.autograd.grad(result.loss, leaf_T)
+        return result, gradient_T
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("spread", [0.05, 1.0])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("name", SPECS)
+def test_equals_the_oracle(name: str, reduce: str, spread: float) -> None:
+    spec = replace(SPECS[name], reduce=reduce)
+    tokens = Tokens(spread=spread)
+    result, gradient_T = tokens.loss(spec)
+    now, columns = tokens.logprobs_T.tolist(), tokens.columns(spec)
+    expected = reference.loss(now, now, columns, spec, tokens.denominator)
+    assert result.loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    # Differences of a loss of size S have an error of about 1e-16 S / step.
+    slopes = torch.tensor(reference.gradient(now, columns, spec, tokens.denominator), dtype=torch.float64)
+    tolerance = 1e-7 * max(1.0, abs(expected), float(slopes.abs().max()))
+    torch.testing.assert_close(gradient_T, slopes, rtol=1e-5, atol=tolerance)
+
+
+def gradient_by_hand(tokens: Tokens, name: str) -> list[float]:
+    """d loss / d log pi as the papers print it, for the three presets that everybody uses."""
+    slopes = []
+    for t in range(T):
+        pi, mu, proximal = (float(column[t]) for column in (tokens.logprobs_T, tokens.behavior_T, tokens.proximal_T))
+        advantage, total = float(tokens.advantages_T[t]), tokens.denominator.num_loss_tokens
+        if not tokens.mask_T[t]:
+            slope = 0.0
+        elif name == "cispo":
+            slope = min(math.exp(pi - mu), 2.0) * advantage
+        else:
+            anchor = mu if name == "ppo" else proximal
+            r = math.exp(pi - anchor)
+            clipped = (advantage > 0 and r > 1.2) or (advantage < 0 and (r < 0.8 or (name == "decoupled" and r > 3)))
+            slope = 0.0 if clipped else r * advantage
+            slope *= 1.0 if name == "ppo" else min(math.exp(proximal - mu), 2.0)
+        slopes.append(-slope / total)
+    return slopes
+
+
+@pytest.mark.parametrize("name", ["ppo", "decoupled", "cispo"])
+def test_equals_the_papers_gradient(name: str) -> None:
+    tokens = Tokens(spread=0.6)
+    _, gradient_T = tokens.loss(PRESETS[name])
+    assert_close(gradient_T, torch.tensor(gradient_by_hand(tokens, name), dtype=torch.float64))
+    assert (gradient_T[tokens.mask_T] != 0).sum() > 5
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("name", SPECS)
+def test_on_policy_it_is_reinforce(name: str, reduce: str) -> None:
+    tokens = Tokens(spread=0.0)
+    _, gradient_T = tokens.loss(replace(SPECS[name], reduce=reduce))
+    counts_T = torch.bincount(tokens.segments_T, tokens.mask_T.double())[tokens.segments_T].clamp(min=1)
+    divisor_T = {
+        "token": torch.full_like(counts_T, tokens.denominator.num_loss_tokens),
+        "sequence": counts_T * tokens.denominator.num_sequences,
+        "constant": torch.full_like(counts_T, tokens.denominator.num_sequences * tokens.denominator.max_tokens),
+    }[reduce]
+    assert_close(gradient_T, torch.where(tokens.mask_T, -tokens.advantages_T / divisor_T, 0.0))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("name", SPECS)
+def test_micro_batches_and_order_never_change_the_gradient(name: str, reduce: str) -> None:
+    spec = replace(SPECS[name], reduce=reduce)
+    tokens = Tokens(spread=0.5)
+    whole, gradient_T = tokens.loss(spec)
+    in_first = torch.isin(tokens.segments_T, torch.tensor([0, 3]))
+    parts = [tokens.loss(spec, torch.nonzero(rows)[:, 0]) for rows in (in_first, ~in_first)]
+    assert_close(parts[0][1] + parts[1][1], gradient_T)
+    assert_close(parts[0][0].loss + parts[1][0].loss, whole.loss)
+    for stat, value in whole.stats.items():
+        assert parts[0][0].stats[stat] + parts[1][0].stats[stat] == value
+    _, shuffled_T = tokens.loss(spec, torch.randperm(T, generator=torch.Generator().manual_seed(1)))
+    assert_close(shuffled_T, gradient_T)
+
+
+@pytest.mark.parametrize("poison", [math.nan, -math.inf, math.inf])
+@pytest.mark.parametrize("name", SPECS)
+def test_masked_positions_never_leak(name: str, poison: float) -> None:
+    spec, tokens, poisoned = SPECS[name], Tokens(spread=0.5), Tokens(spread=0.5)
+    for column in ("logprobs_T", "behavior_T", "proximal_T", "advantages_T"):
+        getattr(poisoned, column)[~poisoned.mask_T] = poison
+    clean, clean_gradient_T = tokens.loss(spec)
+    dirty, gradient_T = poisoned.loss(spec)
+    assert torch.equal(dirty.loss, clean.loss)
+    assert torch.equal(gradient_T, clean_gradient_T)
+    assert (gradient_T[~tokens.mask_T] == 0).all()
+    assert dirty.stats == clean.stats
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_extreme_ratios_stay_finite(name: str) -> None:
+    tokens = Tokens(spread=100.0)
+    result, gradient_T = tokens.loss(SPECS[name])
+    assert torch.isfinite(result.loss)
+    assert torch.isfinite(gradient_T).all()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_no_gradient_reaches_anchor_behavior_or_advantage(name: str) -> None:
+    tokens = Tokens(spread=0.3)
+    leaves = [
+        column.clone().requires_grad_()
+        for column in (tokens.logprobs_T, tokens.behavior_T, tokens.proximal_T, tokens.advantages_T)
+    ]
+    result = policy_loss(*leaves, tokens.mask_T, tokens.segments_T, spec=SPECS[name], denominator=tokens.denominator)
+    gradients = torch.autograd.grad(result.loss, leaves, allow_unused=True)
+    assert gradients[0] is not None
+    assert gradients[1:] == (None, None, None)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_version_switch_changes_nothing(name: str) -> None:
+    """mu is what was recorded, token by token: a sequence of two versions is one column of log-probabilities."""
+
+    def gradient(versions: list[int]) -> list[float]:
+        rollout = TrainingSequence(
+            token_ids=np.arange(5, dtype=np.int32),
+            loss_mask=np.array([False, True, True, True, True]),
+            behavior_logprobs=np.array([0.0, -1.0, -0.5, -2.0, -0.1], np.float32),
+            advantage=-1.5,
+            token_versions=np.array([-1, *versions]),
+            group_key="train:0:0",
+        )
+        (batch,) = pack([rollout], token_budget=8)
+        leaf_T = torch.tensor([math.nan, -1.1, -0.7, -1.8, -0.1], requires_grad=True)
+        policy_loss(
+            leaf_T,
+            batch.behavior_logprobs_T,
+            anchor_of(SPECS[name], leaf_T, batch.behavior_logprobs_T, None),
+            batch.advantages_T,
+            batch.loss_mask_T,
+            batch.segment_ids_T,
+            spec=SPECS[name],
+            denominator=LossDenominator(4, 1, 4),
+        ).loss.backward()
+        assert leaf_T.grad is not None
+        return leaf_T.grad.tolist()
+
+    assert gradient([3, 3, 3, 3]) == gradient([3, 3, 4, 5])
+
+
+def test_a_sequence_without_loss_tokens_adds_nothing() -> None:
+    tokens = Tokens(spread=0.3)
+    tokens.mask_T[tokens.segments_T == 2] = False
+    for spec in SPECS.values():
+        assert (tokens.loss(spec)[1][tokens.segments_T == 2] == 0).all()
+
+
+def five_tokens(spec: PolicyLossSpec) -> PolicyLoss:
+    """Positive advantage at ratios 1, 4 and 0.1; negative at 0.1 and 6; a masked token at 100."""
+    ratios = torch.tensor([1.0, 4.0, 0.1, 0.1, 6.0, 100.0])
+    behavior_T = torch.full((6,), -7.0)
+    logprobs_T = behavior_T + ratios.log()
+    return policy_loss(
+        logprobs_T,
+        behavior_T,
+        anchor_of(spec, logprobs_T, behavior_T, None),
+        torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0]),
+        torch.tensor([True] * 5 + [False]),
+        torch.arange(6),
+        spec=spec,
+        denominator=LossDenominator(5, 6, 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (PRESETS["ppo"], {"clipped_pos": 1, "clipped_neg": 1}),
+        (replace(PRESETS["ppo"], surrogate=Surrogate(dual=3.0)), {"clipped_pos": 1, "clipped_neg": 2}),
+        (PRESETS["cispo"], {"truncated_pos": 1, "truncated_neg": 1}),
+        (PRESETS["topr"], {"truncated_neg": 1}),
+        (PRESETS["icepop"], {"masked_pos": 1, "masked_neg": 2}),
+        (PRESETS["v32_mask"], {"clipped_pos": 1, "clipped_neg": 1, "rejected_neg": 1}),
+    ],
+)
+def test_stats_count_loss_tokens_by_sign(spec: PolicyLossSpec, expected: dict[str, int]) -> None:
+    stats = {name: int(value) for name, value in five_tokens(spec).stats.items()}
+    assert {name: value for name, value in stats.items() if value} == expected
+    assert len(stats) == 8
+
+
+def test_the_anchors() -> None:
+    logprobs_T = torch.tensor([-1.0], requires_grad=True)
+    behavior_T, proximal_T = torch.tensor([-2.0]), torch.tensor([-3.0])
+
+    def anchor(name: str, proximal: Tensor | None) -> Tensor:
+        return anchor_of(replace(PRESETS["ppo"], anchor=name), logprobs_T, behavior_T, proximal)
+
+    assert anchor("behavior", proximal_T).item() == -2.0
+    assert anchor("latest", proximal_T).item() == -1.0
+    assert anchor("proximal", proximal_T).item() == -3.0
+    # In the first update of a step the proximal policy is the newest one.
+    assert anchor("proximal", None).item() == -1.0
+    assert not anchor("latest", None).requires_grad
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_a_denominator_of_zero_is_refused(counts: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="nothing to divide by"):
+        LossDenominator(*counts)
