@@ -133,9 +133,7 @@ class Actor:
             return
         texts = await asyncio.to_thread(self._parts.prompts.decode, completions)
         scores = await self._parts.scorer.score(prompt.row, texts)
-        timing = Timing(
-            started_at=started_at, generation_s=sampled - started, scoring_s=time.monotonic() - sampled
-        )
+        timing = Timing(started_at=started_at, generation_s=sampled - started, scoring_s=time.monotonic() - sampled)
         self._delivering.add(lease)
         await self._parts.outbox.send(self._group(lease, prompt, completions, texts, scores, timing))
 

@@ -59,7 +59,9 @@ class Outbox:
                     self._start_over(reply.status, reply.epoch)
                 case EnqueueStatus.FULL:
                     if waited_s > self._full_timeout_s:
-                        raise BrokerUnavailable(f"the rollout queue was full for {waited_s:.0f} s: is the learner alive?")
+                        raise BrokerUnavailable(
+                            f"the rollout queue was full for {waited_s:.0f} s: is the learner alive?"
+                        )
                     await asyncio.sleep(pause_s)
                     waited_s += pause_s
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -19,7 +19,7 @@ _task: Task  # set once in the worker process, by its initializer
 
 def _start_worker(config: RunConfig, parent_pid: int) -> None:
     """The worker ignores Ctrl-C (its actor drains first) and dies with its actor."""
-    global _task  # noqa: PLW0603 - a worker process has no other place for its state
+    global _task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

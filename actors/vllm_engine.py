@@ -159,7 +159,9 @@ class VllmEngine:
         check_names(path, layout, self._shapes.keys())
         for name, tensor in layout.items():
             if tensor.shape != self._shapes[name]:
-                raise WeightsError(f"{path}: {name} is {list(tensor.shape)}, this model's is {list(self._shapes[name])}")
+                raise WeightsError(
+                    f"{path}: {name} is {list(tensor.shape)}, this model's is {list(self._shapes[name])}"
+                )
 
     async def _swap(self, version: int, path: Path) -> None:
         """Change the weights between two steps of the engine; a swap that does not end kills the engine."""

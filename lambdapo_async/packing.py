@@ -4,8 +4,6 @@ T = tokens of a micro-batch, N = its documents, L = tokens of one sequence. Ever
 at its own position t: ``logprobs_T[t]`` = log pi(token t | the tokens before it in its document).
 """
 
-# ruff: noqa: N815 - shape suffixes
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

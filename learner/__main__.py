@@ -64,7 +64,9 @@ def _launch(
     if resume and not has_checkpoint:
         raise ConfigError(f"--resume: {launch.folder} holds no checkpoint; {_runs_of(config)}")
     if has_checkpoint and not resume:
-        raise ConfigError(f"{launch.folder} already holds a run: add --resume to go on with it, or choose another --run-id")
+        raise ConfigError(
+            f"{launch.folder} already holds a run: add --resume to go on with it, or choose another --run-id"
+        )
     return launch
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lambdapo_async.broker.interface import Descriptor, RolloutSource
 from lambdapo_async.config import RunConfig
@@ -27,7 +28,7 @@ class StepBatch:
     wait_s: float = 0.0
     """Seconds in which the learner had nothing to do but wait for groups."""
 
-    def staleness_G(self, version: int) -> np.ndarray:
+    def staleness(self, version: int) -> NDArray[np.int64]:
         """[groups] versions between a group's oldest token and ``version``."""
         return np.array([version - received.group.min_version for received in self.groups])
 

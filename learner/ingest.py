@@ -95,11 +95,7 @@ class Ingest:
     def _receive(self, delivery: Delivery) -> ReceivedGroup | Discarded:
         descriptor = delivery.descriptor
         try:
-            group = decode_group(
-                delivery.payload, vocab_size=self._vocab_size, max_version=self._newest_version()
-            )
-            if group.lease != descriptor.lease:
-                raise WireFormatError(f"payload answers {group.lease.id}, its entry {descriptor.lease.id}")
+            group = self._decode(delivery)
         except WireFormatError as error:
             logger.warning("quarantined group %s of %s: %s", descriptor.seq, descriptor.producer, error)
             self._source.quarantine(descriptor, delivery.payload, str(error))
@@ -111,6 +107,12 @@ class Ingest:
             kind=self._config.objective.advantage.confidence,
         )
         return ReceivedGroup(descriptor, group, confidence_G, num_missing)
+
+    def _decode(self, delivery: Delivery) -> RolloutGroup:
+        group = decode_group(delivery.payload, vocab_size=self._vocab_size, max_version=self._newest_version())
+        if group.lease != delivery.descriptor.lease:
+            raise WireFormatError(f"payload answers {group.lease.id}, its entry {delivery.descriptor.lease.id}")
+        return group
 
     def _has_no_signal(self, group: RolloutGroup) -> bool:
         return self._config.rollout.filter_zero_variance and bool(np.ptp(group.rewards) == 0.0)

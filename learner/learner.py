@@ -13,7 +13,7 @@ from learner.checkpoint import CheckpointStore, LearnerState
 from learner.evaluation import Evaluation, EvaluationResult
 from learner.policy import Policy
 from learner.publisher import Publisher
-from learner.reporting import Reporter
+from learner.reporting import Reporter, StepReport
 from learner.trainer import StepResult, Trainer
 
 logger = logging.getLogger(__name__)
@@ -90,16 +90,17 @@ class Learner:
         self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
 
     def _record(self, batch: StepBatch, result: StepResult, *, step_s: float) -> None:
-        self._parts.reporter.step(
-            self._step,
-            self._version,
-            batch,
-            result,
+        report = StepReport(
+            step=self._step,
+            version=self._version,
+            batch=batch,
+            result=result,
             step_s=step_s,
             publish_stall_s=self._parts.publisher.take_stall_s(),
             queue=self._parts.source.stats(),
             fleet=self._parts.fleet.members(),
         )
+        self._parts.reporter.step(report)
 
     def _evaluate_if_due(self) -> None:
         if self._parts.evaluation.is_due(self._step):

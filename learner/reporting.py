@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,21 @@ from learner.trainer import StepResult
 logger = logging.getLogger(__name__)
 
 _SAMPLES_PER_EVALUATION = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Everything that is known when a step has ended."""
+
+    step: int
+    version: int
+    """The version that the step made."""
+    batch: StepBatch
+    result: StepResult
+    step_s: float
+    publish_stall_s: float
+    queue: QueueStats
+    fleet: Sequence[Heartbeat]
 
 
 class MetricSink(Protocol):
@@ -42,44 +58,33 @@ class Reporter:
         self._totals: Counter[str] = Counter()
         self._step_ended = time.monotonic()
 
-    def step(
-        self,
-        step: int,
-        version: int,
-        batch: StepBatch,
-        result: StepResult,
-        *,
-        step_s: float,
-        publish_stall_s: float,
-        queue: QueueStats,
-        fleet: Sequence[Heartbeat],
-    ) -> None:
+    def step(self, report: StepReport) -> None:
         """One finished optimizer step."""
         now = time.monotonic()
         total_s, self._step_ended = now - self._step_ended, now
         row = {
-            "policy_version": float(version),
-            **_rewards(batch.seen),
-            **result.metrics,
-            **_staleness(batch, version - 1),
-            **self._counts(batch),
-            **_speed(batch, total_s),
-            **_depths(queue),
-            **_fleet(fleet),
-            "time/step_s": step_s,
-            "time/wait_s": batch.wait_s,
-            "time/publish_stall_s": publish_stall_s,
-            "speed/idle_share": min(batch.wait_s / max(total_s, 1e-9), 1.0),
+            "policy_version": float(report.version),
+            **_rewards(report.batch.seen),
+            **report.result.metrics,
+            **_staleness(report.batch, report.version - 1),
+            **self._counts(report.batch),
+            **_speed(report.batch, total_s),
+            **_depths(report.queue),
+            **_fleet(report.fleet),
+            "time/step_s": report.step_s,
+            "time/wait_s": report.batch.wait_s,
+            "time/publish_stall_s": report.publish_stall_s,
+            "speed/idle_share": min(report.batch.wait_s / max(total_s, 1e-9), 1.0),
         }
-        self._metrics.write("step", step, row)
+        self._metrics.write("step", report.step, row)
         logger.info(
             "step=%d reward=%.3f loss=%.4f grad_norm=%.3f staleness=%.1f wait=%.2fs train=%.2fs",
-            step, row["reward/mean"], row["loss/policy"], row["optim/grad_norm"], row["staleness/mean"],
-            batch.wait_s, step_s,
+            report.step, row["reward/mean"], row["loss/policy"], row["optim/grad_norm"], row["staleness/mean"],
+            report.batch.wait_s, report.step_s,
         )  # fmt: skip
         for alarm in alarms(row):
-            logger.warning("step=%d alarm: %s", step, alarm)
-            self.event(step, f"alarm: {alarm}")
+            logger.warning("step=%d alarm: %s", report.step, alarm)
+            self.event(report.step, f"alarm: {alarm}")
 
     def evaluation(self, result: EvaluationResult) -> None:
         """One finished held-out evaluation."""
@@ -127,8 +132,8 @@ def _rewards(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def _staleness(batch: StepBatch, version: int) -> dict[str, float]:
-    staleness_G = batch.staleness_G(version)
-    return {"staleness/mean": float(staleness_G.mean()), "staleness/max": float(staleness_G.max())}
+    staleness_of_groups = batch.staleness_G(version)
+    return {"staleness/mean": float(staleness_of_groups.mean()), "staleness/max": float(staleness_G.max())}
 
 
 def _speed(batch: StepBatch, total_s: float) -> dict[str, float]:

@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from lambdapo_async.broker.interface import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
@@ -49,6 +50,7 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     if config.learner.num_threads is not None:
         torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed)
+    transformers_logging.disable_progress_bar()
     task = build_task(config)
     model_path = ensure_starter(config, task) if config.model.path == "starter" else config.model.path
     run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
@@ -57,25 +59,38 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     fence = checkpoints.take_fence()
     checkpoint = checkpoints.load_latest() if resume else None
     policy = _load_policy(config, model_path, checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.model_dir if checkpoint else _folder_of(policy, folder))
-    rows = fitting_rows(task, tokenizer, config)
+    rows = fitting_rows(task, _load_tokenizer(policy, folder), config)
     _publish_run(run, config, policy, rows, fence=fence)
     with contextlib.ExitStack() as resources:
-        learner = _assemble(
-            run, config, folder=folder, fence=fence, checkpoints=checkpoints, checkpoint=checkpoint,
-            policy=policy, rows=rows, run_id=run_id, resources=resources,
-        )  # fmt: skip
+        start = _Start(run, run_id, config, folder, fence, checkpoints, checkpoint, policy, rows)
+        learner = _assemble(start, resources)
         with _stop_on_signals(learner):
             learner.run()
 
 
-def _folder_of(policy: Policy, folder: Path) -> Path:
-    """The model's companion files (tokenizer included) as a folder of the run."""
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a learner starts from."""
+
+    run: RedisRun
+    run_id: str
+    config: RunConfig
+    folder: Path
+    fence: int
+    checkpoints: CheckpointStore
+    checkpoint: Checkpoint | None
+    policy: Policy
+    rows: Rows
+
+
+def _load_tokenizer(policy: Policy, folder: Path) -> Tokenizer:
+    """The tokenizer that the actors will get: from the model's companion files, kept with the run."""
     target = folder / "model_files"
     target.mkdir(parents=True, exist_ok=True)
     for name, content in policy.model_files.items():
         (target / name).write_bytes(content)
-    return target
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(target)
+    return tokenizer
 
 
 def _load_policy(config: RunConfig, model_path: str | Path, checkpoint: Checkpoint | None) -> Policy:
@@ -123,35 +138,22 @@ def _publish_run(run: RedisRun, config: RunConfig, policy: Policy, rows: Rows, *
     run.run_store.put_rows("heldout", [row.as_map() for row in rows.heldout])
 
 
-def _assemble(
-    run: RedisRun,
-    config: RunConfig,
-    *,
-    folder: Path,
-    fence: int,
-    checkpoints: CheckpointStore,
-    checkpoint: Checkpoint | None,
-    policy: Policy,
-    rows: Rows,
-    run_id: str,
-    resources: contextlib.ExitStack,
-) -> Learner:
-    state = checkpoint.state if checkpoint else LearnerState(step=0, version=0, consumed=0, next_index=0, watermarks={})
-    head = run.weights.head()
-    # A version number names one set of weights for ever: after a crash we go on above everything that was out.
-    version = state.version if head is None else max(state.version, head) + 1
-    source = run.source(fence, RunLimits.of(config))
+def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
+    config, run, policy = start.config, start.run, start.policy
+    fresh = LearnerState(step=0, version=0, consumed=0, next_index=0, watermarks={})
+    state = start.checkpoint.state if start.checkpoint else fresh
+    source = run.source(start.fence, RunLimits.of(config))
     source.initialise(watermarks=state.watermarks, consumed=state.consumed, next_index=state.next_index)
-    metrics = resources.enter_context(MetricsLog(folder / "metrics.jsonl", after_step=state.step))
-    samples = resources.enter_context(SampleLog(folder / "samples.jsonl", rows.heldout, after_step=state.step))
-    evaluation = Evaluation(source, config.evaluation, num_rows=len(rows.heldout))
-    publisher = Publisher(run.weights, run_id=run_id, fence=fence)
-    resources.callback(publisher.close)
-    ingest = Ingest(
-        source, config, vocab_size=policy.vocab_size, newest_version=lambda: publisher.newest_version
+    metrics = resources.enter_context(MetricsLog(start.folder / "metrics.jsonl", after_step=state.step))
+    samples = resources.enter_context(
+        SampleLog(start.folder / "samples.jsonl", start.rows.heldout, after_step=state.step)
     )
+    publisher = Publisher(run.weights, run_id=start.run_id, fence=start.fence)
+    resources.callback(publisher.close)
+    ingest = Ingest(source, config, vocab_size=policy.vocab_size, newest_version=lambda: publisher.newest_version)
     resources.callback(ingest.close)
     ingest.start()
+    evaluation = Evaluation(source, config.evaluation, num_rows=len(start.rows.heldout))
     batcher = Batcher(
         ingest,
         source,
@@ -163,19 +165,25 @@ def _assemble(
     )
     parts = LearnerParts(
         config=config,
-        fence=fence,
+        fence=start.fence,
         policy=policy,
         trainer=Trainer(policy, config),
         batcher=batcher,
         evaluation=evaluation,
         publisher=publisher,
-        checkpoints=checkpoints,
+        checkpoints=start.checkpoints,
         source=source,
         run_store=run.run_store,
         fleet=run.fleet,
         reporter=Reporter(metrics, samples),
     )
-    return Learner(parts, step=state.step, version=version, resumed=checkpoint is not None)
+    version = _first_version(state, run.weights.head())
+    return Learner(parts, step=state.step, version=version, resumed=start.checkpoint is not None)
+
+
+def _first_version(state: LearnerState, head: int | None) -> int:
+    """A number names one set of weights for ever: after a crash we go on above everything that was out."""
+    return state.version if head is None else max(state.version, head) + 1
 
 
 @contextlib.contextmanager

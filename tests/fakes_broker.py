@@ -370,14 +370,10 @@ class FakeRun:
 
     def __init__(self, run_id: str = "fake", state: FakeRedisRun | None = None) -> None:
         self.shared = state or FakeRedisRun()
-        self._run_id, self._owner = run_id, uuid.uuid4().hex
+        self._owner = uuid.uuid4().hex
         self.run_store = FakeRunStore(self.shared, self._owner, run_id)
         self.fleet = FakeFleet(self.shared)
         self.weights = FakeWeightStore(self.shared)
-
-    def another(self) -> "FakeRun":
-        """Another process of the same run."""
-        return FakeRun(self._run_id, self.shared)
 
     def admission(self, actor_id: str) -> FakeAdmission:
         return FakeAdmission(self.shared, actor_id)

@@ -13,7 +13,7 @@ from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Delivery, Descriptor, QueueStats, RunLimits
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.script import Script, fence_error
-from lambdapo_async.errors import BrokerError
+from lambdapo_async.errors import BrokerError, WireFormatError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
 
@@ -158,16 +158,17 @@ class RedisRolloutSource:
 
     def _scan(self) -> Iterator[tuple[bytes, Descriptor]]:
         """Every entry of the stream with its id."""
-        start = b"-"
-        while True:
-            entries: list[StreamEntry] = self._broker.call(
-                lambda client, start=start: client.xrange(self._keys.queue, start, "+", count=_SCANNED_AT_ONCE)
-            )
+        entries = self._range(b"-")
+        while entries:
             for entry_id, fields in entries:
                 yield entry_id, _descriptor(fields)
-            if len(entries) < _SCANNED_AT_ONCE:
-                return
-            start = b"(" + entries[-1][0]
+            entries = self._range(b"(" + entries[-1][0])
+
+    def _range(self, start: bytes) -> list[StreamEntry]:
+        entries: list[StreamEntry] = self._broker.call(
+            lambda client: client.xrange(self._keys.queue, start, "+", count=_SCANNED_AT_ONCE)
+        )
+        return entries
 
     def _delete(self, durable: Sequence[tuple[bytes, str, int]]) -> None:
         for first in range(0, len(durable), _REMOVED_AT_ONCE):
@@ -179,9 +180,12 @@ class RedisRolloutSource:
         """The payloads, fetched in batches of bounded size; None where one is missing."""
         payloads: list[bytes | None] = []
         for batch in _by_bytes(descriptors):
-            names = [self._keys.payload(descriptor.producer, descriptor.seq) for descriptor in batch]
-            payloads += self._broker.call(lambda client, names=names: client.mget(names))
+            payloads += self._get([self._keys.payload(descriptor.producer, descriptor.seq) for descriptor in batch])
         return payloads
+
+    def _get(self, names: Sequence[bytes]) -> list[bytes | None]:
+        values: list[bytes | None] = self._broker.call(lambda client: client.mget(names))
+        return values
 
     def _check_consecutive(self, descriptors: Sequence[Descriptor]) -> None:
         received = dict(self._received)
@@ -211,7 +215,7 @@ def _descriptor(fields: Mapping[bytes, bytes]) -> Descriptor:
             num_bytes=int(fields[b"n"]),
             mean_reward=float(fields[b"r"]),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, WireFormatError) as error:
         raise BrokerError(f"an entry of the rollout queue is no descriptor: {dict(fields)!r:.200}") from error
 
 

@@ -45,8 +45,8 @@ class RedisRunStore:
             pipeline = client.pipeline(transaction=True)
             pipeline.set(self._keys.config, config_json)
             pipeline.delete(self._keys.model_files)
-            if model_files:
-                pipeline.hset(self._keys.model_files, mapping=dict(model_files))
+            for name, content in model_files.items():
+                pipeline.hset(self._keys.model_files, name, content)
             pipeline.execute()
 
         self._broker.call(publish)

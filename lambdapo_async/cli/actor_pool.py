@@ -93,10 +93,9 @@ class NurseryPool:
     def start(self) -> PooledActor:
         """Ask for one more actor."""
         actor = PooledActor(f"actor-{len(self._actors)}", self._logs / f"actor-{len(self._actors)}.log")
-        self._nursery.require_running()
-        line = json.dumps({"args": self._arguments, "log": str(actor.log)})
-        self._nursery.stdin.write(line.encode() + b"\n")
-        self._nursery.stdin.flush()
+        order = json.dumps({"args": self._arguments, "log": str(actor.log)})
+        with suppress(BrokenPipeError):  # it has died: the next poll says of what
+            self._nursery.stdin.write(order.encode() + b"\n")
         self._actors.append(actor)
         self._asked.append(actor)
         return actor

@@ -17,7 +17,6 @@ from lambdapo_async.report.summary import KILLED
 _POLL_S = 0.25
 _BRING_UP_S = 600.0
 """From the start to the first step: a GPU's engine takes minutes, and the starter model may have to be built."""
-_FINISH_S = 20.0
 _PHASE_WIDTH = 100
 
 
@@ -46,6 +45,8 @@ class DemoParts:
     pool: ActorPool
     watch: RunWatch
     view: ProgressView
+    finish_s: float = 20.0
+    """After the learner's end, for the actors to go home."""
 
 
 class DemoRun:
@@ -69,7 +70,7 @@ class DemoRun:
             if self._progress.is_half_way and not self._killed:
                 self._replace_an_actor()
         self._observe()
-        self._parts.pool.finish(_FINISH_S)
+        self._parts.pool.finish(self._parts.finish_s)
 
     def _bring_up(self) -> None:
         """Everything starts at once; actors follow as soon as there is a run to join."""

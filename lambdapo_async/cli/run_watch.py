@@ -31,7 +31,7 @@ class BrokerWatch:
     def is_published(self) -> bool:
         """Whether actors can join."""
         try:
-            self._run.run_store.state()
+            self._run.run_store.config_json()
         except RunNotFoundError:
             return False
         return True

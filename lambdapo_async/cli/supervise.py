@@ -66,6 +66,11 @@ class Child:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
+    def close(self) -> None:
+        """Close the pipe to a child that was started with one."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
     def require_running(self) -> None:
         """``ChildFailedError`` once it has ended, however well."""
         if (returncode := self.poll()) is not None:
@@ -96,6 +101,7 @@ class Supervisor:
         with log.open("ab") as log_file, (events or log).open("ab") as output_file:
             process = subprocess.Popen(
                 command,
+                bufsize=0,  # an order reaches the pipe at once, and closing it has nothing left to say
                 stdin=subprocess.DEVNULL if events is None else subprocess.PIPE,
                 stdout=output_file,
                 stderr=log_file,
@@ -121,6 +127,8 @@ class Supervisor:
                 if child.poll() is None:
                     child.signal(signal.SIGKILL)
                     child.wait(_REAP_S)
+            for child in self._children:
+                child.close()
 
     def __enter__(self) -> Self:
         return self

@@ -5,8 +5,6 @@ policy; rho = anchor / mu weights without gradient, r = pi / anchor is different
 sequences, are clamped to +-20 nats.
 """
 
-# ruff: noqa: N815 - shape suffixes
-
 from dataclasses import dataclass
 
 import torch
@@ -146,11 +144,10 @@ def _ratio(log_ratio_T: Tensor, batch: _Batch, level: str) -> Tensor:
 def _importance_weight(log_rho_T: Tensor, batch: _Batch, weight: RatioWeight) -> tuple[Tensor, Tensor]:
     """[T] weight, and [T] bool where rho was outside its bounds."""
     rho_T = _ratio(log_rho_T, batch, weight.level)
-    if weight.sign == "negative":
-        rho_T = torch.where(batch.advantages_T < 0, rho_T, 1.0)
     outside_T = (rho_T < weight.lo) | (rho_T > weight.hi)
     if weight.sign == "negative":
-        outside_T = outside_T & (batch.advantages_T < 0)
+        applies_T = batch.advantages_T < 0
+        rho_T, outside_T = torch.where(applies_T, rho_T, 1.0), outside_T & applies_T
     match weight.op:
         case "none":
             return rho_T, torch.zeros_like(outside_T)
@@ -213,9 +210,10 @@ def _reduced(token_loss_T: Tensor, batch: _Batch, spec: PolicyLossSpec, denomina
 
 
 def _count_by_sign(events: dict[str, Tensor], batch: _Batch) -> dict[str, Tensor]:
+    """Loss tokens only: the advantage is 0, of neither sign, elsewhere."""
     signs = {"pos": batch.advantages_T > 0, "neg": batch.advantages_T < 0}
     return {
-        f"{event}_{sign}": (happened_T & sign_T & batch.loss_mask_T).sum()
+        f"{event}_{sign}": (happened_T & sign_T).sum()
         for event, happened_T in events.items()
         for sign, sign_T in signs.items()
     }

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import islice
 
 import msgpack
-import redis
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -108,19 +107,14 @@ class RedisWeightStore:
         deadline = time.monotonic() + timeout_s
         while True:
             # The log's end is read before the head: a version that comes in between is seen by one of the two.
-            last_entry = self._broker.call(self._last_log_entry)
+            last_entry = self._last_log_entry()
             head = self.head()
             if head is not None and head > than:
                 return head
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return None
-            block_ms = max(1, int(1000 * min(left_s, self._broker.longest_block_s)))
-            self._broker.call(
-                lambda client, after=last_entry, block=block_ms: client.xread(
-                    {self._keys.weights_log: after}, count=1, block=block
-                )
-            )
+            self._wait_for_log(last_entry, min(left_s, self._broker.longest_block_s))
 
     def fetch(self, version: int) -> bytes:
         """A version's bytes, every chunk verified; while they are fetched the version is not deleted.
@@ -173,9 +167,15 @@ class RedisWeightStore:
             pieces = [keys.weights_chunk(number, index) for index in range(int(num_chunks))]
             self._forget([keys.state, keys.weights_versions, keys.weights_manifest(number), *pieces], [fence, number])
 
-    def _last_log_entry(self, client: redis.Redis) -> bytes:
-        newest: list[tuple[bytes, dict[bytes, bytes]]] = client.xrevrange(self._keys.weights_log, count=1)
+    def _last_log_entry(self) -> bytes:
+        newest: list[tuple[bytes, dict[bytes, bytes]]] = self._broker.call(
+            lambda client: client.xrevrange(self._keys.weights_log, count=1)
+        )
         return newest[0][0] if newest else b"0-0"
+
+    def _wait_for_log(self, after: bytes, block_s: float) -> None:
+        block_ms = max(1, int(1000 * block_s))
+        self._broker.call(lambda client: client.xread({self._keys.weights_log: after}, count=1, block=block_ms))
 
 
 def cut(payload: bytes) -> list[memoryview]:

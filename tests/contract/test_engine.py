@@ -65,7 +65,9 @@ def weights(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return file_of
 
 
-async def running(engine: InferenceEngine, *, groups: int = 4, size: int = 8) -> list[asyncio.Task[tuple[Completion, ...]]]:
+async def running(
+    engine: InferenceEngine, *, groups: int = 4, size: int = 8
+) -> list[asyncio.Task[tuple[Completion, ...]]]:
     """Long requests of which a token or more is sampled: a short one, started after them, has come back."""
     tasks = [
         asyncio.create_task(engine.sample_group([*PROMPT, i], size=size, sampling=SAMPLING)) for i in range(groups)
@@ -192,7 +194,9 @@ def _nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         pytest.param(lambda t: {n: x for n, x in t.items() if n != NORM}, f"1 tensors missing: {NORM}", id="missing"),
         pytest.param(_with("model.extra.weight", torch.zeros(4)), "unknown to this model: model.extra", id="unknown"),
-        pytest.param(_with(NORM, torch.zeros(64, dtype=torch.bfloat16)), rf"{NORM} is BF16 \[64\].*\[128\]", id="shape"),
+        pytest.param(
+            _with(NORM, torch.zeros(64, dtype=torch.bfloat16)), rf"{NORM} is BF16 \[64\].*\[128\]", id="shape"
+        ),
         pytest.param(_with(NORM, torch.zeros(128)), rf"{NORM} is F32 .* expected BF16", id="dtype"),
         pytest.param(_with(NORM, torch.zeros(128, dtype=torch.int8)), f"{NORM} is I8", id="integers"),
         pytest.param(_nan, f"{NORM} is not finite", id="nan"),
@@ -200,7 +204,12 @@ def _nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 async def test_a_file_of_another_model_is_refused_and_the_old_weights_stay(
-    engine: InferenceEngine, weights: Callable[[int], Path], tmp_path: Path, tiny_model_folder: Path, damage: Damage, message: str
+    engine: InferenceEngine,
+    weights: Callable[[int], Path],
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    damage: Damage,
+    message: str,
 ) -> None:
     greedy = SamplingConfig(max_tokens=20, top_k=1)
     before = await engine.sample_group(PROMPT, size=1, sampling=greedy)
@@ -222,9 +231,7 @@ async def test_a_damaged_file_is_refused(engine: InferenceEngine, tmp_path: Path
     assert engine.policy_version == 1
 
 
-async def test_a_refused_file_does_not_stop_running_requests(
-    engine: InferenceEngine, tmp_path: Path
-) -> None:
+async def test_a_refused_file_does_not_stop_running_requests(engine: InferenceEngine, tmp_path: Path) -> None:
     tasks = await running(engine, groups=2)
     with pytest.raises(WeightsError):
         await engine.load_weights(2, tmp_path / "missing")

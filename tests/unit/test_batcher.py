@@ -106,7 +106,7 @@ def test_a_batch_is_the_first_groups_with_a_signal(bench: type[Bench]) -> None:
     batch = on.batcher.next_batch(version=10)
     assert [received.group.lease.index for received in batch.groups] == [1, 4]
     assert dict(batch.discarded) == {"zero_variance": 1, "stale": 1, "malformed": 1}
-    assert batch.staleness_G(10).tolist() == [1, 3]
+    assert batch.staleness(10).tolist() == [1, 3]
     assert [group.lease.index for group in batch.seen] == [0, 1, 2, 4]
     assert len(on.source.quarantined) == 1
     assert on.source.released == [1, 2, 3]
@@ -161,7 +161,11 @@ def test_what_the_thread_died_of_reaches_the_loop(bench: type[Bench]) -> None:
 
 
 def test_a_payload_of_another_lease_is_quarantined(bench: type[Bench]) -> None:
-    on = bench(delivery(1, make_group(0), payload=encode_group(make_group(7))), delivery(2, make_group(1)), delivery(3, make_group(2)))
+    on = bench(
+        delivery(1, make_group(0), payload=encode_group(make_group(7))),
+        delivery(2, make_group(1)),
+        delivery(3, make_group(2)),
+    )
     batch = on.batcher.next_batch(version=0)
     assert dict(batch.discarded) == {"malformed": 1}
     assert "its entry train:0:0" in on.source.quarantined[0]

@@ -13,5 +13,7 @@ def test_every_epoch_asks_every_row_once(num_rows: int, epoch: int, seed: int) -
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(row_of(epoch * 40 + i, num_rows=40, seed=seed) for i in range(40)) for epoch in (0, 1) for seed in (0, 1)}
+    orders = {
+        tuple(row_of(epoch * 40 + i, num_rows=40, seed=seed) for i in range(40)) for epoch in (0, 1) for seed in (0, 1)
+    }
     assert len(orders) == 4

@@ -33,6 +33,8 @@ EXTRA_SPECS = {
     "clipped_score": replace(
         PRESETS["cispo"], anchor="behavior", weight=RatioWeight(), surrogate=Surrogate(kind="score", eps_hi=0.5)
     ),
+    "asymmetric": replace(PRESETS["ppo"], surrogate=Surrogate(eps_lo=0.1, eps_hi=0.6)),
+    "negative_only": replace(PRESETS["cispo"], weight=RatioWeight(op="mask", lo=0.8, hi=1.2, sign="negative")),
     "geo_score": replace(PRESETS["cispo"], anchor="behavior", surrogate=Surrogate(kind="score", level="geo")),
 }
 SPECS = {**PRESETS, **EXTRA_SPECS}

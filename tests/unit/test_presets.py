@@ -42,6 +42,12 @@ def test_the_default_truncates_at_two() -> None:
     assert (spec.weight.op, spec.weight.level, spec.weight.lo, spec.weight.hi) == ("truncate", "token", 0.0, 2.0)
 
 
+def test_gspo_is_a_mean_over_sequences_of_clipped_geometric_ratios() -> None:
+    spec = PRESETS["gspo"]
+    assert (spec.anchor, spec.weight.op, spec.reject, spec.reduce) == ("behavior", "none", (), "sequence")
+    assert spec.surrogate == Surrogate(kind="ppo", level="geo", eps_lo=3e-4, eps_hi=4e-4)
+
+
 def test_a_knob_replaces_the_preset_s() -> None:
     base = PRESETS["decoupled"]
     weight = RatioWeight(op="truncate", hi=5.0)

@@ -39,7 +39,12 @@ def heartbeat(name: str, tokens_per_s: float) -> Heartbeat:
 
 def test_half_way_is_the_middle_between_the_first_evaluation_and_the_target(progress):
     assert not progress.is_half_way
-    for reward, half_way, reached in ((0.4, False, False), (0.64, False, False), (0.65, True, False), (0.9, True, True)):
+    for reward, half_way, reached in (
+        (0.4, False, False),
+        (0.64, False, False),
+        (0.65, True, False),
+        (0.9, True, True),
+    ):
         progress.add(eval_row(1, 1.0, reward))
         assert (progress.is_half_way, progress.is_target_reached) == (half_way, reached)
     assert progress.heldout_start == 0.4
