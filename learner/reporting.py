@@ -132,8 +132,8 @@ def _rewards(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def _staleness(batch: StepBatch, version: int) -> dict[str, float]:
-    staleness_of_groups = batch.staleness_G(version)
-    return {"staleness/mean": float(staleness_of_groups.mean()), "staleness/max": float(staleness_G.max())}
+    staleness = batch.staleness(version)
+    return {"staleness/mean": float(staleness.mean()), "staleness/max": float(staleness.max())}
 
 
 def _speed(batch: StepBatch, total_s: float) -> dict[str, float]:

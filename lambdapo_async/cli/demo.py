@@ -126,7 +126,7 @@ def _assemble(plan: DemoPlan, console: Console, stack: ExitStack) -> DemoParts:
     """Start all processes at once; ``stack`` ends them, Redis last."""
     from lambdapo_async.cli.run_watch import BrokerWatch, demo_redis  # redis only when something really starts
 
-    url = stack.enter_context(demo_redis(os.environ))
+    url = stack.enter_context(demo_redis(os.environ, plan.folder / "redis"))
     environ = {**os.environ, REDIS_URL_VARIABLE: url}
     supervisor = stack.enter_context(Supervisor(environ))
     learner = supervisor.start("the learner", plan.learner_command, log=plan.logs / "learner.log")

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from lambdapo_async.broker.embedded import embedded_server
+from lambdapo_async.broker.connection import embedded_server
 from lambdapo_async.broker.interface import Heartbeat
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config.load import REDIS_URL_VARIABLE
@@ -13,12 +14,12 @@ _TIMEOUT_S = 10.0
 
 
 @contextmanager
-def demo_redis(environ: Mapping[str, str]) -> Iterator[str]:
-    """The URL of the given Redis, or of a private one that ends with the block."""
+def demo_redis(environ: Mapping[str, str], folder: Path) -> Iterator[str]:
+    """The URL of the Redis that the environment names, or of a private one in ``folder`` that ends with the block."""
     if url := environ.get(REDIS_URL_VARIABLE):
         yield url
         return
-    with embedded_server() as url:
+    with embedded_server(folder) as url:
         yield url
 
 

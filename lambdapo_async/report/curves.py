@@ -44,6 +44,7 @@ class Chart:
 
     title: str
     lines: tuple[Line, ...]
+    from_zero: bool = True
 
 
 REWARD_CHART = Chart(
@@ -52,6 +53,7 @@ REWARD_CHART = Chart(
         Line("reward/mean", "training rollouts (R)", _AMBER),
         Line("eval/reward", "held-out (V)", _BLUE, EVAL),
     ),
+    from_zero=False,
 )
 CHARTS = (
     Chart(
@@ -108,8 +110,10 @@ def draw(chart: Chart, rows: Sequence[MetricRow], *, target: float | None = None
             axes.axvline(event.step, color=_INK, linewidth=0.6, linestyle=":")
             axes.annotate(str(number), (event.step, 1.0), xycoords=("data", "axes fraction"), fontsize=8, ha="center")
         axes.set_xlabel("step")
+        if chart.from_zero:
+            axes.set_ylim(bottom=0.0)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best")
+            figure.legend(loc="outside upper left", ncols=3)
         return _svg(figure)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from lambdapo_async.metrics import EVAL, EVENT, STEP, MetricRow, series
 from lambdapo_async.report.numbers import number, percent
 
-KILLED = "killed actor"
-"""How the text of an event starts when somebody killed an actor on purpose."""
+KILLED = "killed"
+"""How the text of an event starts when an actor was killed on purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Column addition with written working: a task that a one-million-parameter model can learn in minutes.
+"""Column addition with written working: a task that a model of under a million parameters learns in minutes.
 
     478+385=          prompt
     8+5=13            one line per column from the right, the carry as a third summand
@@ -9,51 +9,58 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 
 from lambdapo_async.config import RunConfig
 from lambdapo_async.config.sections import ArithmeticTask
 from lambdapo_async.errors import TaskError
 from lambdapo_async.tasks.interface import Row, Scored
-from lambdapo_async.tasks.rewards import NamedReward
-from lambdapo_async.tasks.scoring import score_completions
+from lambdapo_async.tasks.scoring import NamedReward, score_completions
 
 ANSWER_MARK = "#### "
 
 
 class Arithmetic:
-    """Rows made from the run's seed; no sum is in both splits."""
+    """Sums of two numbers of ``digits`` digits each, made from the run's seed; none is in both splits."""
 
     def __init__(self, section: ArithmeticTask, config: RunConfig) -> None:
+        _check_enough_sums(section)
+        self._section, self._seed, self._density = section, config.seed, config.density
         self._rewards = (NamedReward("arithmetic", score_arithmetic),)
-        self._density = config.density
-        sums = _distinct_sums(section, seed=config.seed)
-        # Held-out rows come first, so that they stay the same when num_train changes.
-        self._heldout = [make_row(*pair) for pair in islice(sums, section.num_heldout)]
-        self._train = [make_row(*pair) for pair in islice(sums, section.num_train)]
 
     def train_rows(self) -> Sequence[Row]:
         """``num_train`` rows."""
-        return self._train
+        return self._rows[self._section.num_heldout :]
 
     def heldout_rows(self) -> Sequence[Row]:
-        """``num_heldout`` rows."""
-        return self._heldout
+        """``num_heldout`` rows, the same ones whatever ``num_train`` is."""
+        return self._rows[: self._section.num_heldout]
 
     def render(self, row: Row) -> str:
         """The sum on a line of its own; the working starts on the next one."""
         return f"{row.prompt}\n"
 
     def score(self, row: Row, completions: Sequence[str]) -> list[Scored]:
-        """1 for the right final answer after ``####``, 0 for anything else; plus density."""
+        """1 for the right final answer after ``####``, 0 for anything else; and density."""
         return score_completions(row, completions, self._rewards, self._density)
 
+    @cached_property
+    def _rows(self) -> list[Row]:
+        sums = _draw_sums(self._section.digits, random.Random(self._seed))
+        return [sum_row(*pair) for pair in islice(sums, self._section.num_heldout + self._section.num_train)]
 
-def make_row(left: int, right: int) -> Row:
+
+def sum_row(left: int, right: int) -> Row:
     """The row that asks for ``left + right``."""
-    answer = str(left + right)
-    working = "\n".join(_column_lines(str(left), str(right)))
-    return Row(prompt=f"{left}+{right}=", answer=answer, solution=f"{working}\n{ANSWER_MARK}{answer}")
+    return Row(prompt=f"{left}+{right}=", answer=str(left + right), solution=_solution(left, right))
+
+
+def slipped_solution(row: Row, source: random.Random) -> str:
+    """A solution of ``row`` with one wrong column, off by one or by a carry, and everything after it consistent."""
+    left, right = row.prompt.rstrip("=").split("+")
+    slip = (source.randrange(max(len(left), len(right))), source.random())
+    return _solution(int(left), int(right), slip=slip)
 
 
 def score_arithmetic(row: Row, completions: Sequence[str]) -> list[float]:
@@ -62,35 +69,47 @@ def score_arithmetic(row: Row, completions: Sequence[str]) -> list[float]:
     return [float(completion.rstrip().rpartition("\n")[2] == expected) for completion in completions]
 
 
-def _column_lines(left: str, right: str) -> Iterator[str]:
-    width = max(len(left), len(right))
-    carry = 0
-    for above, below in zip(reversed(left.zfill(width)), reversed(right.zfill(width)), strict=True):
-        total = int(above) + int(below) + carry
-        yield f"{above}+{below}{'+1' if carry else ''}={total}"
-        carry = total // 10
+def _solution(left: int, right: int, *, slip: tuple[int, float] | None = None) -> str:
+    """Working and final answer.
 
-
-def _distinct_sums(section: ArithmeticTask, *, seed: int) -> Iterator[tuple[int, int]]:
-    """Endless pairs of summands, uniform below 10**digits, none twice.
-
-    Raises:
-        TaskError: more rows are wanted than half of the pairs there are, so drawing would take for ever.
+    Args:
+        left: first summand.
+        right: second summand.
+        slip: the column (0 is the rightmost) whose total is wrong, and a draw from [0, 1) that decides how.
     """
-    limit = 10**section.digits
+    width = max(len(str(left)), len(str(right)))
+    lines, digits, carry = [], "", 0
+    for column, (above, below) in enumerate(zip(f"{left:0{width}}"[::-1], f"{right:0{width}}"[::-1], strict=True)):
+        total = int(above) + int(below) + carry
+        if slip is not None and slip[0] == column:
+            total = _wrong_total(total, slip[1])
+        lines.append(f"{above}+{below}{'+1' if carry else ''}={total}")
+        carry, digits = total // 10, f"{total % 10}{digits}"
+    return "\n".join([*lines, f"{ANSWER_MARK}{int(f'{carry}{digits}')}"])
+
+
+def _wrong_total(total: int, draw: float) -> int:
+    """``total`` off by 1 or 10, and still a total that two digits and a carry can have (0 to 19)."""
+    wrong = [total + error for error in (-10, -1, 1, 10) if 0 <= total + error <= 19]
+    return wrong[int(draw * len(wrong))]
+
+
+def _check_enough_sums(section: ArithmeticTask) -> None:
+    num_sums = (9 * 10 ** (section.digits - 1)) ** 2
     wanted = section.num_train + section.num_heldout
-    if wanted > limit * limit // 2:
+    if wanted > num_sums // 2:  # beyond this, drawing without repeats gets slow, and rows stop being a sample
         raise TaskError(
-            f"task.digits = {section.digits} gives {limit * limit} different sums, too few for "
-            f"num_train + num_heldout = {wanted} (at most half): raise digits or lower num_train"
+            f"task.digits = {section.digits} gives {num_sums} different sums, but num_train + num_heldout = {wanted} "
+            "may be at most half of them: raise digits or lower num_train"
         )
-    return _draw(limit, random.Random(seed))
 
 
-def _draw(limit: int, source: random.Random) -> Iterator[tuple[int, int]]:
+def _draw_sums(digits: int, source: random.Random) -> Iterator[tuple[int, int]]:
+    """Endless pairs of numbers with ``digits`` digits, none twice."""
+    smallest, end = 10 ** (digits - 1), 10**digits
     drawn: set[tuple[int, int]] = set()
     while True:
-        pair = (source.randrange(limit), source.randrange(limit))
+        pair = (source.randrange(smallest, end), source.randrange(smallest, end))
         if pair not in drawn:
             drawn.add(pair)
             yield pair

@@ -17,7 +17,7 @@ MAX_ANSWER_CHARACTERS = 200
 TIMEOUT_S = 2
 """math-verify's own deadline for parsing one answer, and for comparing two; by SIGALRM, so in a main thread only."""
 
-_MARK = re.compile(r"^\s*(?:####|A:|(?:the |final |the final )?answer(?: is:?|:))[ \t]*(\S.*)$", re.I | re.M)
+_MARK = re.compile(r"^[ \t]*(?:####|A:|(?:the |final |the final )?answer(?: is:?|:))[ \t]*(\S.*)$", re.I | re.M)
 _BOX = re.compile(r"\\boxed\s*\{")
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)"
 _LAST_NUMBER = re.compile(rf"(?<![\w.])-?{_NUMBER}")

@@ -109,14 +109,14 @@ def test_expired_leases_go_to_the_next_actor_without_a_new_admission(broker_run:
 def test_renew_keeps_ours_and_names_the_lost(broker_run: BrokerRun) -> None:
     start(broker_run, SHORT)
     mine, other = broker_run.admission("a"), broker_run.admission("b")
-    mine.lease(2)
-    eventually(lambda: other.lease(1))
+    mine.lease(4)
+    assert eventually(lambda: other.lease(1)) == train(0)
     assert mine.renew(train(0)) == train(0)
     assert other.renew(train(0)) == ()
 
 
 def test_renewed_leases_do_not_expire(broker_run: BrokerRun) -> None:
-    source = start(broker_run, dataclasses.replace(SHORT, max_staleness=0))
+    source = start(broker_run, dataclasses.replace(LIMITS, max_staleness=0, lease_s=0.5))
     mine, other = broker_run.admission("a"), broker_run.admission("b")
     source.request_evaluation(heldout(0))
     (kept,) = mine.lease(1)

@@ -72,8 +72,8 @@ def test_a_group_that_can_never_fit_is_an_error(broker_run: BrokerRun) -> None:
 
 def test_late_when_another_actor_holds_the_lease(broker_run: BrokerRun) -> None:
     source = start(broker_run, SHORT)
-    broker_run.admission("a").lease(1)
-    eventually(lambda: broker_run.admission("b").lease(1))
+    broker_run.admission("a").lease(4)
+    assert eventually(lambda: broker_run.admission("b").lease(1)) == train(0)
     late = offer(broker_run, 1, *train(0))
     assert (late.status, late.last) == (EnqueueStatus.LATE, 0)
     assert offer(broker_run, 1, *train(0), producer="b.0").status is EnqueueStatus.OK

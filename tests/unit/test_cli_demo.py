@@ -34,7 +34,7 @@ def wait_for(text):
 write("eval", 0, **{"eval/reward": 0.4})
 write("step", 1, **{"reward/mean": 0.5, "time/step_s": 0.1})
 write("eval", 1, **{"eval/reward": 0.7})
-wait_for("killed actor")
+wait_for("killed")
 write("step", 2, **{"reward/mean": 0.8, "time/step_s": 0.1})
 write("eval", 2, **{"eval/reward": 0.95})
 """
@@ -136,13 +136,13 @@ def test_a_learner_that_ends_before_there_is_a_run_shows_its_log(scene, status):
 
 
 def test_a_learner_that_dies_later_shows_its_log(scene):
-    dying = LEARNER.replace('wait_for("killed actor")', "raise SystemExit('out of memory')")
+    dying = LEARNER.replace('wait_for("killed")', "raise SystemExit('out of memory')")
     with pytest.raises(ChildFailedError, match=r"(?s)the learner ended with exit code 1.*out of memory"):
         scene.run(scene.processes(), learner=dying)
 
 
 def test_an_actor_that_dies_by_itself_shows_its_log(scene):
-    waiting = LEARNER.replace("killed actor", "never")
+    waiting = LEARNER.replace("killed", "never")
     with pytest.raises(ChildFailedError, match=r"(?s)actor-0 ended with exit code 1.*no engine"):
         scene.run(scene.processes("raise SystemExit('no engine')"), learner=waiting)
 
@@ -152,7 +152,7 @@ def test_a_nursery_that_dies_shows_its_log(scene):
         scene.supervisor, [], logs=scene.folder, command=[sys.executable, "-c", "raise SystemExit('no vllm')"]
     )
     with pytest.raises(ChildFailedError, match=r"(?s)the nursery ended with exit code 1.*no vllm"):
-        scene.run(pool, learner=LEARNER.replace("killed actor", "never"))
+        scene.run(pool, learner=LEARNER.replace("killed", "never"))
 
 
 def test_a_refused_order_is_an_error(scene):
@@ -164,7 +164,7 @@ sys.stdin.read()
 """
     pool = NurseryPool(scene.supervisor, [], logs=scene.folder, command=[sys.executable, "-c", code])
     with pytest.raises(NurseryError, match="refused to start actor-0: no room"):
-        scene.run(pool, learner=LEARNER.replace("killed actor", "never"))
+        scene.run(pool, learner=LEARNER.replace("killed", "never"))
 
 
 def test_only_a_running_actor_is_killed(scene):

@@ -1,0 +1,379 @@
+"""What only a real Redis can do to us: lost replies, cut connections, damaged and missing data, strangers."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgpack
+import pytest
+import redis
+
+from lambdapo_async.broker.connection import BrokerRefusedError, connect, embedded_server, redact
+from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
+from lambdapo_async.broker.redis_run import RedisRun
+from lambdapo_async.errors import BrokerError, BrokerUnavailable, RunNotFoundError, TaskError, WeightsError
+from lambdapo_async.weights.store import CHUNK_BYTES
+from tests.contract.broker_world import FOREVER_S, LIMITS, offer, start, train, until
+from tests.contract.test_broker_run import heartbeat
+from tests.lossy_proxy import LossyProxy, lossy_proxy
+from tests.redis_fixtures import TIMEOUT_S, OpenRun
+
+
+@pytest.fixture
+def server(redis_url: str) -> Iterator[redis.Redis]:
+    """Redis itself, behind the broker's back."""
+    with contextlib.closing(connect(redis_url, timeout_s=TIMEOUT_S)) as client:
+        yield client
+
+
+@pytest.fixture
+def proxy(redis_url: str) -> Iterator[LossyProxy]:
+    with tempfile.TemporaryDirectory() as folder, lossy_proxy(Path(folder), redis_url) as lossy:
+        yield lossy
+
+
+@pytest.fixture
+def shaky_run(proxy: LossyProxy, redis_run: RedisRun) -> Iterator[RedisRun]:
+    """``redis_run`` over connections that lose replies."""
+    with contextlib.closing(RedisRun(proxy.url, redis_run.keys.run_id, timeout_s=TIMEOUT_S)) as run:
+        run.fleet.members()  # connected: what is lost from here on is a reply to a call
+        yield run
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_an_offer_whose_reply_is_lost_makes_one_entry(
+    redis_run: RedisRun, shaky_run: RedisRun, proxy: LossyProxy, lost: int
+) -> None:
+    source = start(redis_run)
+    epoch = redis_run.run_store.state().epoch
+    redis_run.admission("a").lease(2)
+    proxy.lose_replies(lost)
+    assert offer(shaky_run, 1, *train(0), epoch=epoch).status in (EnqueueStatus.OK, EnqueueStatus.DUP)
+    assert proxy.lost == lost
+    assert offer(shaky_run, 2, *train(1), epoch=epoch).status is EnqueueStatus.OK
+    assert [one.descriptor.seq for one in source.read(9, timeout_s=FOREVER_S)] == [1, 2]
+    assert (source.stats().queued, source.stats().admitted) == (2, 2)
+
+
+def test_a_grant_whose_reply_is_lost_is_granted_once(
+    redis_run: RedisRun, shaky_run: RedisRun, proxy: LossyProxy
+) -> None:
+    source = start(redis_run)
+    admission = shaky_run.admission("a")
+    assert admission.lease(1) == train(0)
+    proxy.lose_replies(1)
+    assert admission.lease(2) == train(1, 2)
+    assert proxy.lost == 1
+    assert admission.lease(9) == train(3)
+    assert source.stats().leased == 4
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_a_learner_whose_replies_are_lost_does_everything_once(
+    redis_run: RedisRun, shaky_run: RedisRun, proxy: LossyProxy, call: int
+) -> None:
+    """Loses the reply to one call after the other of a learner's life."""
+    epoch_seen: list[str] = []
+    source = shaky_run.source(1, LIMITS)
+    (seq_1, seq_2) = train(0, 1)
+    life: list[Callable[[], object]] = [
+        lambda: shaky_run.run_store.create(b"{}", {"f": b"1"}, fence=1),
+        lambda: source.initialise(watermarks={}, consumed=0, next_index=0),
+        lambda: shaky_run.run_store.set_phase("running", fence=1),
+        lambda: epoch_seen.append(shaky_run.run_store.state().epoch),
+        lambda: [offer(redis_run, 1, seq_1), offer(redis_run, 2, seq_2), source.read(9, timeout_s=FOREVER_S)],
+        lambda: source.release(1),
+        lambda: source.quarantine(Descriptor("a.0", 1, seq_1, 0, 1, 0.0), b"x", "reason"),
+        lambda: source.commit({"a.0": 1}),
+    ]
+    for number, step in enumerate(life):
+        proxy.lose_replies(1 if number == call else 0)
+        step()
+    assert proxy.lost == 1
+    stats = source.stats()
+    assert (stats.queued, stats.num_bytes, stats.admitted, stats.quarantined) == (1, len(b"payload"), 1, 1)
+    assert epoch_seen == [redis_run.run_store.state().epoch]
+
+
+def test_a_publish_whose_replies_are_lost_happens_once(
+    redis_run: RedisRun, shaky_run: RedisRun, proxy: LossyProxy, server: redis.Redis
+) -> None:
+    start(redis_run)
+    for version in range(1, 4):
+        proxy.lose_replies(version)
+        shaky_run.weights.publish(version, b"v%d" % version, consumed=version, fence=1)
+        assert redis_run.weights.fetch(version) == b"v%d" % version
+    assert proxy.lost == 6
+    assert server.xlen(redis_run.keys.weights_log) == 3
+    assert server.zcard(redis_run.keys.weights_versions) == 2
+
+
+def test_cut_connections_are_opened_again(redis_run: RedisRun, server: redis.Redis) -> None:
+    source = start(redis_run)
+    read: list[int] = []
+    reader = threading.Thread(
+        target=lambda: read.extend(one.descriptor.seq for one in source.read(1, timeout_s=FOREVER_S))
+    )
+    reader.start()
+    until(lambda: any(client["cmd"] == "xread" for client in server.client_list()))
+    server.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    assert offer(redis_run, 1, *train(0)).status is EnqueueStatus.OK
+    reader.join(FOREVER_S)
+    assert read == [1]
+
+
+def test_an_actor_refuses_another_schema(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    server.hset(redis_run.keys.state, "schema", 7)
+    with pytest.raises(RunNotFoundError, match="speaks schema 7, this version speaks 1"):
+        redis_run.run_store.config_json()
+
+
+def test_too_many_rows_are_refused(redis_run: RedisRun) -> None:
+    store = redis_run.run_store
+    small = type(store)(store._broker, redis_run.keys, store._ownership, max_split_bytes=100)
+    with pytest.raises(TaskError, match=r"task\.max_rows"):
+        small.put_rows("train", [{"prompt": str(index), "answer": ""} for index in range(600)])
+
+
+def test_damaged_rows_are_named(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    redis_run.run_store.put_rows("train", [{"prompt": "p", "answer": "a"}])
+    server.hset(redis_run.keys.rows("train"), "0", b"garbage")
+    with pytest.raises(BrokerError, match="chunk 0 of the train rows is damaged"):
+        redis_run.run_store.row("train", 0)
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"garbage", msgpack.packb({"actor_id": "x"}), msgpack.packb([1]), bytes(20_000)]
+)
+def test_unreadable_heartbeats_are_left_out_and_counted(
+    redis_run: RedisRun, server: redis.Redis, record: bytes
+) -> None:
+    start(redis_run)
+    redis_run.fleet.beat(heartbeat("bad"))
+    redis_run.fleet.beat(heartbeat("good"))
+    server.hset(redis_run.keys.fleet, "bad", record)
+    assert redis_run.fleet.members() == (heartbeat("good"),)
+    assert redis_run.fleet.num_unreadable == 1
+
+
+def test_a_lost_payload_is_an_error(redis_run: RedisRun, server: redis.Redis) -> None:
+    source = start(redis_run)
+    offer(redis_run, 1, *train(0))
+    server.delete(redis_run.keys.payload("a.0", 1))
+    with pytest.raises(BrokerError, match="payload of group 1"):
+        source.read(1, timeout_s=FOREVER_S)
+
+
+def test_a_lost_entry_is_an_error(redis_run: RedisRun, server: redis.Redis) -> None:
+    source = start(redis_run)
+    for seq in (1, 2):
+        offer(redis_run, seq, *train(seq))
+    server.xdel(redis_run.keys.queue, server.xrange(redis_run.keys.queue)[0][0])
+    with pytest.raises(BrokerError, match="group 2 of a.0 follows 0"):
+        source.read(1, timeout_s=FOREVER_S)
+
+
+def test_the_quarantine_is_bounded(redis_run: RedisRun, server: redis.Redis) -> None:
+    source = start(redis_run)
+    offer(redis_run, 1, *train(0))
+    (delivery,) = source.read(1, timeout_s=FOREVER_S)
+    for seq in range(300):
+        bad = type(delivery.descriptor)("a.0", seq, *train(seq), 0, 1, 0.0)
+        source.quarantine(bad, b"x", "reason")
+    assert (source.stats().quarantined, server.xlen(redis_run.keys.dead)) == (300, 256)
+
+
+def test_nothing_is_left_of_committed_groups(redis_run: RedisRun, server: redis.Redis) -> None:
+    source = start(redis_run)
+    for seq in range(1, 8):
+        offer(redis_run, seq, *train(seq))
+        source.read(1, timeout_s=FOREVER_S)
+    source.commit({"a.0": 7})
+    assert server.keys(redis_run.keys.payload("a.0", 1)[:-1] + b"*") == []
+    assert (source.stats().queued, source.stats().num_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_a_damaged_chunk_is_named(redis_run: RedisRun, server: redis.Redis, damage: str) -> None:
+    start(redis_run)
+    redis_run.weights.publish(1, bytes(2 * CHUNK_BYTES + 5), consumed=0, fence=1)
+    chunk = redis_run.keys.weights_chunk(1, 1)
+    match damage:
+        case "flip":
+            server.setrange(chunk, 12_345, b"\x01")
+        case "cut":
+            server.set(chunk, bytes(CHUNK_BYTES - 1))
+        case "lose":
+            server.delete(chunk)
+    with pytest.raises(WeightsError, match="chunk 1 of version 1 is"):
+        redis_run.weights.fetch(1)
+
+
+def test_a_damaged_manifest_is_named(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    redis_run.weights.publish(1, b"one", consumed=0, fence=1)
+    server.set(redis_run.keys.weights_manifest(1), b"garbage")
+    with pytest.raises(WeightsError, match="manifest of version 1 is damaged"):
+        redis_run.weights.fetch(1)
+
+
+def test_a_version_that_is_read_stays_until_its_reader_is_done(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    keys = redis_run.keys
+    redis_run.weights.publish(1, b"one", consumed=0, fence=1)
+    redis_run.weights._keep(1, "slow reader")
+    for version in (2, 3, 4):
+        redis_run.weights.publish(version, b"new", consumed=0, fence=1)
+    assert redis_run.weights.fetch(1) == b"one"
+    server.zrem(keys.weights_readers, "1|slow reader")
+    redis_run.weights.publish(5, b"new", consumed=0, fence=1)
+    assert sorted(server.zrange(keys.weights_versions, 0, -1)) == [b"4", b"5"]
+    left = {name.rpartition(b"w:")[2] for name in server.keys(keys.weights_chunk(1, 0)[: -len("1:0")] + b"[0-9]*")}
+    assert left == {b"4:0", b"4:m", b"5:0", b"5:m"}
+
+
+def test_a_fetch_leaves_no_reader_behind(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    redis_run.weights.publish(1, bytes(20 * CHUNK_BYTES), consumed=0, fence=1)
+    redis_run.weights.fetch(1)
+    assert server.zcard(redis_run.keys.weights_readers) == 0
+
+
+def test_a_version_that_was_never_finished_is_deleted_later(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    keys = redis_run.keys
+    server.zadd(keys.weights_versions, {"1": 2})
+    for index in range(2):
+        server.set(keys.weights_chunk(1, index), b"orphan")
+    with pytest.raises(WeightsError, match="no manifest"):
+        redis_run.weights.fetch(1)
+    for version in (2, 3):
+        redis_run.weights.publish(version, b"new", consumed=0, fence=1)
+    assert server.exists(keys.weights_chunk(1, 0), keys.weights_chunk(1, 1)) == 0
+
+
+def test_every_key_lies_in_the_runs_slot(open_redis_run: OpenRun[RedisRun], server: redis.Redis) -> None:
+    run = open_redis_run()
+    before = set(server.keys())
+    source = start(run)
+    run.run_store.put_rows("train", [{"prompt": "p", "answer": "a"}])
+    source.request_evaluation(train(5))
+    (lease,) = run.admission("a").lease(1)
+    offer(run, 1, lease)
+    source.commit({"a.0": 1})
+    run.weights.publish(1, b"one", consumed=0, fence=1)
+    run.fleet.beat(heartbeat("a"))
+    tag = b"{lp:%s}:" % run.keys.run_id.encode()
+    assert {name[: len(tag)] for name in set(server.keys()) - before} == {tag}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:secret@h:1/0", "redis://:***@h:1/0"),
+        ("rediss://me:secret@h/2", "rediss://me:***@h/2"),
+        ("unix:///s?db=1&password=secret", "unix:///s?db=1&password=***"),
+        ("redis://h:6379", "redis://h:6379"),
+    ],
+)
+def test_passwords_are_not_shown(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
+def test_an_unreachable_redis_is_named_after_the_deadline(tmp_path: Path) -> None:
+    run = RedisRun(f"unix://:secret@{tmp_path}/nobody", "r", timeout_s=0.2)
+    with pytest.raises(BrokerUnavailable, match=r"unix://:\*\*\*@.*nobody did not answer for 0\.\d s"):
+        run.run_store.state()
+
+
+@pytest.mark.parametrize("password", ["", ":wrong@"])
+def test_a_wrong_password_is_refused_at_once(server: redis.Redis, redis_url: str, password: str) -> None:
+    url = redis_url.replace("unix://", f"unix://{password}")
+    server.config_set("requirepass", "right")
+    try:
+        with (
+            contextlib.closing(RedisRun(url, "r", timeout_s=TIMEOUT_S)) as run,
+            pytest.raises(BrokerRefusedError, match="check user and password") as refused,
+        ):
+            run.run_store.state()
+        assert "wrong@" not in str(refused.value)
+    finally:
+        server.config_set("requirepass", "")
+
+
+def test_something_else_than_redis_is_refused(tmp_path: Path) -> None:
+    with _answering(lambda: b"HTTP/1.1 400 Bad Request\r\n\r\n") as url:
+        run = RedisRun(url, "r", timeout_s=0.5)
+        with pytest.raises(BrokerError, match=url):
+            run.run_store.state()
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "h:6379", "redis://h:port"])
+def test_what_is_no_redis_url_is_refused(url: str) -> None:
+    with pytest.raises(BrokerRefusedError, match="no Redis URL"):
+        RedisRun(url, "r", timeout_s=1.0)
+
+
+def test_our_server_dies_with_its_parent(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib; from lambdapo_async.broker.connection import embedded_server\n"
+        "with embedded_server(pathlib.Path(sys.argv[1])) as url:\n"
+        "    print(url, flush=True); sys.stdin.read()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        url = parent.stdout.readline().strip()
+        with contextlib.closing(connect(url, timeout_s=FOREVER_S)) as client:
+            assert client.ping()
+            parent.kill()
+            until(lambda: not _answers(client))
+
+
+def test_our_server_keeps_its_data(tmp_path: Path) -> None:
+    for expected in (None, b"value"):
+        with (
+            embedded_server(tmp_path) as url,
+            contextlib.closing(connect(url, timeout_s=FOREVER_S)) as client,
+        ):
+            assert client.get("name") == expected
+            assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+            client.set("name", b"value")
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except (redis.ConnectionError, redis.TimeoutError):
+        return False
+
+
+@contextlib.contextmanager
+def _answering(reply: Callable[[], bytes]) -> Iterator[str]:
+    """A server that says the same to everything."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/s")
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(reply())
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"unix://{folder}/s"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(FOREVER_S)

@@ -1,0 +1,103 @@
+"""What a step and an evaluation leave in metrics.jsonl and samples.jsonl."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from lambdapo_async.broker.interface import Descriptor, QueueStats
+from lambdapo_async.metrics import EVAL, EVENT, METRICS, STEP, MetricsLog, read_metrics
+from lambdapo_async.rollout import Lease
+from lambdapo_async.tasks.interface import Row
+from learner.batcher import StepBatch
+from learner.evaluation import EvaluationResult
+from learner.ingest import ReceivedGroup
+from learner.reporting import Reporter, StepReport
+from learner.samples import SampleLog
+from learner.trainer import StepResult
+from tests.groups import make_group
+
+HELD_OUT = [Row(prompt="1+1=", answer="2"), Row(prompt="2+2=", answer="4")]
+
+
+def samples_in(folder: Path) -> SampleLog:
+    return SampleLog(folder / "s.jsonl", HELD_OUT, after_step=0)
+
+
+def received(index: int, version: int) -> ReceivedGroup:
+    group = make_group(index, rewards=(0.0, 1.0), version=version)
+    return ReceivedGroup(Descriptor("p", index + 1, group.lease, version, 10, 0.5), group, np.zeros(2), 1)
+
+
+def report(step: int, **metrics: float) -> StepReport:
+    groups = (received(0, 3), received(1, 5))
+    unanimous = make_group(2, rewards=(1.0, 1.0))
+    batch = StepBatch(groups, (*(r.group for r in groups), unanimous), Counter(zero_variance=1), 0.25)
+    return StepReport(
+        step=step,
+        version=7,
+        batch=batch,
+        result=StepResult({"loss/policy": 0.1, "optim/grad_norm": 1.0, **metrics}),
+        step_s=0.5,
+        publish_stall_s=0.0,
+        queue=QueueStats(queued=4, num_bytes=100, leased=2, returned=0, admitted=6, quarantined=0),
+        fleet=(),
+    )
+
+
+def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
+    with (
+        MetricsLog(tmp_path / "m.jsonl") as metrics,
+        SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
+    ):
+        reporter = Reporter(metrics, samples)
+        reporter.step(report(1))
+        reporter.step(report(2))
+    first, second = read_metrics(tmp_path / "m.jsonl")
+    assert (first.kind, first.step) == (STEP, 1)
+    assert first.values["reward/mean"] == 4 / 6
+    assert (first.values["staleness/mean"], first.values["staleness/max"]) == (2.0, 3.0)
+    assert first.values["frac_reward_zero_std"] == 1 / 3
+    assert (second.values["groups/trained"], second.values["groups/zero_variance"]) == (4.0, 2.0)
+    assert second.values["groups/without_confidence"] == 2
+    assert first.values["tokens/trained"] == 20
+    undocumented = set(first.values) - set(METRICS) - {"reward/verifiable"}
+    assert not undocumented
+
+
+def test_alarms_become_events(tmp_path: Path) -> None:
+    with (
+        MetricsLog(tmp_path / "m.jsonl") as metrics,
+        SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
+    ):
+        Reporter(metrics, samples).step(report(1, **{"ratio/ess_token": 0.1}))
+    events = [row for row in read_metrics(tmp_path / "m.jsonl") if row.kind == EVENT]
+    assert [row.text[:22] for row in events] == ["alarm: ratio/ess_token"]
+
+
+def test_an_evaluation_leaves_a_row_and_samples_to_read(tmp_path: Path) -> None:
+    groups = tuple(make_group(rewards=(float(i),), lease=Lease("heldout", i, 5)) for i in range(2))
+    result = EvaluationResult(step=5, reward=0.5, mean_length=5.0, mean_version=4.5, groups=groups)
+    with (
+        MetricsLog(tmp_path / "m.jsonl") as metrics,
+        SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
+    ):
+        Reporter(metrics, samples).evaluation(result)
+    (row,) = read_metrics(tmp_path / "m.jsonl")
+    assert (row.kind, row.step, row.values["eval/reward"], row.values["eval/version"]) == (EVAL, 5, 0.5, 4.5)
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"], line["answer"], line["reward"]) for line in lines] == [
+        (5, "1+1=", "2", 0.0),
+        (5, "2+2=", "4", 1.0),
+    ]
+
+
+def test_samples_of_later_steps_are_cut_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    with SampleLog(path, HELD_OUT, after_step=0) as samples:
+        for step in (5, 10):
+            samples.write(step, make_group(rewards=(1.0,), lease=Lease("heldout", 0, step)))
+    with SampleLog(path, HELD_OUT, after_step=5):
+        pass
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5]
