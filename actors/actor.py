@@ -49,6 +49,7 @@ class Actor:
         self._meter = EngineMeter()
         self._in_flight: dict[Lease, asyncio.Task[None]] = {}
         self._delivering: set[Lease] = set()
+        self._owed: set[Lease] = set()
         self._draining = asyncio.Event()
         self._slot_freed = asyncio.Event()
         self._lost_leases = 0
@@ -93,6 +94,7 @@ class Actor:
                 for lease in leases:
                     task = groups.create_task(self._answer(lease), name=lease.id)
                     self._in_flight[lease] = task
+                    self._owed.add(lease)
                     task.add_done_callback(functools.partial(self._forget, lease))
                 if not leases:
                     await self._wait_for_room()
@@ -113,9 +115,11 @@ class Actor:
         self._slot_freed.clear()
         self._parts.follower.changed.clear()
 
-    def _forget(self, lease: Lease, _: asyncio.Task[None]) -> None:
+    def _forget(self, lease: Lease, answer: asyncio.Task[None]) -> None:
         self._in_flight.pop(lease, None)
         self._delivering.discard(lease)
+        if not answer.cancelled() and answer.exception() is None:
+            self._owed.discard(lease)
         self._slot_freed.set()
 
     async def _answer(self, lease: Lease) -> None:
@@ -167,17 +171,12 @@ class Actor:
         )
 
     async def _finish_or_cancel(self) -> None:
-        """Give running groups ``drain_s``, then hand their leases back."""
+        """Give running groups ``drain_s``; the leases of those that are cut off are handed back at sign-off."""
         if not self._in_flight:
             return
         await asyncio.wait(list(self._in_flight.values()), timeout=self._config.actor.drain_s)
-        unfinished = dict(self._in_flight)
-        for task in unfinished.values():
+        for task in self._in_flight.values():
             task.cancel()
-        if unfinished:
-            await asyncio.wait(list(unfinished.values()))
-            logger.info("handing back %d unfinished leases", len(unfinished))
-            await asyncio.to_thread(self._parts.admission.hand_back, list(unfinished))
 
     async def _beat(self) -> None:
         """Say that we live, renew our leases, notice the end of the run.
@@ -200,6 +199,7 @@ class Actor:
         task = self._in_flight.get(lease)
         if task is not None and lease not in self._delivering:
             self._lost_leases += 1
+            self._owed.discard(lease)
             task.cancel()
 
     def _heartbeat(self) -> Heartbeat:
@@ -235,10 +235,10 @@ class Actor:
         )
 
     async def _sign_off(self) -> None:
-        """Hand back what we still hold after a failure, and leave the fleet."""
-        held = [lease for lease, task in self._in_flight.items() if not task.done()]
-        if held:
-            await asyncio.to_thread(self._parts.admission.hand_back, held)
+        """Hand back what was not answered, and leave the fleet."""
+        if self._owed:
+            logger.info("handing back %d unanswered leases", len(self._owed))
+            await asyncio.to_thread(self._parts.admission.hand_back, sorted(self._owed, key=lambda lease: lease.index))
         await asyncio.to_thread(self._parts.fleet.leave, self._parts.actor_id)
 
 

@@ -56,6 +56,7 @@ class Reporter:
     def __init__(self, metrics: MetricSink, samples: SampleSink) -> None:
         self._metrics, self._samples = metrics, samples
         self._totals: Counter[str] = Counter()
+        self._alarmed: set[str] = set()
         self._step_ended = time.monotonic()
 
     def step(self, report: StepReport) -> None:
@@ -82,9 +83,7 @@ class Reporter:
             report.step, row["reward/mean"], row["loss/policy"], row["optim/grad_norm"], row["staleness/mean"],
             report.batch.wait_s, report.step_s,
         )  # fmt: skip
-        for alarm in alarms(row):
-            logger.warning("step=%d alarm: %s", report.step, alarm)
-            self.event(report.step, f"alarm: {alarm}")
+        self._raise_alarms(report.step, alarms(row))
 
     def evaluation(self, result: EvaluationResult) -> None:
         """One finished held-out evaluation."""
@@ -106,6 +105,14 @@ class Reporter:
         """Something worth a mark on the curves."""
         self._metrics.write("event", step, {"text": text})
 
+    def _raise_alarms(self, step: int, found: Sequence[str]) -> None:
+        """Tell of an alarm when it begins, not at every step that it lasts."""
+        by_name = {alarm.split(maxsplit=1)[0]: alarm for alarm in found}
+        for name in by_name.keys() - self._alarmed:
+            logger.warning("step=%d alarm: %s", step, by_name[name])
+            self.event(step, f"alarm: {by_name[name]}")
+        self._alarmed = set(by_name)
+
     def _counts(self, batch: StepBatch) -> dict[str, float]:
         self._totals["trained"] += len(batch.groups)
         self._totals.update(batch.discarded)
@@ -115,7 +122,7 @@ class Reporter:
             "groups/dropped_stale": self._totals["stale"],
             "groups/malformed": self._totals["malformed"],
             "groups/without_confidence": sum(received.num_missing_confidence for received in batch.groups),
-            "frac_reward_zero_std": batch.discarded["zero_variance"] / max(len(batch.seen), 1),
+            "frac_reward_zero_std": float(np.mean([np.ptp(group.rewards) == 0.0 for group in batch.seen])),
         }
 
 

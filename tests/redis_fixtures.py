@@ -25,6 +25,11 @@ class OpenRun(Protocol[Run]):
     def __call__(self) -> Run: ...
 
 
+def next_run_id() -> str:
+    """A run id that no other test has."""
+    return f"test-{next(_run_numbers)}"
+
+
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real Redis that is ours alone."""
@@ -35,7 +40,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def open_redis_run(redis_url: str) -> Iterator[OpenRun[RedisRun]]:
     """Opens processes of one fresh run id in the real Redis."""
-    run_id = f"test-{next(_run_numbers)}"
+    run_id = next_run_id()
     with contextlib.ExitStack() as opened:
 
         def open_run() -> RedisRun:

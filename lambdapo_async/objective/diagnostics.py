@@ -129,7 +129,7 @@ def alarms(metrics: Mapping[str, float]) -> list[str]:
     masked = sum(metrics.get(name, 0.0) for name in _MASKED)
     if masked > MAX_MASKED:
         found.append(
-            f"{masked:.0%} of the tokens are masked or rejected, more than {MAX_MASKED:.0%}: "
+            f"ratio/masked = {masked:.0%} of the tokens are masked or rejected, more than {MAX_MASKED:.0%}: "
             "lower staleness.max_staleness, or widen the bounds of objective.policy_loss"
         )
     shift = metrics.get("advantage/shift", 0.0)

@@ -91,7 +91,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> 
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("spread", [0.05, 1.0])
+@pytest.mark.parametrize("spread", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("name", SPECS)
 def test_equals_the_oracle(name: str, reduce: str, spread: float) -> None:
@@ -260,6 +260,7 @@ def five_tokens(spec: PolicyLossSpec) -> PolicyLoss:
     [
         (PRESETS["ppo"], {"clipped_pos": 1, "clipped_neg": 1}),
         (replace(PRESETS["ppo"], surrogate=Surrogate(dual=3.0)), {"clipped_pos": 1, "clipped_neg": 2}),
+        (replace(PRESETS["ppo"], surrogate=Surrogate(eps_lo=0.95)), {"clipped_pos": 1}),
         (PRESETS["cispo"], {"truncated_pos": 1, "truncated_neg": 1}),
         (PRESETS["topr"], {"truncated_neg": 1}),
         (PRESETS["icepop"], {"masked_pos": 1, "masked_neg": 2}),

@@ -66,14 +66,16 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
     assert not undocumented
 
 
-def test_alarms_become_events(tmp_path: Path) -> None:
+def test_an_alarm_is_an_event_when_it_begins(tmp_path: Path) -> None:
     with (
         MetricsLog(tmp_path / "m.jsonl") as metrics,
         SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
     ):
-        Reporter(metrics, samples).step(report(1, **{"ratio/ess_token": 0.1}))
+        reporter = Reporter(metrics, samples)
+        for step, ess in ((1, 0.1), (2, 0.12), (3, 0.9), (4, 0.1)):
+            reporter.step(report(step, **{"ratio/ess_token": ess}))
     events = [row for row in read_metrics(tmp_path / "m.jsonl") if row.kind == EVENT]
-    assert [row.text[:22] for row in events] == ["alarm: ratio/ess_token"]
+    assert [(row.step, row.text[:22]) for row in events] == [(step, "alarm: ratio/ess_token") for step in (1, 4)]
 
 
 def test_an_evaluation_leaves_a_row_and_samples_to_read(tmp_path: Path) -> None:
