@@ -2,7 +2,7 @@
 
 For CPU only: importing costs 7-9 s of CPU per process there, and a process that has initialised CUDA cannot be forked.
 
-Protocol, one JSON object per line. On stdin ``{"args": ["--redis-url", "redis://...", "--run-id", "x"], "log": "file"}``
+Protocol, one JSON object per line. On stdin ``{"args": ["--redis-url", "redis://...", "--run-id", "x"], "log": "a"}``
 starts one actor. On stdout ``{"event": "ready"}``, ``{"event": "started", "pid": 1}``,
 ``{"event": "exited", "pid": 1, "returncode": 0}`` (negative: killed by that signal) and
 ``{"event": "refused", "reason": "..."}`` for a line that is no order. The end of stdin, SIGTERM or Ctrl-C ends the

@@ -1,9 +1,12 @@
 """A process that must not outlive the one that started it."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from multiprocessing.util import register_after_fork
 
 _PR_SET_PDEATHSIG = 1
 
@@ -21,3 +24,19 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def forked_children_die_with_us() -> Iterator[None]:
+    """Processes that ``multiprocessing`` forks from this thread in the block end when this thread does."""
+    tether = _Tether()
+    register_after_fork(tether, lambda tether: die_with_parent(tether.pid))
+    yield
+    del tether  # the registry holds it weakly
+
+
+class _Tether:
+    """Remembers who forked."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()

@@ -25,6 +25,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.engine import Completion, EngineInfo
+from actors.parent_death import forked_children_die_with_us
 from actors.requests import NO_WEIGHTS, check_request
 from actors.weights_file import Layout, check_finite, check_names, check_same, read_layout
 from lambdapo_async.config import RunConfig
@@ -74,7 +75,9 @@ class VllmEngine:
         if current_platform.is_cpu():
             # vLLM's CPU platform asks for spawn: 10 s of imports more. Forking is safe, no thread runs yet.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        return cls(AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True), model_dir, config)
+        with forked_children_die_with_us():
+            llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
+        return cls(llm, model_dir, config)
 
     @property
     def info(self) -> EngineInfo:
@@ -112,18 +115,16 @@ class VllmEngine:
     async def _generate(self, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
         request_id = uuid.uuid4().hex
         self._running.add(request_id)
-        output = None
         try:
-            async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id):
-                pass
+            outputs = [output async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id)]
         except VLLMError as error:
             raise EngineError(f"vLLM failed on a prompt of {len(prompt_ids)} tokens: {error!r}") from error
         finally:
             self._running.discard(request_id)
         self._check_alive()  # a dying engine ends its requests as if they had been aborted
-        if output is None or not output.finished:
+        if not outputs or not outputs[-1].finished:
             raise EngineError(f"vLLM ended a request of {params.n} samples without its completions")
-        return output
+        return outputs[-1]
 
     async def load_weights(self, version: int, path: Path) -> float:
         """See :meth:`actors.engine.InferenceEngine.load_weights`."""
@@ -164,22 +165,25 @@ class VllmEngine:
                 )
 
     async def _swap(self, version: int, path: Path) -> None:
-        """Change the weights between two steps of the engine; a swap that does not end kills the engine."""
+        """Change the weights between two steps of the engine; a swap that does not end well kills the engine."""
         try:
             async with asyncio.timeout(_SWAP_TIMEOUT_S):
-                # "keep" freezes running requests (the default aborts them); clear_cache has their contexts computed
-                # anew, so that later tokens are exactly the new policy's.
-                await self._llm.pause_generation(mode="keep", clear_cache=True)
-                untouched = await self._llm.collective_rpc("swap_weights", args=(str(path),))
-                if any(untouched):
-                    raise EngineError(f"version {version} left parameters without weights: {untouched[0][:5]}")
-                await self._llm.update_weight_version(str(version))
-                await self._llm.resume_generation()
+                await self._apply(version, path)
         except BaseException as error:  # a cancellation in the middle leaves the model half loaded, too
             await self._die(f"swapping in version {version} failed: {error!r}")
-            if isinstance(error, Exception):
+            if isinstance(error, Exception):  # vLLM raises bare ones here
                 raise EngineError(str(self._death)) from error
             raise
+
+    async def _apply(self, version: int, path: Path) -> None:
+        # "keep" freezes running requests (the default aborts them); clear_cache has their contexts computed anew, so
+        # that later tokens are exactly the new policy's.
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        untouched = await self._llm.collective_rpc("swap_weights", args=(str(path),))
+        if any(untouched):
+            raise EngineError(f"version {version} left parameters without weights: {untouched[0][:5]}")
+        await self._llm.update_weight_version(str(version))
+        await self._llm.resume_generation()
 
     async def _die(self, reason: str) -> None:
         if self._death is None:

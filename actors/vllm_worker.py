@@ -1,7 +1,6 @@
 """What we add to vLLM's worker, in the engine's process: swapping weights, and dying with the actor.
 
-vLLM imports this module by name (``worker_extension_cls``); nothing else may, because importing it inside the actor
-before vLLM forks would leave the engine's process unprotected.
+vLLM imports this module by name (``worker_extension_cls``); nothing else may, because it acts on its process.
 """
 
 import logging
@@ -17,8 +16,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from actors.parent_death import die_with_parent
 
-# At import and not in a call from the actor: loading a model takes minutes, in which a kill -9 of the actor would
-# orphan this process, its memory and its GPU for good.
+# Where vLLM spawns its processes (GPU), and at import: loading a model takes minutes, in which a kill -9 of the actor
+# would orphan this process, its memory and its GPU for good. Forked ones (CPU) are tied to the actor from the start.
 _PARENT = multiprocessing.parent_process()
 if _PARENT is not None and _PARENT.pid is not None:
     die_with_parent(_PARENT.pid)

@@ -39,6 +39,14 @@ METRICS: Mapping[str, str] = {
     "ratio/ess_sequence": "effective sample size of the sequence ratios, share of the sequences",
     "ratio/abs_log_mean": "mean |log pi - log mu|, nats",
     "ratio/abs_log_max": "largest |log pi - log mu|, nats",
+    "ratio/clipped_pos": "share of tokens with advantage > 0 whose surrogate ratio was clipped",
+    "ratio/clipped_neg": "share of tokens with advantage < 0 whose surrogate ratio was clipped",
+    "ratio/truncated_pos": "share of tokens with advantage > 0 whose importance weight was truncated",
+    "ratio/truncated_neg": "share of tokens with advantage < 0 whose importance weight was truncated",
+    "ratio/masked_pos": "share of tokens with advantage > 0 whose importance weight was set to 0",
+    "ratio/masked_neg": "share of tokens with advantage < 0 whose importance weight was set to 0",
+    "ratio/rejected_pos": "share of tokens with advantage > 0 that a filter rejected",
+    "ratio/rejected_neg": "share of tokens with advantage < 0 that a filter rejected",
     "mismatch_kl": "k3 estimate of KL(mu || pi), nats per token",
     "mismatch/fresh": "mean |log pi - log mu| of tokens sampled under the step's version, nats: engine against learner",
     "mismatch/fresh_share": "share of the tokens sampled under the step's version",
@@ -70,7 +78,7 @@ METRICS: Mapping[str, str] = {
     # kind "event"
     "text": "what happened",
 }
-"""Name -> meaning. Beside these, ``reward/<name>`` of each reward function and ``ratio/<name>`` of each loss filter."""
+"""Name -> meaning. Beside these, ``reward/<name>`` of each reward function."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
     task = build_task(config)
-    model_path = ensure_starter(config, task) if config.model.path == "starter" else config.model.path
+    model_path = ensure_starter(config, task, progress=_log_starter) if config.model.path == "starter" else config.model.path
     run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
     # The fence comes first: whatever an older learner still does cannot reach what is loaded from here on.
     checkpoints = CheckpointStore(folder / "checkpoints")
@@ -66,6 +66,10 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
         learner = _assemble(start, resources)
         with _stop_on_signals(learner):
             learner.run()
+
+
+def _log_starter(step: int, num_steps: int, loss: float) -> None:
+    logger.info("building the starter model: step %d of %d, loss %.3f", step, num_steps, loss)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,10 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -50,8 +49,10 @@ class Recipe:
     warmup_steps: int = 10
     decay_share: float = 0.4
     """Last part of the steps, in which the learning rate falls to 0."""
-    slip_rate: float = 0.6
-    """Share of arithmetic demonstrations with one wrong column."""
+    clean_steps: int = 200
+    """First steps, without slips: the method is learned sooner from right working."""
+    slip_rate: float = 0.65
+    """Share of the later arithmetic demonstrations that have one wrong column."""
     hidden_size: int = 128
     intermediate_size: int = 384
     num_layers: int = 3
@@ -66,22 +67,29 @@ class Recipe:
 
 
 ARITHMETIC = Recipe(num_steps=320)
-SMOKE = Recipe(num_steps=40)
+SMOKE = Recipe(num_steps=20, num_layers=2)
+
+
+def recipe_for(task: Task) -> Recipe:
+    """The recipe that makes a good start for arithmetic, or one that is quick."""
+    return ARITHMETIC if isinstance(task, Arithmetic) else SMOKE
 
 
 def ensure_starter(config: RunConfig, task: Task, *, progress: Progress | None = None) -> Path:
     """Folder of the config's starter model, built (about 40 s on one core) unless it is there."""
     folder = starter_path(config, task)
     if not folder.is_dir():
-        build_starter(task, folder, seed=config.seed, max_length=config.model.max_length, progress=progress)
+        build_starter(
+            task, folder, recipe_for(task), seed=config.seed, max_length=config.model.max_length, progress=progress
+        )
     return folder
 
 
 def starter_path(config: RunConfig, task: Task) -> Path:
     """``output_dir/models/starter-<digest of everything that determines the weights>``."""
     determinants = {
-        "recipe": asdict(_recipe_for(task)),
-        "rows": [row.as_map() for row in task.train_rows()],
+        "recipe": asdict(recipe_for(task)),
+        "rows": [(task.render(row), row.answer, row.solution) for row in task.train_rows()],
         "seed": config.seed,
         "max_length": config.model.max_length,
         "torch": torch.__version__,
@@ -90,24 +98,26 @@ def starter_path(config: RunConfig, task: Task) -> Path:
     return config.output_dir / "models" / f"starter-{digest[:16]}"
 
 
-def build_starter(task: Task, folder: Path, *, seed: int, max_length: int, progress: Progress | None = None) -> Path:
+def build_starter(
+    task: Task, folder: Path, recipe: Recipe, *, seed: int, max_length: int, progress: Progress | None = None
+) -> None:
     """Train a starter for ``task`` on one core and write it to ``folder``, whole or not at all.
 
     Args:
         task: its training rows are the demonstrations; the held-out ones are never seen.
+        recipe: model size and training.
         folder: gets config, bfloat16 weights, tokenizer and generation config in Hugging Face's format.
         seed: decides the weights, to the bit on one machine.
         max_length: the model's context in tokens (= characters).
         progress: called after each step.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".starter-", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         tokenizer = build_tokenizer(max_length)
-        recipe = _recipe_for(task)
         with _one_seeded_core(seed):
             model = _new_model(recipe, tokenizer, max_length)
-            _train(model, _batches(task, tokenizer, recipe, seed=seed, max_length=max_length), recipe, progress)
+            _train(model, _curriculum(task, tokenizer, recipe, random.Random(seed)), recipe, progress)
         # Learner and actors must agree on version 0, so it holds nothing that bfloat16 cannot.
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -115,11 +125,6 @@ def build_starter(task: Task, folder: Path, *, seed: int, max_length: int, progr
         _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _recipe_for(task: Task) -> Recipe:
-    return ARITHMETIC if isinstance(task, Arithmetic) else SMOKE
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:
@@ -172,7 +177,7 @@ def _train(
         input_ids_BL, labels_BL = next(batches)
         logits_BLV = model(input_ids=input_ids_BL).logits
         loss = functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -187,17 +192,27 @@ def _lr_factor(step: int, recipe: Recipe) -> float:
     return min(1.0, (step + 1) / recipe.warmup_steps, remaining)
 
 
-def _batches(
-    task: Task, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, seed: int, max_length: int
+def _curriculum(
+    task: Task, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, source: random.Random
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless right-padded batches: [B, L] int64 token ids and labels, B L <= ``batch_tokens`` (or B = 1)."""
-    demonstrations = _demonstrations(task, recipe, random.Random(seed))
+    """Batches of right demonstrations, then endless ones of which some hold a slip."""
+    right, slipped = (
+        _batches(_demonstrations(task, slip_rate, source), tokenizer, batch_tokens=recipe.batch_tokens)
+        for slip_rate in (0.0, recipe.slip_rate)
+    )
+    return chain(islice(right, recipe.clean_steps), slipped)
+
+
+def _batches(
+    demonstrations: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, *, batch_tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Right-padded batches: [B, L] int64 token ids and labels, B L <= ``batch_tokens`` (or B = 1)."""
     batch: list[tuple[list[int], int]] = []
     longest = 0
     for prompt, completion in demonstrations:
         prompt_ids, completion_ids = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, completion))
-        token_ids = [*prompt_ids, *completion_ids, tokenizer.eos_token_id][:max_length]
-        if batch and (len(batch) + 1) * max(longest, len(token_ids)) > recipe.batch_tokens:
+        token_ids = [*prompt_ids, *completion_ids, tokenizer.eos_token_id][: tokenizer.model_max_length]
+        if batch and (len(batch) + 1) * max(longest, len(token_ids)) > batch_tokens:
             yield _padded(batch, longest, pad=tokenizer.pad_token_id)
             batch, longest = [], 0
         batch.append((token_ids, len(prompt_ids)))
@@ -215,7 +230,7 @@ def _padded(batch: Sequence[tuple[list[int], int]], length: int, *, pad: int) ->
     return input_ids_BL, labels_BL
 
 
-def _demonstrations(task: Task, recipe: Recipe, source: random.Random) -> Iterator[tuple[str, str]]:
+def _demonstrations(task: Task, slip_rate: float, source: random.Random) -> Iterator[tuple[str, str]]:
     """Endless (prompt, completion) pairs: training rows in a new order each epoch."""
     rows = list(task.train_rows())
     if not rows:
@@ -223,11 +238,11 @@ def _demonstrations(task: Task, recipe: Recipe, source: random.Random) -> Iterat
     for _ in count():
         source.shuffle(rows)
         for row in rows:
-            yield task.render(row), _completion(task, row, recipe, source)
+            yield task.render(row), _completion(task, row, slip_rate, source)
 
 
-def _completion(task: Task, row: Row, recipe: Recipe, source: random.Random) -> str:
-    if isinstance(task, Arithmetic) and source.random() < recipe.slip_rate:
+def _completion(task: Task, row: Row, slip_rate: float, source: random.Random) -> str:
+    if isinstance(task, Arithmetic) and source.random() < slip_rate:
         return slipped_solution(row, source)
     return row.answer if row.solution is None else row.solution
 

@@ -51,7 +51,7 @@ class Nursery:
 
     def _read(self, deadline: float, *, wanted: str) -> None:
         assert self.process.stdout is not None
-        if not wait([self.process.stdout], max(0.0, deadline - time.monotonic())):
+        if not wait([self.process.stdout.fileno()], max(0.0, deadline - time.monotonic())):
             raise TimeoutError(f"no event {wanted!r} from the nursery; unconsumed: {self._seen}")
         read = os.read(self.process.stdout.fileno(), 65536)
         if not read:

@@ -83,7 +83,7 @@ class NurseryPool:
         logs: Path,
         command: Sequence[str] = NURSERY_COMMAND,
     ) -> None:
-        self._arguments, self._logs = list(actor_arguments), logs
+        self._supervisor, self._arguments, self._logs = supervisor, list(actor_arguments), logs
         self._actors: list[PooledActor] = []
         self._asked: deque[PooledActor] = deque()
         events = logs / "nursery.events.jsonl"
@@ -118,9 +118,11 @@ class NurseryPool:
     def _note(self, kind: str, event: Mapping[str, Any]) -> None:
         if kind == "started":  # it answers in the order in which it was asked
             self._asked.popleft().pid = event["pid"]
+            self._supervisor.adopt(event["pid"])  # it leads a group, in which its engine runs
         elif kind == "refused":
             raise NurseryError(f"the nursery refused to start {self._asked.popleft().name}: {event['reason']}")
         elif kind == "exited":
+            self._supervisor.bury(event["pid"])
             for actor in self._actors:
                 if actor.pid == event["pid"] and actor.returncode is None:
                     actor.returncode = event["returncode"]

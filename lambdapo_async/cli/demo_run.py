@@ -106,9 +106,8 @@ class DemoRun:
         if self._progress.elapsed_s > _BRING_UP_S:
             logs = self._parts.learner.log.parent
             raise DemoTimeoutError(f"no optimizer step within {_BRING_UP_S:.0f} s; look into the logs in {logs}")
-        newest = last_lines(self._parts.learner.log, 1)
-        if newest:
-            self._progress.phase = f"learner: {newest[0][:_PHASE_WIDTH]}"
+        for line in last_lines(self._parts.learner.log, 1):
+            self._progress.phase = f"learner: {(line.partition(': ')[2] or line)[:_PHASE_WIDTH]}"
 
     def _replace_an_actor(self) -> None:
         victim = kill_one(self._parts.pool)

@@ -63,8 +63,7 @@ class Child:
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the whole group; nothing when it is gone."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+        _signal_group(self.pid, number)
 
     def close(self) -> None:
         """Close the pipe to a child that was started with one."""
@@ -85,9 +84,10 @@ class Supervisor:
         grace_s: between TERM and KILL when it ends.
     """
 
-    def __init__(self, environ: Mapping[str, str], *, grace_s: float = 8.0) -> None:
+    def __init__(self, environ: Mapping[str, str], *, grace_s: float = 5.0) -> None:
         self._environ, self._grace_s = dict(environ), grace_s
         self._children: list[Child] = []
+        self._adopted: set[int] = set()
 
     def start(self, name: str, command: Sequence[str], *, log: Path, events: Path | None = None) -> Child:
         """Start ``command`` in a process group of its own.
@@ -113,6 +113,15 @@ class Supervisor:
         self._children.append(child)
         return child
 
+    def adopt(self, group: int) -> None:
+        """Answer for a process group that a child of ours has started, until :meth:`bury`."""
+        self._adopted.add(group)
+
+    def bury(self, group: int) -> None:
+        """The leader of an adopted group has ended: kill what it left behind."""
+        self._adopted.discard(group)
+        _signal_group(group, signal.SIGKILL)
+
     def stop(self) -> None:
         """TERM to every group, KILL to what is left after the grace time, or at once on a second Ctrl-C."""
         running = [child for child in self._children if child.poll() is None]
@@ -127,6 +136,8 @@ class Supervisor:
                 if child.poll() is None:
                     child.signal(signal.SIGKILL)
                     child.wait(_REAP_S)
+            for group in list(self._adopted):
+                self.bury(group)
             for child in self._children:
                 child.close()
 
@@ -163,6 +174,11 @@ def last_lines(log: Path, count: int) -> list[str]:
     except FileNotFoundError:
         return []
     return [line for line in text.splitlines() if line.strip()][-count:]
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 def _die_with_parent() -> Callable[[], None]:

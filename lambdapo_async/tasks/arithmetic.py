@@ -1,10 +1,10 @@
 """Column addition with written working: a task that a model of under a million parameters learns in minutes.
 
-    478+385=          prompt
-    8+5=13            one line per column from the right, the carry as a third summand
-    7+8+1=16
-    4+3+1=8
-    #### 863          the final answer, marked as in GSM8K
+478+385=          prompt
+8+5=13            one line per column from the right, the carry as a third summand
+7+8+1=16
+4+3+1=8
+#### 863          the final answer, marked as in GSM8K
 """
 
 import random

@@ -1,7 +1,7 @@
 r"""Final answers of mathematical texts: finding and comparing them.
 
-A final answer follows ``####`` (GSM8K, arXiv:2110.14168), ``A:`` or ``the answer is`` on a line of its own, or stands in
-``\boxed{}``; without a mark it is the last number. Numbers are compared here, exactly; everything else by math-verify.
+A final answer follows ``####`` (GSM8K, arXiv:2110.14168), ``A:`` or ``the answer is`` on a line of its own, or stands
+in ``\boxed{}``; without a mark it is the last number. Numbers are compared here, exactly; the rest by math-verify.
 """
 
 import re
@@ -13,7 +13,8 @@ from math_verify import parse, verify
 from lambdapo_async.tasks.interface import Row
 
 MAX_ANSWER_CHARACTERS = 200
-"""A longer final answer is wrong: parsing time grows faster than length."""
+MAX_ANSWER_BRACKETS = 16
+"""A final answer beyond either is wrong: parsing time grows faster than length, and exponentially with nesting."""
 TIMEOUT_S = 2
 """math-verify's own deadline for parsing one answer, and for comparing two; by SIGALRM, so in a main thread only."""
 
@@ -65,7 +66,7 @@ def same_answer(expected: str, found: str | None) -> bool:
     numbers = _number(expected), _number(found)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    if _HUGE.search(found):
+    if _HUGE.search(found) or sum(map(found.count, "([{")) > MAX_ANSWER_BRACKETS:
         return False
     gold, answer = (parse(f"${text.strip().strip('$')}$", parsing_timeout=TIMEOUT_S) for text in (expected, found))
     return bool(verify(gold, answer, timeout_seconds=TIMEOUT_S))

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lambdapo_async.errors import TaskError
 from lambdapo_async.tasks.arithmetic import score_arithmetic
@@ -59,7 +60,7 @@ def adapt_verl(compute_score: VerlReward) -> RewardFunction:
     return score
 
 
-_ADAPTERS: Mapping[str, Callable[[Callable[..., object]], RewardFunction]] = {"trl": adapt_trl, "verl": adapt_verl}  # type: ignore[dict-item]
+_ADAPTERS: Mapping[str, Callable[[Callable[..., Any]], RewardFunction]] = {"trl": adapt_trl, "verl": adapt_verl}
 
 
 def _built_in(name: str) -> RewardFunction:
@@ -70,14 +71,14 @@ def _built_in(name: str) -> RewardFunction:
     raise TaskError(f"no reward {name!r}: {hint} (your own is named package.module:function)")
 
 
-def _imported(path: str) -> Callable[..., object]:
+def _imported(path: str) -> Callable[..., Any]:
     module_name, _, function_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise TaskError(f"reward {path!r}: cannot import {module_name!r}: {error}; is it on PYTHONPATH?") from error
     names = vars(module)
-    function = names.get(function_name)
+    function: Callable[..., Any] | None = names.get(function_name)
     if callable(function):
         return function
     nearest = difflib.get_close_matches(function_name, [name for name in names if callable(names[name])], n=1)

@@ -113,8 +113,8 @@ moves = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(moves, min_size=10, max_size=40))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(moves, min_size=50, max_size=60))
 def test_the_fake_and_redis_agree(redis_url: str, script: list[tuple[Any, ...]]) -> None:
     opened: list[RedisRun] = []
     run_id, shared = next_run_id(), FakeRedisRun()

@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(400)]
 DEMO = ROOT / "configs" / "arithmetic_demo.toml"
 SMOKE = ROOT / "configs" / "gsm8k_cpu_smoke.toml"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
-START_S, RUN_S, JOIN_S = 180.0, 240.0, 60.0
+START_S, RUN_S = 180.0, 300.0
+RISE = ("learner.num_steps=25", "evaluation.every_steps=25", "actor.dtype=bfloat16")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def descendants(pid: int) -> Sequence[psutil.Process]:
 
 def test_reward_rises_and_a_killed_actor_is_replaced(scene: Scene) -> None:
     """20 and more steps: reward rises, engine and learner agree, kill -9 of an actor stops nothing."""
-    arguments = scene.learner_arguments("learner.num_steps=25", "evaluation.every_steps=25", "broker.lease_s=3")
+    arguments = scene.learner_arguments(*RISE)
     with learner(DEMO, *arguments, log=scene.logs / "learner.log") as process:
         scene.wait_open(process)
         victim, survivor = scene.start_actor("victim"), scene.start_actor("survivor")

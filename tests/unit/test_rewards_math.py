@@ -101,7 +101,9 @@ def test_hard_answers_are_wrong_and_do_not_hang(text: str) -> None:
 
 
 @pytest.mark.timeout(15)
-@pytest.mark.parametrize("text", [" \n" * 50_000, "####" * 50_000, "1," * 50_000, "\\boxed{" * 20_000, "A: \n" * 50_000])
+@pytest.mark.parametrize(
+    "text", [" \n" * 50_000, "####" * 50_000, "1," * 50_000, "\\boxed{" * 20_000, "A: \n" * 50_000]
+)
 def test_long_texts_are_read_in_linear_time(text: str) -> None:
     assert score_math(Row(prompt="", answer="18"), [text]) == [0.0]
 

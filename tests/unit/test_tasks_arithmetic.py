@@ -70,11 +70,13 @@ def test_heldout_rows_do_not_depend_on_the_number_of_training_rows() -> None:
 
 @pytest.mark.parametrize("digits", [2, 3, 12])
 def test_summands_have_the_configured_digits(digits: int) -> None:
-    assert all(re.fullmatch(rf"\d{{{digits}}}\+\d{{{digits}}}=", row.prompt) for row in task_with(digits=digits).train_rows())
+    assert all(
+        re.fullmatch(rf"\d{{{digits}}}\+\d{{{digits}}}=", row.prompt) for row in task_with(digits=digits).train_rows()
+    )
 
 
 def test_more_rows_than_there_are_sums_is_an_error() -> None:
-    with pytest.raises(TaskError, match="task.digits = 1 gives 81 different sums.* = 340 .*raise digits"):
+    with pytest.raises(TaskError, match=r"task\.digits = 1 gives 81 different sums.* = 340 .*raise digits"):
         task_with(digits=1)
 
 

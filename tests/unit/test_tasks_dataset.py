@@ -88,7 +88,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize("answer", ["no mark", "mark ####  "])
 def test_a_gsm8k_answer_needs_its_mark(tmp_path: Path, answer: str) -> None:
     path = written(tmp_path, {"question": "a", "answer": answer})
-    with pytest.raises(TaskError, match="rows.jsonl:1: field 'answer' has no answer after ####"):
+    with pytest.raises(TaskError, match=r"rows\.jsonl:1: field 'answer' has no answer after ####"):
         task_of(path, answer_format="gsm8k").train_rows()
 
 
