@@ -67,11 +67,17 @@ class VllmEngine:
             model_dir: folder with ``config.json`` and the tokenizer's files; weights in it are not read.
             config: ``model.max_length`` and ``actor`` are used.
             scratch: short-named folder for the engine's sockets, emptied by the caller.
+
+        Raises:
+            EngineError: vLLM cannot run this model with these settings.
         """
         os.environ["VLLM_RPC_BASE_PATH"] = str(scratch)
         if current_platform.is_cpu():
             _import_model_class(model_dir)
-        vllm_config = _engine_args(model_dir, config).create_engine_config()
+        try:
+            vllm_config = _engine_args(model_dir, config).create_engine_config()
+        except ValueError as error:  # for example a model.max_length beyond what the model was made for
+            raise EngineError(f"vLLM refuses the model or its settings: {error}") from error
         if current_platform.is_cpu():
             # vLLM's CPU platform asks for spawn: 10 s of imports more. Forking is safe, no thread runs yet.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"

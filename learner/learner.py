@@ -5,7 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from lambdapo_async.broker.interface import Fleet, RolloutSource, RunStore
+from lambdapo_async.broker.interface import Fleet, QueueStats, RolloutSource, RunStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import BrokerUnavailable
 from learner.batcher import Batcher, StepBatch
@@ -65,9 +65,10 @@ class Learner:
             self._parts.batcher.trained(batch)
             self._step += 1
             self._publish()
-            self._record(batch, result, step_s=time.monotonic() - started)
+            queue = self._parts.source.stats()
+            self._record(batch, result, queue, step_s=time.monotonic() - started)
             self._evaluate_if_due()
-            self._checkpoint_if_due()
+            self._checkpoint_if_due(queue)
         if self._stopping.is_set():
             self._suspend_run()
         else:
@@ -89,7 +90,7 @@ class Learner:
         self._version += 1
         self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
 
-    def _record(self, batch: StepBatch, result: StepResult, *, step_s: float) -> None:
+    def _record(self, batch: StepBatch, result: StepResult, queue: QueueStats, *, step_s: float) -> None:
         report = StepReport(
             step=self._step,
             version=self._version,
@@ -97,7 +98,7 @@ class Learner:
             result=result,
             step_s=step_s,
             publish_stall_s=self._parts.publisher.take_stall_s(),
-            queue=self._parts.source.stats(),
+            queue=queue,
             fleet=self._parts.fleet.members(),
         )
         self._parts.reporter.step(report)
@@ -116,8 +117,10 @@ class Learner:
         target = self._config.evaluation.target
         return target is not None and finished.reward >= target
 
-    def _checkpoint_if_due(self) -> None:
-        if self._step % self._config.learner.checkpoint_every == 0:
+    def _checkpoint_if_due(self, queue: QueueStats) -> None:
+        """Every so many steps, and before what only a checkpoint can free fills the queue."""
+        is_half_full = queue.num_bytes > self._config.broker.max_bytes / 2
+        if is_half_full or self._step % self._config.learner.checkpoint_every == 0:
             self._checkpoint()
 
     def _checkpoint(self) -> None:

@@ -51,7 +51,7 @@ class Recipe:
     """Last part of the steps, in which the learning rate falls to 0."""
     clean_steps: int = 200
     """First steps, without slips: the method is learned sooner from right working."""
-    slip_rate: float = 0.65
+    slip_rate: float = 0.75
     """Share of the later arithmetic demonstrations that have one wrong column."""
     hidden_size: int = 128
     intermediate_size: int = 384

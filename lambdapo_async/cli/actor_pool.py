@@ -66,9 +66,9 @@ def kill_one(pool: ActorPool) -> PooledActor | None:
 
 
 def require_healthy(pool: ActorPool) -> None:
-    """``ChildFailedError`` when an actor ended that was not killed on purpose."""
+    """``ChildFailedError`` when an actor failed that was not killed on purpose; with 0 it saw the end of the run."""
     for actor in pool.poll():
-        if actor.returncode is not None and not actor.killed:
+        if actor.returncode and not actor.killed:
             raise ChildFailedError(actor.name, actor.returncode, actor.log)
 
 

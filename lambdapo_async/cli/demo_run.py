@@ -98,8 +98,7 @@ class DemoRun:
         if self._progress.step == 0:
             self._wait_for_first_step()
         self._progress.observe(self._parts.watch.fleet())
-        if self._parts.learner.poll() is None:  # afterwards actors may go home
-            require_healthy(self._parts.pool)
+        require_healthy(self._parts.pool)
         self._parts.view.show(self._progress)
 
     def _wait_for_first_step(self) -> None:

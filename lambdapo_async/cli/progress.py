@@ -2,11 +2,15 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lambdapo_async.broker.interface import Heartbeat
 from lambdapo_async.metrics import EVAL, STEP, MetricRow
+
+_WINDOW_S = 10.0
+"""Actors count tokens when a whole group is done, so a rate over one heartbeat is mostly 0."""
 
 
 @dataclass(slots=True)
@@ -27,6 +31,8 @@ class Progress:
     latest: dict[str, float] = field(default_factory=dict)
     """The newest step's metrics by name."""
     started_at: float = field(init=False)
+    _sampled: deque[tuple[float, dict[str, int]]] = field(default_factory=deque)
+    """(when, actor id -> tokens sampled since it started), oldest first."""
 
     def __post_init__(self) -> None:
         self.started_at = self.clock()
@@ -61,5 +67,11 @@ class Progress:
 
     def observe(self, fleet: Sequence[Heartbeat]) -> None:
         """Take the fleet's heartbeats, which are newer than the last step."""
+        now, sampled = self.clock(), {actor.actor_id: actor.tokens for actor in fleet}
+        self._sampled.append((now, sampled))
+        while now - self._sampled[0][0] > _WINDOW_S:
+            self._sampled.popleft()
+        since, before = self._sampled[0]
+        gained = sum(tokens - before.get(actor_id, 0) for actor_id, tokens in sampled.items())
+        self.actor_tokens_per_s = gained / (now - since) if now > since else 0.0
         self.actors_alive = len(fleet)
-        self.actor_tokens_per_s = sum(actor.tokens_per_s for actor in fleet)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lambdapo_async.broker.interface import Descriptor, EnqueueReply, RolloutSource, RunLimits
@@ -17,6 +17,7 @@ from tests.redis_fixtures import TIMEOUT_S, BrokerRun, next_run_id
 
 LIMITS = RunLimits(max_staleness=1, groups_per_step=2, max_groups=4, max_bytes=300, lease_s=60.0)
 ACTORS = ("a", "b")
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # each example costs a hundred calls of a real server
 
 actors = st.sampled_from(ACTORS)
 
@@ -113,7 +114,7 @@ moves = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, phases=NO_SHRINKING, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(moves, min_size=50, max_size=60))
 def test_the_fake_and_redis_agree(redis_url: str, script: list[tuple[Any, ...]]) -> None:
     opened: list[RedisRun] = []

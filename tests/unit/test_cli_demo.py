@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lambdapo_async.broker.interface import Heartbeat
-from lambdapo_async.cli.actor_pool import ActorPool, NurseryError, NurseryPool, ProcessPool, kill_one
+from lambdapo_async.cli.actor_pool import ActorPool, NurseryError, NurseryPool, ProcessPool, kill_one, require_healthy
 from lambdapo_async.cli.demo_run import DemoParts, DemoRun
 from lambdapo_async.cli.progress import Progress
 from lambdapo_async.cli.progress_view import PlainView
@@ -145,6 +145,13 @@ def test_an_actor_that_dies_by_itself_shows_its_log(scene):
     waiting = LEARNER.replace("killed", "never")
     with pytest.raises(ChildFailedError, match=r"(?s)actor-0 ended with exit code 1.*no engine"):
         scene.run(scene.processes("raise SystemExit('no engine')"), learner=waiting)
+
+
+def test_an_actor_that_goes_home_is_no_failure(scene):
+    pool = scene.processes("raise SystemExit(0)")
+    pool.start()
+    wait_until(lambda: pool.poll()[0].returncode == 0, "the actor's end")
+    require_healthy(pool)
 
 
 def test_a_nursery_that_dies_shows_its_log(scene):

@@ -29,10 +29,10 @@ def progress(clock) -> Progress:
     return Progress(num_steps=100, target=0.9, clock=clock)
 
 
-def heartbeat(name: str, tokens_per_s: float) -> Heartbeat:
+def heartbeat(name: str, tokens: int) -> Heartbeat:
     return Heartbeat(
         actor_id=name, host="h", pid=1, state="sampling", device="cpu", dtype="bfloat16", engine="scripted",
-        policy_version=1, groups_in_flight=1, groups_sent=1, completions=8, tokens=80, tokens_per_s=tokens_per_s,
+        policy_version=1, groups_in_flight=1, groups_sent=1, completions=8, tokens=tokens, tokens_per_s=0.0,
         idle_share=0.0, sent_at=0.0,
     )  # fmt: skip
 
@@ -51,15 +51,30 @@ def test_half_way_is_the_middle_between_the_first_evaluation_and_the_target(prog
 
 
 def test_the_newest_step_and_the_fleet_are_shown_on_one_line(progress, clock):
-    clock.now = 12.0
+    progress.observe([heartbeat("a", 3000)])
+    clock.now = 8.0
     progress.add(eval_row(0, 1.0, 0.4))
     progress.add(step_row(7, 2.0, reward__mean=0.5, staleness__mean=1.5, queue__groups=32, speed__tokens_per_s=4321))
     progress.add(event_row(7, 3.0, "checkpoint"))
-    progress.observe([heartbeat("a", 1000.0), heartbeat("b", 500.0)])
+    progress.observe([heartbeat("a", 11000), heartbeat("b", 4000)])
     line = status_line(progress)
-    for part in ("12 s", "step   7", "held-out 0.400", "train 0.500", "staleness 1.5", "queue 32", "4,321", "1,500"):
+    for part in ("8 s", "step   7", "held-out 0.400", "train 0.500", "staleness 1.5", "queue 32", "4,321", "1,500"):
         assert part in line
     assert line.endswith("actors 2")
+
+
+def test_the_actors_rate_is_over_the_last_seconds_and_forgets_the_dead(progress, clock):
+    for clock.now, fleet in (
+        (0.0, [heartbeat("a", 0)]),
+        (5.0, [heartbeat("a", 9000)]),
+        (12.0, [heartbeat("a", 9000), heartbeat("b", 700)]),
+    ):
+        progress.observe(fleet)
+    assert progress.actor_tokens_per_s == 100.0
+    clock.now = 15.0
+    progress.observe([heartbeat("b", 1700)])
+    assert progress.actor_tokens_per_s == 170.0
+    assert progress.actors_alive == 1
 
 
 def test_what_is_not_known_is_a_dash(progress):
