@@ -26,11 +26,17 @@ def die_with_parent(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def end_only_with_parent(parent_pid: int) -> None:
+    """As :func:`die_with_parent`, in a process group of its own: Ctrl-C in a terminal is the parent's to act on."""
+    die_with_parent(parent_pid)
+    os.setpgid(0, 0)
+
+
 @contextlib.contextmanager
-def forked_children_die_with_us() -> Iterator[None]:
-    """Processes that ``multiprocessing`` forks from this thread in the block end when this thread does."""
+def forked_children_end_with_us() -> Iterator[None]:
+    """Processes that ``multiprocessing`` forks from this thread in the block end with it, and only with it."""
     tether = _Tether()
-    register_after_fork(tether, lambda tether: die_with_parent(tether.pid))
+    register_after_fork(tether, lambda tether: end_only_with_parent(tether.pid))
     yield
     del tether  # the registry holds it weakly
 

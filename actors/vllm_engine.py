@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import time
@@ -25,7 +26,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.engine import Completion, EngineInfo
-from actors.parent_death import forked_children_die_with_us
+from actors.parent_death import forked_children_end_with_us
 from actors.requests import NO_WEIGHTS, check_request
 from actors.weights_file import Layout, check_finite, check_names, check_same, read_layout
 from lambdapo_async.config import RunConfig
@@ -81,7 +82,7 @@ class VllmEngine:
         if current_platform.is_cpu():
             # vLLM's CPU platform asks for spawn: 10 s of imports more. Forking is safe, no thread runs yet.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        with forked_children_die_with_us():
+        with forked_children_end_with_us():
             llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
         return cls(llm, model_dir, config)
 
@@ -237,6 +238,7 @@ def _engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
         seed=secrets.randbits(31),  # actors with one seed would draw the same noise
         worker_extension_cls="actors.vllm_worker.WeightSwap",
         enable_log_requests=False,
+        shutdown_timeout=math.ceil(actor.drain_s),  # a SIGTERM to every process must not cut off what we still drain
     )
 
 

@@ -37,8 +37,9 @@ class Publisher:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publisher")
         self._running: Future[None] | None = None
         self._stall_s = 0.0
-        self.newest_version = -1
-        """Newest version that an actor may have seen; its publish may still run."""
+        head = store.head()
+        self.newest_version = -1 if head is None else head
+        """Newest version that an actor may have seen, of an earlier learner too; its publish may still run."""
 
     def publish(self, version: int, policy: Snapshottable, *, consumed: int) -> None:
         """Copy the weights now, send them in the background as ``version``.

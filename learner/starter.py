@@ -76,7 +76,7 @@ def recipe_for(task: Task) -> Recipe:
 
 
 def ensure_starter(config: RunConfig, task: Task, *, progress: Progress | None = None) -> Path:
-    """Folder of the config's starter model, built (about 40 s on one core) unless it is there."""
+    """Folder of the config's starter model, built (about 40 CPU seconds, on one core) unless it is there."""
     folder = starter_path(config, task)
     if not folder.is_dir():
         build_starter(

@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 import psutil
 import pytest
 
-from actors.parent_death import forked_children_die_with_us
+from actors.parent_death import forked_children_end_with_us
 
 pytestmark = pytest.mark.system
 
@@ -21,14 +21,14 @@ def wait_for_ever(ready: Connection) -> None:
 
 
 def fork_tied(ready: Connection) -> None:
-    with forked_children_die_with_us():
+    with forked_children_end_with_us():
         child = FORK.Process(target=wait_for_ever, args=(ready,))
         child.start()
     child.join()
 
 
 def fork_free(ready: Connection) -> None:
-    with forked_children_die_with_us():
+    with forked_children_end_with_us():
         pass
     child = FORK.Process(target=wait_for_ever, args=(ready,))
     child.start()

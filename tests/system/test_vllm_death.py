@@ -40,6 +40,7 @@ async def test_a_killed_engine_process_fails_every_request(tiny_model_folder: Pa
         (core,) = set(psutil.Process().children()) - before
         tasks = [asyncio.create_task(engine.sample_group([5, 6, i], size=8, sampling=LONG)) for i in range(4)]
         await engine.sample_group([5, 6], size=1, sampling=SamplingConfig(max_tokens=3))
+        assert os.getpgid(core.pid) == core.pid, "Ctrl-C in the actor's terminal must not reach the engine"
         core.kill()
         async with asyncio.timeout(EVENT_TIMEOUT_S):
             results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -50,6 +51,19 @@ async def test_a_killed_engine_process_fails_every_request(tiny_model_folder: Pa
         with pytest.raises(EngineError, match="dead"):
             await engine.load_weights(1, weights)
         assert engine.policy_version == 0
+
+
+async def test_a_terminated_engine_process_finishes_what_runs(tiny_model_folder: Path) -> None:
+    """Some schedulers send SIGTERM to every process; the actor then drains, and its engine must let it."""
+    before = set(psutil.Process().children())
+    async with sampling_engine(tiny_model_folder) as engine:
+        (core,) = set(psutil.Process().children()) - before
+        tasks = [asyncio.create_task(engine.sample_group([5, 6, i], size=8, sampling=LONG)) for i in range(4)]
+        await engine.sample_group([5, 6], size=1, sampling=SamplingConfig(max_tokens=3))
+        core.terminate()
+        async with asyncio.timeout(EVENT_TIMEOUT_S):
+            groups = await asyncio.gather(*tasks)
+        assert {c.finish_reason for group in groups for c in group} <= {"stop", "length"}
 
 
 async def test_a_failed_swap_kills_the_engine(tiny_model_folder: Path, tmp_path: Path) -> None:
