@@ -1,5 +1,6 @@
 """From a stream of deliveries to the groups of one step, with every group accounted for exactly once."""
 
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,16 +16,22 @@ from learner.evaluation import Evaluation
 from learner.ingest import Discarded, Ingest, ReceivedGroup
 from learner.watermarks import Watermarks
 
+_TAKE_S = 0.5
+"""Longest wait for one delivery; between two the loop looks whether it should stop."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class StepBatch:
-    """The groups of one optimizer step."""
+    """The groups of one optimizer step, and what else arrived on the way."""
 
-    groups: tuple[ReceivedGroup, ...]
-    seen: tuple[RolloutGroup, ...]
-    """Every training group that arrived for this step, the discarded ones included: what rewards are averaged over."""
+    groups: list[ReceivedGroup] = field(default_factory=list)
+    """What is trained on."""
+    seen: list[RolloutGroup] = field(default_factory=list)
+    """Every training group that arrived, discarded ones included: what rewards are averaged over."""
     discarded: Counter[str] = field(default_factory=Counter)
-    """Groups discarded while the batch was gathered, by reason."""
+    """Groups discarded, by reason."""
+    taken: list[Descriptor] = field(default_factory=list)
+    """Everything that the step answers for."""
     wait_s: float = 0.0
     """Seconds in which the learner had nothing to do but wait for groups."""
 
@@ -51,80 +58,80 @@ class Batcher:
         self._config = config
         self._watermarks = watermarks
         self.consumed = consumed
-        """Training groups trained or discarded in the surviving history."""
+        """Training groups trained or discarded: what the admission gate counts."""
+        self.durable_consumed = consumed
+        """The same up to the last trained batch: what a checkpoint holds."""
         self.next_index = next_index
         """Training indices below it were leased in the surviving history."""
 
-    def next_batch(self, version: int) -> StepBatch:
-        """Wait for the groups of one step.
+    def next_batch(self, version: int, *, stopping: threading.Event) -> StepBatch | None:
+        """Wait for the groups of one step; None once ``stopping`` is set.
 
         consumes: deliveries    waits for: ``groups_per_step`` groups with a signal    unblocks: a step
 
         Raises:
             BrokerUnavailable: no group came for ``learner.data_timeout_s``.
         """
-        groups: list[ReceivedGroup] = []
-        seen: list[RolloutGroup] = []
-        discarded: Counter[str] = Counter()
-        wait_s = 0.0
-        while len(groups) < self._config.rollout.groups_per_step:
+        batch = StepBatch()
+        started = time.monotonic()
+        while len(batch.groups) < self._config.rollout.groups_per_step:
+            if stopping.is_set():
+                return None
             received, waited_s = self._take()
-            wait_s += waited_s
-            if received is None:
-                continue
-            if received.descriptor.lease.split == "train" and received.group is not None:
-                seen.append(received.group)
-            match received:
-                case Discarded(descriptor=descriptor, reason=reason):
-                    self._discard(descriptor)
-                    discarded[reason] += 1
-                case ReceivedGroup(descriptor=descriptor) if self._is_stale(received, version):
-                    self._discard(descriptor)
-                    discarded["stale"] += 1
-                case ReceivedGroup():
-                    groups.append(received)
-        return StepBatch(tuple(groups), tuple(seen), discarded, wait_s)
+            batch.wait_s += waited_s
+            if received is not None:
+                self._sort(received, batch, version)
+            if received is not None or waited_s < _TAKE_S:
+                started = time.monotonic()
+            elif time.monotonic() - started > self._config.learner.data_timeout_s:
+                raise BrokerUnavailable(
+                    f"no rollout group came for learner.data_timeout_s = {self._config.learner.data_timeout_s:g} s: "
+                    "is an actor alive?"
+                )
+        return batch
 
     def trained(self, batch: StepBatch) -> None:
         """The batch's effect is in the policy: a checkpoint from now on holds it."""
-        for received in batch.groups:
-            self._done(received.descriptor)
+        for descriptor in batch.taken:
+            self._watermarks.done(descriptor.producer, descriptor.seq)
+            self.next_index = max(self.next_index, descriptor.lease.index + 1)
+        self.consumed += len(batch.groups)
+        self.durable_consumed = self.consumed
 
-    def serve_evaluation(self, *, timeout_s: float) -> None:
-        """Go on taking held-out results while no training is due; training groups stay undone, for a later resume."""
-        self._take(timeout_s=timeout_s)
+    def serve_evaluation(self) -> None:
+        """Take held-out results while no training is due; training groups stay undone, for a later resume."""
+        self._take()
 
     def watermarks(self) -> dict[str, int]:
         """producer -> number up to which all is done."""
         return self._watermarks.snapshot()
 
-    def _take(self, *, timeout_s: float | None = None) -> tuple[ReceivedGroup | Discarded | None, float]:
-        """The next training delivery, or None if it was a held-out one; and the seconds it took to come."""
-        deadline_s = timeout_s if timeout_s is not None else self._config.learner.data_timeout_s
+    def _take(self) -> tuple[ReceivedGroup | Discarded | None, float]:
+        """The next training delivery, or None if it was a held-out one or none came; and the seconds it took."""
         started = time.monotonic()
-        received = self._ingest.get(timeout_s=deadline_s)
+        received = self._ingest.get(timeout_s=_TAKE_S)
         waited_s = time.monotonic() - started
-        if received is None:
-            if timeout_s is None:
-                raise BrokerUnavailable(
-                    f"no rollout group came for learner.data_timeout_s = {deadline_s:g} s: is an actor alive?"
-                )
-            return None, waited_s
-        if received.descriptor.lease.split == "heldout":
-            self._watermarks.done(received.descriptor.producer, received.descriptor.seq)
-            if isinstance(received, ReceivedGroup):
-                self._evaluation.add(received.group)
-            return None, waited_s
-        return received, waited_s
+        if received is None or received.descriptor.lease.split == "train":
+            return received, waited_s
+        self._watermarks.done(received.descriptor.producer, received.descriptor.seq)
+        if isinstance(received, ReceivedGroup):
+            self._evaluation.add(received.group)
+        return None, waited_s
 
-    def _is_stale(self, received: ReceivedGroup, version: int) -> bool:
-        return version - received.group.min_version > self._config.staleness.drop_above
+    def _sort(self, received: ReceivedGroup | Discarded, batch: StepBatch, version: int) -> None:
+        batch.taken.append(received.descriptor)
+        if received.group is not None:
+            batch.seen.append(received.group)
+        match received:
+            case Discarded(reason=reason):
+                self._discard(reason, batch)
+            case ReceivedGroup() if version - received.group.min_version > self._config.staleness.drop_above:
+                self._discard("stale", batch)
+            case ReceivedGroup():
+                batch.groups.append(received)
 
-    def _discard(self, descriptor: Descriptor) -> None:
-        self._done(descriptor)
-        self._source.release(self.consumed)
-
-    def _done(self, descriptor: Descriptor) -> None:
-        self._watermarks.done(descriptor.producer, descriptor.seq)
+    def _discard(self, reason: str, batch: StepBatch) -> None:
+        """The gate opens at once; the mark moves with the batch, so that a crash in between counts nothing twice."""
+        batch.discarded[reason] += 1
         self.consumed += 1
-        self.next_index = max(self.next_index, descriptor.lease.index + 1)
+        self._source.release(self.consumed)

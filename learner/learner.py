@@ -59,7 +59,9 @@ class Learner:
         """
         self._open_run()
         while not self._is_over():
-            batch = self._parts.batcher.next_batch(self._version)
+            batch = self._parts.batcher.next_batch(self._version, stopping=self._stopping)
+            if batch is None:
+                break
             started = time.monotonic()
             result = self._parts.trainer.step(batch.groups, version=self._version)
             self._parts.batcher.trained(batch)
@@ -132,7 +134,7 @@ class Learner:
             LearnerState(
                 step=self._step,
                 version=self._version,
-                consumed=batcher.consumed,
+                consumed=batcher.durable_consumed,
                 next_index=batcher.next_index,
                 watermarks=batcher.watermarks(),
             ),
@@ -169,5 +171,5 @@ class Learner:
                 raise BrokerUnavailable(
                     f"the last evaluation was not answered for {self._config.learner.data_timeout_s:g} s"
                 )
-            self._parts.batcher.serve_evaluation(timeout_s=1.0)
+            self._parts.batcher.serve_evaluation()
         self._take_evaluations()

@@ -52,7 +52,9 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
     task = build_task(config)
-    model_path = ensure_starter(config, task, progress=_log_starter) if config.model.path == "starter" else config.model.path
+    model_path = (
+        ensure_starter(config, task, progress=_log_starter) if config.model.path == "starter" else config.model.path
+    )
     run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
     # The fence comes first: whatever an older learner still does cannot reach what is loaded from here on.
     checkpoints = CheckpointStore(folder / "checkpoints")

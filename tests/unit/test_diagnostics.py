@@ -115,7 +115,10 @@ def test_group_diagnostics_without_variance() -> None:
         ({"ratio/ess_token": 0.29}, ["ratio/ess_token = 0.29 is below 0.3"]),
         ({"ratio/ess_sequence": 0.1, "ratio/ess_token": 0.1}, ["ratio/ess_token = 0.10", "ratio/ess_sequence = 0.10"]),
         ({"ratio/masked_pos": 0.05, "ratio/rejected_neg": 0.04}, []),
-        ({"ratio/masked_pos": 0.05, "ratio/rejected_neg": 0.06}, ["ratio/masked = 11% of the tokens are masked or rejected"]),
+        (
+            {"ratio/masked_pos": 0.05, "ratio/rejected_neg": 0.06},
+            ["ratio/masked = 11% of the tokens are masked or rejected"],
+        ),
         ({"ratio/truncated_pos": 0.5, "ratio/clipped_neg": 0.5}, []),
         ({"advantage/shift": -0.1, "staleness/max": 0.0}, []),
         ({"advantage/shift": -1e-17, "staleness/max": 3.0}, []),

@@ -274,3 +274,14 @@ def test_no_actor_is_an_error_after_the_deadline(folder: Path) -> None:
         pytest.raises(BrokerUnavailable, match="is an actor alive"),
     ):
         stage.learner.run()
+
+
+def test_a_learner_that_waits_for_groups_can_be_stopped(folder: Path) -> None:
+    run = FakeRun("run")
+    with staged(run, folder, config()) as stage:
+        running = threading.Thread(target=stage.learner.run)
+        running.start()
+        stage.learner.stop()
+        running.join(30)
+        assert not running.is_alive()
+    assert [text for _, text in stage.recorder.events] == ["checkpoint", "suspended"]

@@ -31,9 +31,10 @@ def received(index: int, version: int) -> ReceivedGroup:
 
 
 def report(step: int, **metrics: float) -> StepReport:
-    groups = (received(0, 3), received(1, 5))
+    groups = [received(0, 3), received(1, 5)]
     unanimous = make_group(2, rewards=(1.0, 1.0))
-    batch = StepBatch(groups, (*(r.group for r in groups), unanimous), Counter(zero_variance=1), 0.25)
+    seen = [*(r.group for r in groups), unanimous]
+    batch = StepBatch(groups=groups, seen=seen, discarded=Counter(zero_variance=1), wait_s=0.25)
     return StepReport(
         step=step,
         version=7,
