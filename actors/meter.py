@@ -1,8 +1,12 @@
 """What an actor counts about itself, for its heartbeats."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_RATE_WINDOW_S = 10.0
+"""Tokens are counted when a group ends, so a rate over one heartbeat would jump."""
 
 
 class EngineMeter:
@@ -13,7 +17,8 @@ class EngineMeter:
         self._running = 0
         self._idle_since: float | None = time.monotonic()
         self._idle_s = 0.0
-        self._beat_at, self._tokens_at_beat = time.monotonic(), 0
+        self._beat_at = time.monotonic()
+        self._counts: deque[tuple[float, int]] = deque([(self._beat_at, 0)])
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -34,14 +39,16 @@ class EngineMeter:
         self.tokens += tokens
 
     def beat(self) -> tuple[float, float]:
-        """(tokens per second, idle share) since the last call."""
+        """(tokens per second over the last ten seconds, idle share since the last call)."""
         now = time.monotonic()
         self._settle_idle(now)
-        elapsed = max(now - self._beat_at, 1e-9)
-        rate = (self.tokens - self._tokens_at_beat) / elapsed
-        idle_share = min(self._idle_s / elapsed, 1.0)
-        self._beat_at, self._tokens_at_beat, self._idle_s = now, self.tokens, 0.0
-        return rate, idle_share
+        idle_share = min(self._idle_s / max(now - self._beat_at, 1e-9), 1.0)
+        self._beat_at, self._idle_s = now, 0.0
+        self._counts.append((now, self.tokens))
+        while self._counts[1][0] <= now - _RATE_WINDOW_S:
+            self._counts.popleft()
+        started, tokens = self._counts[0]
+        return (self.tokens - tokens) / max(now - started, 1e-9), idle_share
 
     def _settle_idle(self, now: float) -> None:
         if self._idle_since is not None:

@@ -18,6 +18,7 @@ from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import TaskError
 from lambdapo_async.metrics import MetricsLog
+from lambdapo_async.report.run_folder import write_header
 from lambdapo_async.tasks.interface import Row, Task
 from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
 from lambdapo_async.tasks.registry import build_task
@@ -52,10 +53,14 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
     task = build_task(config)
+    for rows in (task.train_rows(), task.heldout_rows()):  # unreadable files end it here, too
+        logger.info("%d rows", len(rows))
+    run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
+    head = run.weights.head()  # a wrong URL or password ends it here, before minutes of work
     model_path = (
         ensure_starter(config, task, progress=_log_starter) if config.model.path == "starter" else config.model.path
     )
-    run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
+    write_header(folder, run_id, config)
     # The fence comes first: whatever an older learner still does cannot reach what is loaded from here on.
     checkpoints = CheckpointStore(folder / "checkpoints")
     fence = checkpoints.take_fence()
@@ -64,7 +69,7 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     rows = fitting_rows(task, _load_tokenizer(policy, folder), config)
     _publish_run(run, config, policy, rows, fence=fence)
     with contextlib.ExitStack() as resources:
-        start = _Start(run, run_id, config, folder, fence, checkpoints, checkpoint, policy, rows)
+        start = _Start(run, run_id, config, folder, head, fence, checkpoints, checkpoint, policy, rows)
         learner = _assemble(start, resources)
         with _stop_on_signals(learner):
             learner.run()
@@ -82,6 +87,8 @@ class _Start:
     run_id: str
     config: RunConfig
     folder: Path
+    head: int | None
+    """Newest weight version in Redis before this start."""
     fence: int
     checkpoints: CheckpointStore
     checkpoint: Checkpoint | None
@@ -183,7 +190,7 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
         fleet=run.fleet,
         reporter=Reporter(metrics, samples),
     )
-    version = _first_version(state, run.weights.head())
+    version = _first_version(state, start.head)
     return Learner(parts, step=state.step, version=version, resumed=start.checkpoint is not None)
 
 

@@ -20,7 +20,7 @@ from lambdapo_async.config import RunConfig, load_config
 from lambdapo_async.config.load import REDIS_URL_VARIABLE
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.report.machine import gpu_names
-from lambdapo_async.report.run_folder import metrics_path, read_run, write_header
+from lambdapo_async.report.run_folder import metrics_path, read_run
 from lambdapo_async.report.summary import Summary, summarise
 
 
@@ -102,7 +102,6 @@ def run_demo(plan: DemoPlan, console: Console) -> Summary:
     Raises:
         LambdaPOError: a process failed; the message ends with its log's last lines.
     """
-    write_header(plan.folder, plan.run_id, plan.config)
     console.print(f"run {plan.run_id}, logs in {plan.logs}", markup=False, highlight=False, soft_wrap=True)
     with ExitStack() as stack:
         stack.enter_context(exit_on_termination())

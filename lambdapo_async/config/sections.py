@@ -36,7 +36,7 @@ class ArithmeticTask(Section):
     num_heldout: PositiveInt = 256
     """Held-out rows; none of them is a training row."""
     digits: PositiveInt = 3
-    """Digits of each summand at most."""
+    """Digits of each summand."""
 
 
 class JsonlTask(Section):

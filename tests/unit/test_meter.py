@@ -11,7 +11,8 @@ def test_busy_engine_is_not_idle_and_counts() -> None:
             meter.count(2, 30)
         meter.beat()
         rate, idle_share = meter.beat()
-        assert (rate, idle_share) == (0.0, 0.0)
+        assert rate > 0.0
+        assert idle_share == 0.0
     assert (meter.completions, meter.tokens) == (2, 30)
 
 

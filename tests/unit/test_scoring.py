@@ -56,7 +56,7 @@ async def test_scores_come_from_another_process(tmp_path: Path) -> None:
 
 
 async def test_a_hanging_reward_scores_zero_and_the_next_one_works(tmp_path: Path) -> None:
-    scorer = Scorer(config_with(f"{__name__}:hang", tmp_path, timeout_s=5.0))
+    scorer = Scorer(config_with(f"{__name__}:hang", tmp_path, timeout_s=10.0))
     try:
         assert (await scorer.score(ROW, ["fine"]))[0].reward == 1.0
         hung = await scorer.score(ROW, ["hang", "fine"])
