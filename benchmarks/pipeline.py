@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgpack
+import numpy as np
 import torch
 import typer
 from transformers import AutoTokenizer
@@ -194,21 +196,21 @@ def offer_recorded(recorded: Sequence[Delivery], config: RunConfig) -> Feed:
             leases = admission.lease(config.rollout.groups_per_step)
             for lease in leases:
                 seq += 1
-                payload = renamed(recorded[seq % len(recorded)].payload, lease.id)
+                payload = answered_now(recorded[seq % len(recorded)].payload, lease.id, run.weights.head())
                 reply = sink.enqueue(Descriptor("feeder", seq, lease, 0, len(payload), 0.5), payload, epoch=epoch)
-                assert reply.status is EnqueueStatus.OK, reply
+                if reply.status is not EnqueueStatus.OK:
+                    sys.exit(f"the queue answered {reply}; the learner's log:\n{log.read_text()[-3000:]}")
             if not leases:
                 time.sleep(0.005)
 
     return feed
 
 
-def renamed(payload: bytes, lease_id: str) -> bytes:
-    """The recorded message as an answer to another lease."""
-    import msgpack
-
+def answered_now(payload: bytes, lease_id: str, version: int) -> bytes:
+    """The recorded message as an answer to another lease, sampled under another version."""
     message = msgpack.unpackb(payload)
-    return msgpack.packb({**message, "lease": lease_id})
+    versions = np.full(len(message["span_versions"]) // 8, version, "<i8").tobytes()
+    return msgpack.packb({**message, "lease": lease_id, "span_versions": versions})
 
 
 def is_running(run: RedisRun) -> bool:
@@ -278,4 +280,6 @@ def main(steps: int = 30, repeats: int = 3, output: Path = RESULT) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -53,8 +53,8 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
     task = build_task(config)
-    for rows in (task.train_rows(), task.heldout_rows()):  # unreadable files end it here, too
-        logger.info("%d rows", len(rows))
+    for split in (task.train_rows(), task.heldout_rows()):  # unreadable files end it here, too
+        logger.info("%d rows", len(split))
     run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
     head = run.weights.head()  # a wrong URL or password ends it here, before minutes of work
     model_path = (

@@ -104,4 +104,6 @@ def test_a_killed_holder_leaves_no_process(tiny_model_folder: Path) -> None:
         holder.kill()
         holder.join()
     _, alive = psutil.wait_procs(children, timeout=EVENT_TIMEOUT_S)
+    for process in alive:
+        process.kill()
     assert not alive, f"orphans of {os.getpid()}'s child: {alive}"
