@@ -26,7 +26,7 @@ from typing import TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.environment import is_cpu_build, prepare_environment
-from actors.parent_death import die_with_parent
+from lambdapo_async.parent_death import die_with_parent
 
 _PRELOADED = (
     "vllm.v1.worker.cpu_worker",

@@ -1,7 +1,6 @@
 """Rewards off the event loop and under a deadline: one worker process, replaced when an answer hangs it."""
 
 import asyncio
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,10 +8,9 @@ from collections.abc import Sequence
 from multiprocessing.pool import Pool
 
 from lambdapo_async.config import RunConfig
+from lambdapo_async.parent_death import die_with_parent
 from lambdapo_async.tasks.interface import Row, Scored, Task
 from lambdapo_async.tasks.registry import build_task
-
-_PR_SET_PDEATHSIG = 1
 
 _task: Task  # set once in the worker process, by its initializer
 
@@ -22,9 +20,7 @@ def _start_worker(config: RunConfig, parent_pid: int) -> None:
     global _task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        raise SystemExit
+    die_with_parent(parent_pid)
     _task = build_task(config)
 
 

@@ -26,12 +26,12 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.engine import Completion, EngineInfo
-from actors.parent_death import forked_children_end_with_us
 from actors.requests import NO_WEIGHTS, check_request
 from actors.weights_file import Layout, check_finite, check_names, check_same, read_layout
 from lambdapo_async.config import RunConfig
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
+from lambdapo_async.parent_death import forked_children_end_with_us
 from lambdapo_async.rollout import FINISH_REASONS, VersionSpan
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from actors.parent_death import end_only_with_parent
+from lambdapo_async.parent_death import end_only_with_parent
 
 # Where vLLM spawns its processes (GPU), and at import: loading a model takes minutes, in which a kill -9 of the actor
 # would orphan this process, its memory and its GPU for good. Forked ones (CPU) are tied to the actor from the start.

@@ -96,12 +96,12 @@ class MetricRow:
     """What happened, in an ``event``."""
 
 
-class MetricsLog:
-    """Appends rows, each in one write, so that a crash tears the last line at most.
+class JsonLinesLog:
+    """Appends JSON objects with a ``step``, each in one write, so that a crash tears the last line at most.
 
     Args:
         path: created with its folder.
-        after_step: rows of later steps are cut off, as is a torn last line: the history of a resumed run goes on
+        after_step: lines of later steps are cut off, as is a torn last line: the history of a resumed run goes on
             where its checkpoint stands. None leaves the file as it is, for a second writer.
     """
 
@@ -111,11 +111,9 @@ class MetricsLog:
             truncate_after(path, after_step)
         self._file = path.open("ab", buffering=0)
 
-    def write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
-        """Append one row."""
-        row = {"step": step, "time": round(time.time(), 3), "kind": kind}
-        line = json.dumps({**row, **{name: _plain(value) for name, value in values.items()}}, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
+    def append(self, fields: Mapping[str, object]) -> None:
+        """Write one line; numbers must be finite."""
+        self._file.write(json.dumps(fields, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -128,6 +126,15 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class MetricsLog(JsonLinesLog):
+    """Appends rows of metrics."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Append one row."""
+        row = {"step": step, "time": round(time.time(), 3), "kind": kind}
+        self.append({**row, **{name: _plain(value) for name, value in values.items()}})
 
 
 def truncate_after(path: Path, step: int) -> None:

@@ -1,17 +1,14 @@
 """Connections to a Redis: somebody's by URL, or a private one that we start."""
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import redis
@@ -21,11 +18,11 @@ from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
 from lambdapo_async.errors import BrokerError, BrokerUnavailable, UserError
+from lambdapo_async.parent_death import prepare_to_die_with
 
 _PACKER_CUTOFF = 6000  # bytes above which an argument is sent without being copied: redis-py's own value
 _OLDEST = (6, 2)
 _READY_S, _EXIT_S, _POLL_S = 20.0, 10.0, 0.02
-_PR_SET_PDEATHSIG = 1
 _SETTINGS = (
     "port 0",
     "unixsocketperm 700",
@@ -103,7 +100,7 @@ def embedded_server(folder: Path) -> Iterator[str]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us: the learner still has to write to it
-            preexec_fn=_die_with_parent(),
+            preexec_fn=prepare_to_die_with(os.getpid()),
         )
         try:
             assert process.stdin is not None
@@ -141,20 +138,6 @@ def _version(executable: str) -> tuple[int, int]:
 def _quoted(path: Path) -> str:
     text = str(path.resolve()).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{text}"'
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """What the child runs before it becomes Redis. Everything is looked up here: after a fork no lock is safe."""
-    if sys.platform != "linux":
-        return lambda: None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def die_with_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # we died between fork and prctl
-            os._exit(1)
-
-    return die_with_parent
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:

@@ -1,21 +1,20 @@
 """Child processes that never outlive us: own process groups, death signals, TERM then KILL with a deadline."""
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Self
 
 from lambdapo_async.errors import LambdaPOError
+from lambdapo_async.parent_death import prepare_to_die_with
 
 _REAP_S = 5.0
-_PR_SET_PDEATHSIG = 1
 _LOG_LINES_SHOWN = 15
 _LOG_BYTES_READ = 64 * 1024
 
@@ -107,7 +106,7 @@ class Supervisor:
                 stderr=log_file,
                 env=self._environ,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=prepare_to_die_with(os.getpid()),
             )
         child = Child(name, process, log)
         self._children.append(child)
@@ -179,18 +178,6 @@ def last_lines(log: Path, count: int) -> list[str]:
 def _signal_group(group: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """What a child runs before exec: the kernel kills it when we die, even by SIGKILL (Linux)."""
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def arm() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # we died between fork and prctl
-            os._exit(1)
-
-    return arm
 
 
 def _status(returncode: int) -> str:

@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 import psutil
 import pytest
 
-from actors.parent_death import forked_children_end_with_us
+from lambdapo_async.parent_death import forked_children_end_with_us
 
 pytestmark = pytest.mark.system
 

@@ -4,7 +4,8 @@ import math
 import os
 import signal
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import psutil
 import pytest
 
 from lambdapo_async.broker.redis_run import RedisRun
-from lambdapo_async.metrics import EVAL, EVENT, STEP
+from lambdapo_async.metrics import EVAL, EVENT, STEP, MetricRow, read_metrics
 from tests.nursery import Nursery
-from tests.system.processes import ROOT, Process, last_step, learner, rows, wait_until
+from tests.processes import ROOT, Process, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -51,11 +52,11 @@ class Scene:
     def wait_open(self, process: Process) -> None:
         """An actor can join once the learner has published the run."""
         run = RedisRun(self.redis_url, self.run_id, timeout_s=10.0)
-        wait_until(lambda: is_open(run), timeout_s=START_S, what="the run opens", alive=process)
+        wait_until(lambda: is_open(run), "the run opens", timeout_s=START_S, alive=process)
         run.close()
 
     def wait_step(self, step: int, process: Process) -> None:
-        wait_until(lambda: last_step(self.folder) >= step, timeout_s=RUN_S, what=f"step {step}", alive=process)
+        wait_until(lambda: last_step(self.folder) >= step, f"step {step}", timeout_s=RUN_S, alive=process)
 
 
 def is_open(run: RedisRun) -> bool:
@@ -65,6 +66,25 @@ def is_open(run: RedisRun) -> bool:
         return run.run_store.state().phase == "running"
     except RunNotFoundError:
         return False
+
+
+@contextmanager
+def learner(config: Path, *arguments: str, log: Path) -> Iterator[Process]:
+    process = Process("learner", str(config), *arguments, log=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def rows(folder: Path, kind: str) -> list[MetricRow]:
+    """Rows of one kind in a run's metrics.jsonl; none before the file exists."""
+    path = folder / "metrics.jsonl"
+    return [row for row in read_metrics(path) if row.kind == kind] if path.exists() else []
+
+
+def last_step(folder: Path) -> int:
+    return max((row.step for row in rows(folder, STEP)), default=0)
 
 
 @pytest.fixture
