@@ -1,6 +1,7 @@
 """One actor: lease prompts, sample groups, reward them, send them; follow the weights all the while."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -16,6 +17,7 @@ from actors.prompts import LeasedPrompts, Prompt
 from actors.scoring import Scorer
 from lambdapo_async.broker.interface import Admission, Fleet, Heartbeat, RunStore
 from lambdapo_async.config import RunConfig
+from lambdapo_async.errors import BrokerError, EngineError
 from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing
 from lambdapo_async.tasks.interface import Scored
 
@@ -67,9 +69,10 @@ class Actor:
         try:
             await self._run_loops()
         except BaseExceptionGroup as group:
+            with contextlib.suppress(BrokerError):  # Redis may be what failed, and then leases expire by themselves
+                await self._sign_off()
             raise _first_cause(group) from group
-        finally:
-            await self._sign_off()
+        await self._sign_off()
 
     async def _run_loops(self) -> None:
         """The first failure of a loop cancels the others."""
@@ -101,7 +104,8 @@ class Actor:
             await self._finish_or_cancel()
 
     async def _lease(self, free: int) -> tuple[Lease, ...]:
-        if free == 0 or self._parts.engine.policy_version < 0:
+        # A prompt leased while newer weights are on their way would be answered by the old ones.
+        if free == 0 or self._parts.follower.is_behind:
             return ()
         return await asyncio.to_thread(self._parts.admission.lease, free)
 
@@ -127,9 +131,7 @@ class Actor:
         prompt = await asyncio.to_thread(self._parts.prompts.of, lease)
         started_at, started = time.time(), time.monotonic()
         with self._meter.request():
-            completions = await self._parts.engine.sample_group(
-                prompt.token_ids.tolist(), size=prompt.num_samples, sampling=self._config.sampling
-            )
+            completions = await self._sample_group(prompt)
         sampled = time.monotonic()
         self._meter.count(len(completions), sum(len(completion.token_ids) for completion in completions))
         if any(completion.finish_reason == "abort" for completion in completions):
@@ -140,6 +142,16 @@ class Actor:
         timing = Timing(started_at=started_at, generation_s=sampled - started, scoring_s=time.monotonic() - sampled)
         self._delivering.add(lease)
         await self._parts.outbox.send(self._group(lease, prompt, completions, texts, scores, timing))
+
+    async def _sample_group(self, prompt: Prompt) -> tuple[Completion, ...]:
+        deadline_s = self._config.actor.group_timeout_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._parts.engine.sample_group(
+                    prompt.token_ids.tolist(), size=prompt.num_samples, sampling=self._config.sampling
+                )
+        except TimeoutError as error:
+            raise EngineError(f"a group was not sampled within actor.group_timeout_s = {deadline_s:g} s") from error
 
     def _group(
         self,

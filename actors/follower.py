@@ -23,6 +23,8 @@ class WeightFollower:
         self._store, self._engine = store, engine
         self._run_id, self._folder = run_id, folder
         self._failures = 0
+        self.is_behind = True
+        """Whether newer weights than the engine's are known of; True before the first."""
         self.changed = asyncio.Event()
         """Set at every adopted version; whoever waits for it clears it."""
         self.updates = 0
@@ -36,6 +38,7 @@ class WeightFollower:
         while True:
             head = await asyncio.to_thread(self._store.wait_newer, self._engine.policy_version, timeout_s=_WAIT_S)
             if head is not None:
+                self.is_behind = True
                 await self._adopt_or_count(head)
 
     async def _adopt_or_count(self, version: int) -> None:
@@ -59,6 +62,7 @@ class WeightFollower:
         finally:
             path.unlink(missing_ok=True)
         self.updates += 1
+        self.is_behind = False
         self.changed.set()
         logger.debug("sampling under version %d", version)
 

@@ -35,6 +35,7 @@ class Scorer:
         self._config = config
         self._deadline_s = config.actor.reward_timeout_s
         self._pool = self._new_pool()
+        self._worker_free = asyncio.Lock()
         self.failures = 0
 
     async def score(self, row: Row, completions: Sequence[str]) -> list[Scored]:
@@ -43,6 +44,10 @@ class Scorer:
         Raises:
             TaskError: a reward function is broken; its own exception is the cause.
         """
+        async with self._worker_free:  # the deadline is the worker's, not the queue's
+            return await self._score(row, completions)
+
+    async def _score(self, row: Row, completions: Sequence[str]) -> list[Scored]:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[Scored]] = loop.create_future()
         self._pool.apply_async(

@@ -82,8 +82,14 @@ class VllmEngine:
         if current_platform.is_cpu():
             # vLLM's CPU platform asks for spawn: 10 s of imports more. Forking is safe, no thread runs yet.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        with forked_children_end_with_us():
-            llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
+        try:
+            with forked_children_end_with_us():
+                llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
+        except (RuntimeError, ValueError, VLLMError) as error:  # for example too little memory for the KV cache
+            raise EngineError(
+                f"vLLM cannot start with these settings: {error} (its log says more); check "
+                "actor.gpu_memory_utilization, actor.kv_cache_gib and model.max_length"
+            ) from error
         return cls(llm, model_dir, config)
 
     @property

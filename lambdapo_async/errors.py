@@ -7,6 +7,7 @@ LambdaPOError
 ├── WireFormatError       bytes that are not a rollout group we understand
 ├── BrokerError           Redis answered something the protocol does not allow
 │   ├── BrokerUnavailable Redis did not answer before the deadline
+│   │   └── BrokerUnreachableError  it did not answer our first call (a UserError too)
 │   ├── FencedError       another learner owns the run now
 │   └── RunNotFoundError  this Redis holds no such run, or one of another schema
 ├── WeightsError          a weight version that is missing, damaged or of another model
@@ -41,6 +42,10 @@ class BrokerError(LambdaPOError):
 
 class BrokerUnavailable(BrokerError):  # noqa: N818 - a condition, not a fault
     """Redis did not answer before the deadline."""
+
+
+class BrokerUnreachableError(BrokerUnavailable, UserError):
+    """Redis did not answer the first call of this process: the URL is wrong, or it does not run."""
 
 
 class FencedError(BrokerError):

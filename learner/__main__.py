@@ -42,7 +42,7 @@ def learn(
     """Train the policy of a run: read rollout groups, take optimizer steps, publish weight versions."""
     launch = _launch(config_path, run_id, overrides, redis_url, resume=resume)
     if dry_run:
-        typer.echo(f"would {'resume' if resume else 'start'} run {launch.run_id} in {launch.folder}")
+        typer.echo(_describe(launch))
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from learner.session import run_learner  # torch and transformers only once the config is known to be right
@@ -68,6 +68,15 @@ def _launch(
             f"{launch.folder} already holds a run: add --resume to go on with it, or choose another --run-id"
         )
     return launch
+
+
+def _describe(launch: Launch) -> str:
+    """What would be started; ``TaskError`` when the task's rows or rewards cannot be read."""
+    from lambdapo_async.tasks.registry import build_task  # reward functions only now
+
+    task = build_task(launch.config)
+    rows = f"{len(task.train_rows())} training and {len(task.heldout_rows())} held-out rows"
+    return f"would {'resume' if launch.resume else 'start'} run {launch.run_id} in {launch.folder} on {rows}"
 
 
 def _new_run_id(config: RunConfig) -> str:

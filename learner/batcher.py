@@ -1,5 +1,6 @@
 """From a stream of deliveries to the groups of one step, with every group accounted for exactly once."""
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -10,12 +11,18 @@ from numpy.typing import NDArray
 
 from lambdapo_async.broker.interface import Descriptor, RolloutSource
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import BrokerUnavailable
+from lambdapo_async.errors import BrokerUnavailable, TaskError
 from lambdapo_async.rollout import RolloutGroup
 from learner.evaluation import Evaluation
 from learner.ingest import Discarded, Ingest, ReceivedGroup
 from learner.watermarks import Watermarks
 
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_STEPS = 5
+"""Steps' worth of discarded groups between two warnings."""
+_MOST_DISCARDED_STEPS = 50
+"""Steps' worth of discarded groups after which a step gives up."""
 _TAKE_S = 0.5
 """Longest wait for one delivery; between two the loop looks whether it should stop."""
 
@@ -57,6 +64,10 @@ class Batcher:
         self._ingest, self._source, self._evaluation = ingest, source, evaluation
         self._config = config
         self._watermarks = watermarks
+        # What is discarded stays in Redis until a checkpoint, and none can be taken within a step.
+        self._most_discards = min(
+            _MOST_DISCARDED_STEPS * config.rollout.groups_per_step, max(1, config.broker.max_groups // 4)
+        )
         self.consumed = consumed
         """Training groups trained or discarded: what the admission gate counts."""
         self.durable_consumed = consumed
@@ -116,6 +127,8 @@ class Batcher:
         self._watermarks.done(received.descriptor.producer, received.descriptor.seq)
         if isinstance(received, ReceivedGroup):
             self._evaluation.add(received.group)
+        else:
+            self._evaluation.skip(received.descriptor.lease)
         return None, waited_s
 
     def _sort(self, received: ReceivedGroup | Discarded, batch: StepBatch, version: int) -> None:
@@ -135,3 +148,12 @@ class Batcher:
         batch.discarded[reason] += 1
         self.consumed += 1
         self._source.release(self.consumed)
+        num_discarded = batch.discarded.total()
+        if num_discarded % (_LOG_EVERY_STEPS * self._config.rollout.groups_per_step) == 0:
+            logger.warning("%d groups in a row were discarded: %s", num_discarded, dict(batch.discarded))
+        if num_discarded >= self._most_discards:
+            raise TaskError(
+                f"{num_discarded} groups for one step were discarded ({dict(batch.discarded)}): if their rewards are "
+                "all equal, check task.rewards and task.answer_format, or make the task easier; if most rightly carry "
+                "no signal, raise broker.max_groups or set rollout.filter_zero_variance = false"
+            )

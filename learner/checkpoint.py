@@ -48,6 +48,8 @@ class LearnerState(BaseModel):
     """Training indices below it were leased."""
     watermarks: dict[str, int]
     """producer -> last sequence number whose effect the policy holds."""
+    totals: dict[str, int]
+    """What metrics count over the whole run, by name."""
 
 
 class Saveable(Protocol):

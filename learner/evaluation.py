@@ -1,6 +1,7 @@
 """Held-out evaluation: asked by the learner, answered by the actors, on the verifiable reward alone."""
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,31 +31,52 @@ class EvaluationResult:
 class Evaluation:
     """Collects the answers of each round; a round is done when every prompt is answered."""
 
-    def __init__(self, source: RolloutSource, config: EvaluationConfig, *, num_rows: int) -> None:
+    def __init__(
+        self, source: RolloutSource, config: EvaluationConfig, *, num_rows: int, answered: Collection[int] = ()
+    ) -> None:
         self._source, self._every = source, config.every_steps
-        self._num_prompts = min(config.num_prompts, num_rows)
-        self._open: dict[int, dict[int, RolloutGroup]] = {}
+        self.num_prompts = min(config.num_prompts, num_rows)
+        """Held-out rows asked in each round."""
+        self._asked = set(answered)
+        self._open: dict[int, dict[int, RolloutGroup | None]] = {}
         self._finished: list[EvaluationResult] = []
 
     def is_due(self, step: int) -> bool:
-        """Whether ``step`` is one of every ``every_steps``."""
-        return self._every > 0 and step % self._every == 0
+        """Whether ``step`` is one of every ``every_steps``, and was not asked before a restart."""
+        return self._every > 0 and step % self._every == 0 and not self.was_asked(step)
+
+    def was_asked(self, step: int) -> bool:
+        """Whether the round of ``step`` was asked, in this life or (and answered) in an earlier one."""
+        return step in self._asked
 
     def ask(self, step: int) -> None:
         """Offer the held-out prompts to the actors."""
+        self._asked.add(step)
         self._open[step] = {}
-        self._source.request_evaluation([Lease("heldout", index, step) for index in range(self._num_prompts)])
+        self._source.request_evaluation([Lease("heldout", index, step) for index in range(self.num_prompts)])
 
     def add(self, group: RolloutGroup) -> None:
         """Take one answer; one of a round that is not open (before a restart) is only logged."""
-        answers = self._open.get(group.lease.round)
+        self._settle(group.lease, group)
+
+    def skip(self, lease: Lease) -> None:
+        """The answer to ``lease`` was unreadable: its round goes on without it."""
+        self._settle(lease, None)
+
+    def _settle(self, lease: Lease, answer: RolloutGroup | None) -> None:
+        answers = self._open.get(lease.round)
         if answers is None:
-            logger.info("an answer to the evaluation of step %d, which is not open", group.lease.round)
+            logger.info("an answer to the evaluation of step %d, which is not open", lease.round)
             return
-        answers[group.lease.index] = group
-        if len(answers) == self._num_prompts:
-            del self._open[group.lease.round]
-            self._finished.append(_result(group.lease.round, tuple(answers[i] for i in sorted(answers))))
+        answers[lease.index] = answer
+        if len(answers) < self.num_prompts:
+            return
+        del self._open[lease.round]
+        readable = tuple(group for _, group in sorted(answers.items()) if group is not None)
+        if readable:
+            self._finished.append(_result(lease.round, readable))
+        else:
+            logger.warning("the evaluation of step %d has no readable answer", lease.round)
 
     def is_open(self, step: int) -> bool:
         """Whether answers of ``step``'s round are still missing."""

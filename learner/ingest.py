@@ -112,7 +112,27 @@ class Ingest:
         group = decode_group(delivery.payload, vocab_size=self._vocab_size, max_version=self._newest_version())
         if group.lease != delivery.descriptor.lease:
             raise WireFormatError(f"payload answers {group.lease.id}, its entry {delivery.descriptor.lease.id}")
+        check_fits_run(group, self._config)
         return group
 
     def _has_no_signal(self, group: RolloutGroup) -> bool:
         return self._config.rollout.filter_zero_variance and bool(np.ptp(group.rewards) == 0.0)
+
+
+def check_fits_run(group: RolloutGroup, config: RunConfig) -> None:
+    """``WireFormatError`` unless ``group`` is an answer that this run could have asked for."""
+    num_rollouts = len(group.rollouts)
+    wanted = config.rollout.group_size if group.lease.split == "train" else 1
+    if num_rollouts != wanted:
+        raise WireFormatError(f"{group.lease.id} has {num_rollouts} rollouts, this run asks for {wanted}")
+    longest = max(rollout.num_tokens for rollout in group.rollouts)
+    total = len(group.prompt_ids) + longest
+    if longest > config.sampling.max_tokens or total > config.model.max_length:
+        raise WireFormatError(
+            f"{group.lease.id} has a completion of {longest} tokens, with its prompt {total}; this run allows "
+            f"{config.sampling.max_tokens} and {config.model.max_length}"
+        )
+    if any("verifiable" not in rollout.reward_parts for rollout in group.rollouts):
+        raise WireFormatError(f"{group.lease.id} lacks the reward part 'verifiable'")
+    if group.lease.split == "heldout" and group.lease.index >= config.evaluation.num_prompts:
+        raise WireFormatError(f"{group.lease.id} is none of the {config.evaluation.num_prompts} held-out prompts")

@@ -121,7 +121,8 @@ class Learner:
 
     def _checkpoint_if_due(self, queue: QueueStats) -> None:
         """Every so many steps, and before what only a checkpoint can free fills the queue."""
-        is_half_full = queue.num_bytes > self._config.broker.max_bytes / 2
+        limits = self._config.broker
+        is_half_full = queue.num_bytes > limits.max_bytes / 2 or queue.queued > limits.max_groups / 2
         if is_half_full or self._step % self._config.learner.checkpoint_every == 0:
             self._checkpoint()
 
@@ -137,6 +138,7 @@ class Learner:
                 consumed=batcher.durable_consumed,
                 next_index=batcher.next_index,
                 watermarks=batcher.watermarks(),
+                totals=self._parts.reporter.totals(),
             ),
             self._parts.policy,
         )
@@ -152,10 +154,13 @@ class Learner:
         logger.info("suspended at step %d; --resume goes on from here", self._step)
 
     def _finish_run(self) -> None:
-        """Last version, tail evaluation, final checkpoint; then the actors may go home."""
+        """Last version, final checkpoint, tail evaluation; then the actors may go home."""
         self._parts.publisher.flush()
-        self._finish_evaluation()
         self._checkpoint()
+        self._finish_evaluation()
+        if self._stopping.is_set():
+            self._suspend_run()
+            return
         self._parts.run_store.set_phase("finished", fence=self._parts.fence)
         self._parts.reporter.event(self._step, "finished")
         logger.info("finished at step %d, version %d", self._step, self._version)
@@ -163,10 +168,10 @@ class Learner:
     def _finish_evaluation(self) -> None:
         if self._target_reached or self._config.evaluation.every_steps == 0:
             return
-        if not self._parts.evaluation.is_open(self._step) and not self._parts.evaluation.is_due(self._step):
+        if not self._parts.evaluation.was_asked(self._step):
             self._parts.evaluation.ask(self._step)
         deadline = time.monotonic() + self._config.learner.data_timeout_s
-        while self._parts.evaluation.is_open(self._step):
+        while self._parts.evaluation.is_open(self._step) and not self._stopping.is_set():
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
                     f"the last evaluation was not answered for {self._config.learner.data_timeout_s:g} s"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -95,7 +96,7 @@ class Policy:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation=select_attention(device)
             ).to(device)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model {folder} cannot be loaded: {error!s:.300}") from error
         with _autocast(device):
             check_packing(model.eval())
@@ -117,6 +118,12 @@ class Policy:
         """Token ids that the model knows."""
         vocab_size: int = self._model.get_input_embeddings().num_embeddings
         return vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence that the model was made for."""
+        max_positions: int = self._model.config.max_position_embeddings
+        return max_positions
 
     @property
     def lr(self) -> float:

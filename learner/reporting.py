@@ -53,11 +53,15 @@ class SampleSink(Protocol):
 class Reporter:
     """Turns steps and evaluations into rows with stable names (lambdapo_async/metrics.py lists them)."""
 
-    def __init__(self, metrics: MetricSink, samples: SampleSink) -> None:
+    def __init__(self, metrics: MetricSink, samples: SampleSink, *, totals: Mapping[str, int]) -> None:
         self._metrics, self._samples = metrics, samples
-        self._totals: Counter[str] = Counter()
+        self._totals: Counter[str] = Counter(totals)
         self._alarmed: set[str] = set()
         self._step_ended = time.monotonic()
+
+    def totals(self) -> dict[str, int]:
+        """Counts over the whole run, for the checkpoint."""
+        return dict(self._totals)
 
     def step(self, report: StepReport) -> None:
         """One finished optimizer step."""

@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 from lambdapo_async.broker.interface import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import TaskError
-from lambdapo_async.metrics import MetricsLog
+from lambdapo_async.errors import ConfigError, TaskError
+from lambdapo_async.metrics import EVAL, MetricsLog, read_metrics
 from lambdapo_async.report.run_folder import write_header
 from lambdapo_async.tasks.interface import Row, Task
 from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
@@ -30,6 +30,7 @@ from learner.learner import Learner, LearnerParts
 from learner.policy import Policy, pick_device
 from learner.publisher import Publisher
 from learner.reporting import Reporter
+from learner.run_identity import check_same_config, refuse_taken_id
 from learner.samples import SampleLog
 from learner.starter import ensure_starter
 from learner.trainer import Trainer
@@ -56,7 +57,12 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     for split in (task.train_rows(), task.heldout_rows()):  # unreadable files end it here, too
         logger.info("%d rows", len(split))
     run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
-    head = run.weights.head()  # a wrong URL or password ends it here, before minutes of work
+    run.check_reachable()  # a wrong URL or password ends it here, before minutes of work
+    if resume:
+        check_same_config(folder, config)
+    else:
+        refuse_taken_id(run.run_store, run_id)
+    _warn_of_biased_sampling(config)
     model_path = (
         ensure_starter(config, task, progress=_log_starter) if config.model.path == "starter" else config.model.path
     )
@@ -69,10 +75,19 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     rows = fitting_rows(task, _load_tokenizer(policy, folder), config)
     _publish_run(run, config, policy, rows, fence=fence)
     with contextlib.ExitStack() as resources:
-        start = _Start(run, run_id, config, folder, head, fence, checkpoints, checkpoint, policy, rows)
+        start = _Start(run, run_id, config, folder, fence, checkpoints, checkpoint, policy, rows)
         learner = _assemble(start, resources)
         with _stop_on_signals(learner):
             learner.run()
+
+
+def _warn_of_biased_sampling(config: RunConfig) -> None:
+    if config.sampling.top_p != 1.0 or config.sampling.top_k != -1:
+        logger.warning(
+            "sampling.top_p = %g and top_k = %d: the recorded log-probabilities are of the cut distribution, which "
+            "biases the ratio to the learner's",
+            config.sampling.top_p, config.sampling.top_k,
+        )  # fmt: skip
 
 
 def _log_starter(step: int, num_steps: int, loss: float) -> None:
@@ -87,8 +102,6 @@ class _Start:
     run_id: str
     config: RunConfig
     folder: Path
-    head: int | None
-    """Newest weight version in Redis before this start."""
     fence: int
     checkpoints: CheckpointStore
     checkpoint: Checkpoint | None
@@ -114,6 +127,11 @@ def _load_policy(config: RunConfig, model_path: str | Path, checkpoint: Checkpoi
         temperature=config.sampling.temperature,
         device=pick_device(config.learner.device),
     )
+    if config.model.max_length > policy.max_positions:
+        raise ConfigError(
+            f"model.max_length = {config.model.max_length} exceeds the {policy.max_positions} positions of "
+            f"{config.model.path}: lower it"
+        )
     if checkpoint is not None:
         checkpoint.restore(policy)
     logger.info("policy with %.2f M parameters on %s", policy.num_parameters / 1e6, policy.device)
@@ -153,7 +171,7 @@ def _publish_run(run: RedisRun, config: RunConfig, policy: Policy, rows: Rows, *
 
 def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
     config, run, policy = start.config, start.run, start.policy
-    fresh = LearnerState(step=0, version=0, consumed=0, next_index=0, watermarks={})
+    fresh = LearnerState(step=0, version=0, consumed=0, next_index=0, watermarks={}, totals={})
     state = start.checkpoint.state if start.checkpoint else fresh
     source = run.source(start.fence, RunLimits.of(config))
     source.initialise(watermarks=state.watermarks, consumed=state.consumed, next_index=state.next_index)
@@ -166,7 +184,8 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
     ingest = Ingest(source, config, vocab_size=policy.vocab_size, newest_version=lambda: publisher.newest_version)
     resources.callback(ingest.close)
     ingest.start()
-    evaluation = Evaluation(source, config.evaluation, num_rows=len(start.rows.heldout))
+    answered = {row.step for row in read_metrics(start.folder / "metrics.jsonl") if row.kind == EVAL}
+    evaluation = Evaluation(source, config.evaluation, num_rows=len(start.rows.heldout), answered=answered)
     batcher = Batcher(
         ingest,
         source,
@@ -188,9 +207,9 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
         source=source,
         run_store=run.run_store,
         fleet=run.fleet,
-        reporter=Reporter(metrics, samples),
+        reporter=Reporter(metrics, samples, totals=state.totals),
     )
-    version = _first_version(state, start.head)
+    version = _first_version(state, run.weights.head())
     return Learner(parts, step=state.step, version=version, resumed=start.checkpoint is not None)
 
 

@@ -63,7 +63,7 @@ def connect(url: str, *, timeout_s: float) -> redis.Redis:
         BrokerRefusedError: not a Redis URL.
     """
     try:
-        return redis.Redis.from_url(
+        client = redis.Redis.from_url(
             url,
             protocol=2,
             decode_responses=False,
@@ -74,8 +74,13 @@ def connect(url: str, *, timeout_s: float) -> redis.Redis:
             # hiredis parses fast but packs a 1.6 MB value 17 times slower than the Python packer.
             command_packer=PythonRespSerializer(_PACKER_CUTOFF, Encoder("utf-8", "strict", False).encode),  # type: ignore[no-untyped-call]
         )
-    except ValueError as error:
-        raise BrokerRefusedError(f"{redact(url)} is no Redis URL: use redis://, rediss:// or unix://") from error
+        # An option that redis-py does not know shows only when it makes a connection; this one is never opened.
+        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
+    except (ValueError, TypeError, redis.RedisError) as error:
+        raise BrokerRefusedError(
+            f"{redact(url)} is no Redis URL: use redis://, rediss:// or unix://, and after ? only redis-py's options"
+        ) from error
+    return client
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the processes ask of Redis: five seams, each with a Redis side, a fake and one contract suite.
+"""What the processes ask of Redis: the seams, each with a Redis side, a fake and one contract suite.
 
 All calls block with a deadline (``broker.timeout_s``) and raise ``BrokerUnavailable`` after it; an asyncio
 caller uses ``asyncio.to_thread``. Life of a group: leased -> sampled -> enqueued -> read -> trained (or

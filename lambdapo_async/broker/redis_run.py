@@ -1,5 +1,9 @@
 """All seams of one run in one Redis."""
 
+import contextlib
+
+import redis
+
 from lambdapo_async.broker.admission import RedisAdmission
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.fleet import RedisFleet
@@ -8,8 +12,11 @@ from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.run_store import RedisRunStore
+from lambdapo_async.errors import BrokerUnavailable, BrokerUnreachableError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.weights.store import RedisWeightStore
+
+_FIRST_CONTACT_S = 5.0
 
 
 class RedisRun:
@@ -23,11 +30,25 @@ class RedisRun:
 
     def __init__(self, url: str, run_id: str, *, timeout_s: float) -> None:
         self.keys = RunKeys(run_id)
+        self._url, self._timeout_s = url, timeout_s
         self._broker = Broker(url, timeout_s=timeout_s)
         self._ownership = Ownership(self._broker, self.keys)
         self.run_store = RedisRunStore(self._broker, self.keys, self._ownership)
         self.fleet = RedisFleet(self._broker, self.keys)
         self.weights = RedisWeightStore(self._broker, self.keys)
+
+    def check_reachable(self) -> None:
+        """Wait five seconds at most for a first answer: a person is waiting, and the URL may be wrong.
+
+        Raises:
+            BrokerUnreachableError: nobody answers there.
+            BrokerRefusedError: somebody who does not let us in, or no Redis.
+        """
+        with contextlib.closing(Broker(self._url, timeout_s=min(_FIRST_CONTACT_S, self._timeout_s))) as broker:
+            try:
+                broker.call(_ping)
+            except BrokerUnavailable as error:
+                raise BrokerUnreachableError(f"{error}; does it run, and is its URL right?") from error
 
     def admission(self, actor_id: str) -> RedisAdmission:
         """The leases of one actor."""
@@ -44,3 +65,8 @@ class RedisRun:
     def close(self) -> None:
         """Close the connections."""
         self._broker.close()
+
+
+def _ping(client: redis.Redis) -> None:
+    with contextlib.suppress(redis.exceptions.BusyLoadingError):  # it reads its data first, but it is there
+        client.ping()

@@ -21,6 +21,8 @@ StreamEntry = tuple[bytes, dict[bytes, bytes]]
 
 MAX_QUARANTINED = 256
 """Quarantined groups kept; older ones go, the count stays."""
+MAX_QUARANTINED_BYTES = 1024**2
+"""Kept of each payload, from its beginning."""
 _FETCH_BYTES = 16 * 1024**2  # one pipeline's replies: well below the server's output buffer limit of 64 MB
 _REMOVED_AT_ONCE = 512
 _SCANNED_AT_ONCE = 1024
@@ -112,10 +114,11 @@ class RedisRolloutSource:
                 self._uncommitted.pop((producer, seq), None)
 
     def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
-        """Keep an unreadable group aside (the newest 256; all are counted)."""
+        """Keep the first MB of an unreadable group aside, with its true size (the newest 256; all are counted)."""
+        kept = payload[:MAX_QUARANTINED_BYTES]
         self._quarantine(
             [self._keys.state, self._keys.dead],
-            [self._fence, descriptor.producer, descriptor.seq, reason, payload, MAX_QUARANTINED],
+            [self._fence, descriptor.producer, descriptor.seq, reason, kept, len(payload), MAX_QUARANTINED],
         )
 
     def request_evaluation(self, leases: Sequence[Lease]) -> None:

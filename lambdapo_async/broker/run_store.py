@@ -52,7 +52,7 @@ class RedisRunStore:
         self._broker.call(publish)
 
     def put_rows(self, split: Split, rows: Sequence[Mapping[str, str | None]]) -> None:
-        """Publish a split's rows in chunks.
+        """Publish a split's rows in chunks. Actors may read meanwhile: what is replaced is never missing.
 
         Raises:
             TaskError: they are too many for Redis.
@@ -60,10 +60,13 @@ class RedisRunStore:
         chunks = list(self._compressed(split, rows))
 
         def publish(client: redis.Redis) -> None:
-            client.delete(self._keys.rows(split))
+            name = self._keys.rows(split)
             for number, chunk in enumerate(chunks):
-                client.hset(self._keys.rows(split), str(number), chunk)
+                client.hset(name, str(number), chunk)
             client.hset(self._keys.state, f"rows_{split}", len(rows))
+            surplus = set(client.hkeys(name)) - {b"%d" % number for number in range(len(chunks))}
+            if surplus:
+                client.hdel(name, *surplus)
 
         self._broker.call(publish)
         self._chunk.cache_clear()
@@ -83,7 +86,7 @@ class RedisRunStore:
     def model_files(self) -> dict[str, bytes]:
         """File name -> content."""
         files: dict[bytes, bytes] = self._broker.call(lambda client: client.hgetall(self._keys.model_files))
-        return {name.decode(): content for name, content in files.items()}
+        return {name.decode(errors="backslashreplace"): content for name, content in files.items()}
 
     def num_rows(self, split: Split) -> int:
         """Rows of a split."""
@@ -141,7 +144,8 @@ class RedisRunStore:
     def _fetch_chunk(self, split: Split, number: int) -> list[FoundRow]:
         chunk = self._broker.call(lambda client: client.hget(self._keys.rows(split), str(number)))
         if not isinstance(chunk, bytes):
-            return []
+            first = number * ROWS_PER_CHUNK
+            raise BrokerError(f"run {self._keys.run_id} has no rows from {first} on in {split}")
         try:
             packed = zstandard.ZstdDecompressor().decompress(chunk, max_output_size=_MAX_CHUNK_BYTES)
             rows: list[FoundRow] = msgpack.unpackb(packed, max_array_len=ROWS_PER_CHUNK, max_map_len=16)

@@ -23,6 +23,8 @@ from lambdapo_async.report.machine import gpu_names
 from lambdapo_async.report.run_folder import metrics_path, read_run
 from lambdapo_async.report.summary import Summary, summarise
 
+_DEMO_URL = "redis://of-the-demo"  # stands for the URL that the processes will find in their environment
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoPlan:
@@ -73,11 +75,14 @@ def plan_demo(config_path: Path, overrides: tuple[str, ...], *, run_id: str | No
     """Check everything that can be wrong before a process starts.
 
     Raises:
-        ConfigError: a wrong config, or one without the target and evaluations that end a demo.
+        ConfigError: a wrong config, one without the target and evaluations that end a demo, or another Redis in
+            ``overrides``: all processes must meet in the demo's.
     """
-    config = load_config(config_path, overrides)
+    config = load_config(config_path, overrides, environ={REDIS_URL_VARIABLE: _DEMO_URL})
+    if config.broker.url != _DEMO_URL:
+        raise ConfigError(f"a demo chooses its Redis itself: leave broker.url out, or set {REDIS_URL_VARIABLE}")
     target = config.evaluation.target
-    if target is None or config.evaluation.every_steps is None:
+    if target is None or config.evaluation.every_steps == 0:
         raise ConfigError(
             f"{config_path}: a demo runs until a held-out reward is reached: "
             "set evaluation.target and evaluation.every_steps"

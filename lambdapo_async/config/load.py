@@ -1,6 +1,7 @@
 """TOML file plus dotted overrides -> :class:`RunConfig`, or one line that says what to change."""
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +11,8 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from lambdapo_async.config.run import RunConfig
-from lambdapo_async.errors import ConfigError
+from lambdapo_async.config.run import CONFIG_SCHEMA, RunConfig
+from lambdapo_async.errors import ConfigError, RunNotFoundError
 
 REDIS_URL_VARIABLE = "REDIS_URL"
 
@@ -46,6 +47,26 @@ def parse_config(tree: Mapping[str, Any], *, source: str) -> RunConfig:
         raise ConfigError(f"{source}: " + "; ".join(problems)) from None
 
 
+def parse_published(config_json: bytes, overrides: Iterable[str] = (), *, run_id: str) -> RunConfig:
+    """Inverse of :meth:`RunConfig.published`, with ``overrides`` on top.
+
+    Raises:
+        RunNotFoundError: no config that this version understands.
+        ConfigError: a wrong override.
+    """
+    try:
+        tree = json.loads(config_json)
+    except ValueError as error:
+        raise RunNotFoundError(f"the config of run {run_id} is damaged: {error}") from error
+    found = tree.pop("config_schema", None) if isinstance(tree, dict) else None
+    if found != CONFIG_SCHEMA:
+        raise RunNotFoundError(
+            f"the config of run {run_id} has schema {found}, this version reads {CONFIG_SCHEMA}: "
+            "install the learner's version of lambdapo-async"
+        )
+    return parse_config(apply_overrides(tree, overrides), source=f"run {run_id}")
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -57,13 +78,16 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     path = [part.strip() for part in key.split(".")]
-    if not equals or not all(path):
-        raise ConfigError(f"--set {override}: expected section.key=value, for example learner.lr=1e-6")
+    if not equals or not all(path) or "://" in key:
+        shown = "***" if "://" in override else override  # a URL may hold a password
+        raise ConfigError(f"--set {shown}: expected section.key=value, for example learner.lr=1e-6")
     _set(tree, path, _parse_value(text.strip()))
 
 
@@ -97,8 +121,9 @@ def _describe(detail: ErrorDetails) -> str:
 
 
 def _shown(field: str, value: Any) -> str:
-    """The wrong value, unless it may hold a password."""
-    return "***" if field == "broker.url" else repr(value)[:120]
+    """The wrong value, unless it may hold a password: of the broker only numbers are shown."""
+    is_secret = field.split(".")[0] == "broker" and not isinstance(value, int | float)
+    return "***" if is_secret else repr(value)[:120]
 
 
 def _without_union_tags(location: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from lambdapo_async.config.sections import (
 )
 
 CONFIG_SCHEMA = 1
-"""Raised when an older actor could misread a published config."""
+"""Published with a config; raised when an older actor could misread one."""
 
 
 class RunConfig(Section):
@@ -64,8 +64,8 @@ class RunConfig(Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """What the actors may know: JSON-ready, without the broker's URL."""
-        return self.model_dump(mode="json", exclude={"broker": {"url"}})
+        """What the actors may know: JSON-ready, without the broker's URL; ``load.parse_published`` reads it."""
+        return {"config_schema": CONFIG_SCHEMA, **self.model_dump(mode="json", exclude={"broker": {"url"}})}
 
 
 def _check_context(config: RunConfig) -> str | None:

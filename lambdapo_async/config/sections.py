@@ -61,7 +61,8 @@ class JsonlTask(Section):
     chat: bool = False
     """Render the prompt through the tokenizer's chat template."""
     rewards: tuple[str, ...] = ("math",)
-    """Verifiable reward functions by registered name (``math``, ``exact``) or dotted path; their product is V."""
+    """Verifiable reward functions by registered name (``math``, ``exact``) or dotted path; their product is V.
+    Learner and actors import a dotted path: whoever may write the run's config in Redis chooses code they run."""
     max_rows: PositiveInt | None = None
     """Use only the first rows of each file; None is all."""
 
@@ -110,7 +111,7 @@ class StalenessConfig(Section):
     """How old a group may be, in versions: learner version minus oldest producing version."""
 
     max_staleness: int = Field(2, ge=0)
-    """Admission: at most (this + 1) steps' groups are in flight; 0 is synchronous training."""
+    """Admission: at most (this + 1) steps' groups are in flight; 0 samples a step's groups after the last update."""
     drop_above: PositiveInt = 16
     """Last resort: an older group is dropped and counted."""
 
@@ -203,6 +204,9 @@ class ObjectiveConfig(Section):
     """How advantages become a gradient."""
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class LearnerConfig(Section):
     """The optimizer and its process."""
 
@@ -212,8 +216,8 @@ class LearnerConfig(Section):
     """AdamW's learning rate after warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up from lr / warmup_steps."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's betas, each in [0, 1)."""
     weight_decay: float = Field(0.0, ge=0.0)
     """AdamW's decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
@@ -277,6 +281,8 @@ class ActorConfig(Section):
     """Share of GPU memory that vLLM may take."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs of one actor's engine."""
+    group_timeout_s: PositiveFloat = 1800.0
+    """Deadline of sampling one group; after it the engine counts as hung and the actor ends."""
     reward_timeout_s: PositiveFloat = 20.0
     """Deadline of scoring one group; its rewards are 0 then (counted)."""
     drain_s: PositiveFloat = 30.0

@@ -82,6 +82,12 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
+def recorded_config(folder: Path) -> dict[str, Any]:
+    """The config that the run was last started with, as published; empty when nobody recorded it."""
+    config: dict[str, Any] = _read_header(folder / _HEADER).get("config", {})
+    return config
+
+
 def _read_header(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}

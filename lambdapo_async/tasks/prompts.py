@@ -3,11 +3,16 @@
 from typing import Protocol
 
 from lambdapo_async.config import RunConfig
+from lambdapo_async.errors import ConfigError
 from lambdapo_async.tasks.interface import Row, Task
 
 
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that prompts need."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Template of a conversation; None for a model without chat."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``."""
@@ -22,8 +27,14 @@ class PromptEncoder:
     """Renders rows and turns them into token ids."""
 
     def __init__(self, tokenizer: Tokenizer, task: Task, config: RunConfig) -> None:
+        """``ConfigError`` when ``task.chat`` asks for a chat template that the tokenizer has not."""
         self._tokenizer, self._task = tokenizer, task
         self._chat = config.task.kind == "jsonl" and config.task.chat
+        if self._chat and not tokenizer.chat_template:
+            raise ConfigError(
+                f"task.chat = true, but the tokenizer of {config.model.path} has no chat template: "
+                "set task.chat = false or use a model with one"
+            )
         self.max_tokens = config.model.max_length - config.sampling.max_tokens
         """Longest prompt that leaves room for ``sampling.max_tokens``."""
 

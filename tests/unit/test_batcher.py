@@ -7,7 +7,7 @@ import pytest
 
 from lambdapo_async.broker.interface import Delivery, Descriptor
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import BrokerError, BrokerUnavailable
+from lambdapo_async.errors import BrokerError, BrokerUnavailable, TaskError
 from lambdapo_async.rollout import Lease, RolloutGroup
 from lambdapo_async.wire import encode_group
 from learner.batcher import Batcher
@@ -190,3 +190,45 @@ def test_filtering_can_be_turned_off(bench: type[Bench]) -> None:
     keep = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"filter_zero_variance": False})})
     on = bench(*(delivery(i + 1, make_group(i, rewards=(1.0, 1.0))) for i in range(2)), config=keep)
     assert len(on.batcher.next_batch(0, stopping=NEVER).groups) == 2
+
+
+@pytest.mark.parametrize(
+    ("group", "reason"),
+    [
+        (make_group(0, rewards=(0.0, 1.0, 0.5)), "has 3 rollouts, this run asks for 2"),
+        (make_group(lease=Lease("heldout", 0, 5), rewards=(0.0, 1.0)), "has 2 rollouts, this run asks for 1"),
+        (make_group(lease=Lease("heldout", 2, 5), rewards=(1.0,)), "none of the 2 held-out prompts"),
+        (make_group(0, num_tokens=1025), "a completion of 1025 tokens"),
+    ],
+)
+def test_a_valid_message_that_the_run_never_asked_for_is_quarantined(
+    bench: type[Bench], group: RolloutGroup, reason: str
+) -> None:
+    on = bench(delivery(1, group), delivery(2, make_group(1)), delivery(3, make_group(2)))
+    batch = on.batcher.next_batch(0, stopping=NEVER)
+    assert batch is not None
+    assert len(batch.groups) == 2
+    assert reason in on.source.quarantined[0]
+
+
+def test_an_evaluation_goes_on_without_an_unreadable_answer(bench: type[Bench]) -> None:
+    good, bad = (make_group(rewards=(1.0,), lease=Lease("heldout", i, 5)) for i in range(2))
+    on = bench(delivery(1, bad, payload=b"garbage"), delivery(2, good))
+    on.evaluation.ask(5)
+    while on.evaluation.is_open(5):
+        on.batcher.serve_evaluation()
+    (result,) = on.evaluation.take_finished()
+    assert (result.reward, len(result.groups)) == (1.0, 1)
+
+
+def test_a_round_answered_before_a_restart_is_not_asked_again() -> None:
+    source = ListSource()
+    evaluation = Evaluation(source, CONFIG.evaluation, num_rows=10, answered={5})  # type: ignore[arg-type]
+    assert not evaluation.is_due(5)
+    assert evaluation.is_due(10)
+
+
+def test_rewards_that_are_always_equal_end_the_run_with_advice(bench: type[Bench]) -> None:
+    on = bench(*(delivery(i + 1, make_group(i, rewards=(0.0, 0.0))) for i in range(120)))
+    with pytest.raises(TaskError, match=r"100 groups for one step.*task.rewards"):
+        on.batcher.next_batch(0, stopping=NEVER)

@@ -26,7 +26,12 @@ def load(folder: Path) -> Policy:
 
 def state(step: int) -> LearnerState:
     return LearnerState(
-        step=step, version=step + 1, consumed=16 * step, next_index=99, watermarks={"actor-1": 7, "b": 0}
+        step=step,
+        version=step + 1,
+        consumed=16 * step,
+        next_index=99,
+        watermarks={"actor-1": 7, "b": 0},
+        totals={"trained": 3},
     )
 
 

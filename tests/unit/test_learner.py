@@ -65,6 +65,9 @@ class Recorder(Reporter):
     def evaluation(self, result: EvaluationResult) -> None:
         self.evaluations.append(result)
 
+    def totals(self) -> dict[str, int]:
+        return {"trained": len(self.trained)}
+
     def event(self, step: int, text: str) -> None:
         self.events.append((step, text))
 
@@ -111,7 +114,7 @@ class Stage:
         fence = self.checkpoints.take_fence()
         checkpoint = self.checkpoints.load_latest()
         state = checkpoint.state if checkpoint else LearnerState(
-            step=0, version=0, consumed=0, next_index=0, watermarks={}
+            step=0, version=0, consumed=0, next_index=0, watermarks={}, totals={}
         )  # fmt: skip
         self.policy = Policy.load(
             checkpoint.model_dir if checkpoint else folder / "model",

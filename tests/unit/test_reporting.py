@@ -52,7 +52,7 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
         MetricsLog(tmp_path / "m.jsonl") as metrics,
         SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
     ):
-        reporter = Reporter(metrics, samples)
+        reporter = Reporter(metrics, samples, totals={})
         reporter.step(report(1))
         reporter.step(report(2))
     first, second = read_metrics(tmp_path / "m.jsonl")
@@ -72,7 +72,7 @@ def test_an_alarm_is_an_event_when_it_begins(tmp_path: Path) -> None:
         MetricsLog(tmp_path / "m.jsonl") as metrics,
         SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
     ):
-        reporter = Reporter(metrics, samples)
+        reporter = Reporter(metrics, samples, totals={})
         for step, ess in ((1, 0.1), (2, 0.12), (3, 0.9), (4, 0.1)):
             reporter.step(report(step, **{"ratio/ess_token": ess}))
     events = [row for row in read_metrics(tmp_path / "m.jsonl") if row.kind == EVENT]
@@ -86,7 +86,7 @@ def test_an_evaluation_leaves_a_row_and_samples_to_read(tmp_path: Path) -> None:
         MetricsLog(tmp_path / "m.jsonl") as metrics,
         SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
     ):
-        Reporter(metrics, samples).evaluation(result)
+        Reporter(metrics, samples, totals={}).evaluation(result)
     (row,) = read_metrics(tmp_path / "m.jsonl")
     assert (row.kind, row.step, row.values["eval/reward"], row.values["eval/version"]) == (EVAL, 5, 0.5, 4.5)
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """The scorer: real worker process, real deadline."""
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -55,14 +56,16 @@ async def test_scores_come_from_another_process(tmp_path: Path) -> None:
     assert not worker.is_running()
 
 
-async def test_a_hanging_reward_scores_zero_and_the_next_one_works(tmp_path: Path) -> None:
+async def test_a_hanging_reward_scores_zero_and_harms_nobody_else(tmp_path: Path) -> None:
     scorer = Scorer(config_with(f"{__name__}:hang", tmp_path, timeout_s=10.0))
     try:
         assert (await scorer.score(ROW, ["fine"]))[0].reward == 1.0
-        hung = await scorer.score(ROW, ["hang", "fine"])
+        hung, *others = await asyncio.gather(
+            scorer.score(ROW, ["hang", "fine"]), *(scorer.score(ROW, ["fine"]) for _ in range(3))
+        )
         assert [score.reward for score in hung] == [0.0, 0.0]
+        assert [score.reward for scores in others for score in scores] == [1.0, 1.0, 1.0]
         assert scorer.failures == 1
-        assert (await scorer.score(ROW, ["fine"]))[0].reward == 1.0
     finally:
         scorer.close()
 

@@ -1,0 +1,42 @@
+"""Whether a learner may have the run id it was given: a run is one config, one Redis and one folder."""
+
+from pathlib import Path
+
+from lambdapo_async.broker.interface import RunStore
+from lambdapo_async.config import RunConfig
+from lambdapo_async.errors import ConfigError, RunNotFoundError
+from lambdapo_async.report.run_folder import recorded_config
+
+# What actors and the stored groups depend on; everything else may change from one life of a learner to the next.
+_FIXED = ("seed", "model", "task", "density", "sampling", "rollout")
+
+
+def refuse_taken_id(run_store: RunStore, run_id: str) -> None:
+    """``ConfigError`` when Redis holds a run of this id: a fresh start would mix with its groups and weights."""
+    try:
+        run_store.state()
+    except RunNotFoundError:
+        return
+    raise ConfigError(
+        f"this Redis already holds run {run_id}: add --resume to go on with it, or choose another --run-id"
+    )
+
+
+def check_same_config(folder: Path, config: RunConfig) -> None:
+    """``ConfigError`` when ``config`` differs from the folder's run in what cannot change on ``--resume``."""
+    before, now = recorded_config(folder), config.published()
+    changed = [
+        f"{section}.{key}".rstrip(".")
+        for section in _FIXED
+        for key, value in _leaves(before.get(section, now[section]))
+        if dict(_leaves(now.get(section))).get(key) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume: {', '.join(changed)} differ from the run in {folder}, but actors and stored groups depend on "
+            "them: set them back, or start another run"
+        )
+
+
+def _leaves(section: object) -> list[tuple[str, object]]:
+    return sorted(section.items()) if isinstance(section, dict) else [("", section)]
