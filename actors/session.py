@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import json
 import logging
-import shutil
 import signal
-import tempfile
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.actor import Actor, ActorParts
@@ -16,53 +14,60 @@ from actors.follower import WeightFollower
 from actors.outbox import Outbox
 from actors.prompts import LeasedPrompts
 from actors.scoring import Scorer
+from actors.scratch import scratch_folder
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
-from lambdapo_async.config.load import apply_overrides, parse_config
-from lambdapo_async.errors import ConfigError
+from lambdapo_async.config.load import parse_published
+from lambdapo_async.errors import BrokerError, ConfigError
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
 
 logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 30.0
+_MAX_MODEL_FILES_BYTES = 256 * 1024**2  # the largest tokenizers have some 40 MB
 
 
 def read_run(url: str, run_id: str, overrides: Sequence[str]) -> tuple[RedisRun, RunConfig]:
     """Connect and read the run's config, with this actor's own ``actor.*`` settings on top.
 
     Raises:
+        BrokerUnreachableError: no Redis there.
         RunNotFoundError: no such run there, or one of a schema we do not know.
         ConfigError: an override of something that is not the actor's to choose.
+        TaskError: a reward function that this machine does not have.
     """
     foreign = [override for override in overrides if not override.startswith("actor.")]
     if foreign:
-        raise ConfigError(f"--set {foreign[0]}: an actor takes everything but actor.* from its run")
+        key = foreign[0].partition("=")[0] if "=" in foreign[0] else "***"  # the value may be a password
+        raise ConfigError(f"--set {key}: an actor takes everything but actor.* from its run")
     run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S)
-    tree = json.loads(run.run_store.config_json())
-    return run, parse_config(apply_overrides(tree, overrides), source=f"run {run_id}")
+    run.check_reachable()
+    config = parse_published(run.run_store.config_json(), overrides, run_id=run_id)
+    build_task(config)  # finds missing rewards before an engine is started for them
+    return run, config
 
 
 def join_run(run: RedisRun, config: RunConfig, *, run_id: str, actor_id: str) -> None:
     """Sample for the run until it ends or SIGTERM asks us to drain."""
-    with _scratch_folder() as scratch:
+    with scratch_folder() as scratch:
         asyncio.run(_join_run(run, config, run_id=run_id, actor_id=actor_id, scratch=scratch))
 
 
 async def _join_run(run: RedisRun, config: RunConfig, *, run_id: str, actor_id: str, scratch: Path) -> None:
+    _exit_on_signals()
     from actors.vllm_engine import VllmEngine  # seconds of imports, and a platform choice
 
     model_folder = _write_model_files(run, scratch)
-    scorer = Scorer(config)
-    engine = await VllmEngine.start(model_folder, config=config, scratch=scratch)
-    try:
-        actor = Actor(_assemble(run, config, run_id, actor_id, engine=engine, scorer=scorer, scratch=scratch))
-        _drain_on_signals(actor)
-        logger.info("actor %s samples for run %s", actor_id, run_id)
-        await actor.run()
-    finally:
-        scorer.close()
-        await engine.shutdown()
+    with contextlib.closing(Scorer(config)) as scorer:
+        engine = await VllmEngine.start(model_folder, config=config, scratch=scratch)
+        try:
+            actor = Actor(_assemble(run, config, run_id, actor_id, engine=engine, scorer=scorer, scratch=scratch))
+            _drain_on_signals(actor)
+            logger.info("actor %s samples for run %s", actor_id, run_id)
+            await actor.run()
+        finally:
+            await engine.shutdown()
 
 
 def _assemble(
@@ -99,22 +104,35 @@ def _assemble(
 
 
 def _write_model_files(run: RedisRun, scratch: Path) -> Path:
+    files = run.run_store.model_files()
+    _check_model_files(files)
     folder = scratch / "model"
     folder.mkdir()
-    for name, content in run.run_store.model_files().items():
+    for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
 
 
-@contextlib.contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """A folder in memory where there is one: every weight version passes through it."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="lambdapo-actor-", dir=memory if memory.is_dir() else None))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _check_model_files(files: Mapping[str, bytes]) -> None:
+    """Whoever may write to Redis must not write anywhere on this machine, nor fill its memory."""
+    for name in files:
+        if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
+            raise BrokerError(f"the run has a model file {name!r:.200}, which is no plain file name: do not trust it")
+    num_bytes = sum(len(content) for content in files.values())
+    if num_bytes > _MAX_MODEL_FILES_BYTES:
+        raise BrokerError(
+            f"the run's model files have {num_bytes} bytes, more than {_MAX_MODEL_FILES_BYTES}: "
+            "publish config and tokenizer alone"
+        )
+
+
+def _exit_on_signals() -> None:
+    """Until the actor can drain, SIGTERM (status 0) and Ctrl-C end it at once, by way of every ``finally``.
+
+    Not by the event loop, which the engine's start blocks, and whose handlers a forked engine would share with us.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _drain_on_signals(actor: Actor) -> None:

@@ -150,6 +150,25 @@ def test_damaged_rows_are_named(redis_run: RedisRun, server: redis.Redis) -> Non
         redis_run.run_store.row("train", 0)
 
 
+def test_a_missing_chunk_is_an_error_until_it_is_there(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    rows = [{"prompt": "p", "answer": "a"}]
+    redis_run.run_store.put_rows("train", rows)
+    chunk = server.hget(redis_run.keys.rows("train"), "0")
+    server.delete(redis_run.keys.rows("train"))
+    with pytest.raises(BrokerError, match="no rows from 0 on in train"):
+        redis_run.run_store.row("train", 0)
+    server.hset(redis_run.keys.rows("train"), "0", chunk)
+    assert redis_run.run_store.row("train", 0) == rows[0]
+
+
+def test_fewer_rows_leave_no_chunk_of_the_old_ones(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    for count in (600, 300):
+        redis_run.run_store.put_rows("train", [{"prompt": "p", "answer": "a"}] * count)
+    assert sorted(server.hkeys(redis_run.keys.rows("train"))) == [b"0", b"1"]
+
+
 @pytest.mark.parametrize(
     "record", [b"", b"garbage", msgpack.packb({"actor_id": "x"}), msgpack.packb([1]), bytes(20_000)]
 )
@@ -188,6 +207,15 @@ def test_the_quarantine_is_bounded(redis_run: RedisRun, server: redis.Redis) -> 
     for seq in range(300):
         source.quarantine(replace(delivery.descriptor, seq=seq), b"x", "reason")
     assert (source.stats().quarantined, server.xlen(redis_run.keys.dead)) == (300, 256)
+
+
+def test_of_a_quarantined_payload_the_beginning_is_kept(redis_run: RedisRun, server: redis.Redis) -> None:
+    source = start(redis_run)
+    descriptor = Descriptor("a.0", 1, *train(0), 0, 1, 0.0)
+    source.quarantine(descriptor, bytes(3 * 1024**2), "reason")
+    source.quarantine(descriptor, bytes(3 * 1024**2), "reason")
+    ((_, entry),) = server.xrange(redis_run.keys.dead)
+    assert (len(entry[b"payload"]), entry[b"n"]) == (1024**2, b"%d" % (3 * 1024**2))
 
 
 def test_nothing_is_left_of_committed_groups(redis_run: RedisRun, server: redis.Redis) -> None:
@@ -315,7 +343,9 @@ def test_something_else_than_redis_is_refused(tmp_path: Path) -> None:
             run.run_store.state()
 
 
-@pytest.mark.parametrize("url", ["http://h:1", "h:6379", "redis://h:port"])
+@pytest.mark.parametrize(
+    "url", ["http://h:1", "h:6379", "redis://h:port", "redis://h?foo=1", "redis://h?db=x", "rediss://h?ssl_cert_reqs=x"]
+)
 def test_what_is_no_redis_url_is_refused(url: str) -> None:
     with pytest.raises(BrokerRefusedError, match="no Redis URL"):
         RedisRun(url, "r", timeout_s=1.0)

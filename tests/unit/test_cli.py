@@ -10,6 +10,8 @@ from lambdapo_async.cli.app import app
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.errors import BrokerUnavailable, ConfigError
 from lambdapo_async.metrics import STEP, MetricsLog
+from learner.__main__ import app as learner_app
+from tests.processes import ROOT
 
 CONFIG = """
 name = "small"
@@ -72,6 +74,40 @@ def test_every_command_has_help(command, capsys):
 def test_a_demo_needs_a_target(config_path, capsys):
     assert run("demo", "--config", config_path) == 2
     assert "evaluation.target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("evaluation.every_steps=0", "evaluation.every_steps"),
+        ("broker.url=redis://:hunter3@h", "set REDIS_URL"),
+        ("broker={url='redis://:hunter3@h'}", "set REDIS_URL"),
+    ],
+)
+def test_what_a_demo_cannot_be_is_refused(config_path, capsys, override, expected):
+    assert run("demo", "--config", config_path, "--set", "evaluation.target=0.9", "--set", override, "--dry-run") == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "hunter3" not in error
+
+
+def test_a_dry_learner_reads_its_rows(config_path, tmp_path, capsys):
+    overrides = ["--set", "task.num_train=5", "--set", "task.num_heldout=3", "--set", f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as ended:
+        run_main(learner_app, [str(config_path), "--run-id", "r", *overrides, "--dry-run"])
+    assert ended.value.code == 0
+    assert "on 5 training and 3 held-out rows" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_learner_misses_its_rows(config_path, tmp_path, capsys):
+    config_path.write_text(
+        CONFIG.replace('kind = "arithmetic"', 'kind = "jsonl"\ntrain_path = "none.jsonl"\nheldout_path = "none.jsonl"')
+    )
+    with pytest.raises(SystemExit) as ended:
+        run_main(learner_app, [str(config_path), "--set", f"output_dir={tmp_path}", "--dry-run"])
+    assert ended.value.code == 2
+    assert "none.jsonl" in capsys.readouterr().err
 
 
 def test_a_dry_demo_says_what_it_would_start_and_starts_nothing(config_path, tmp_path, capsys):
@@ -145,3 +181,33 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run_main(failing, [])
+
+
+@pytest.mark.parametrize(
+    ("environ", "arguments", "expected"),
+    [
+        ({}, ["redis://:hunter2@h", "r1", "--dry-run"], "redis://:hunter2@h -m actors --run-id r1 --dry-run"),
+        ({"REDIS_URL": "redis://e"}, ["r1"], "redis://e -m actors --run-id r1"),
+    ],
+)
+def test_launch_actor_keeps_the_url_out_of_the_process_list(tmp_path, environ, arguments, expected):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$REDIS_URL" "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "launch_actor.sh", *arguments],
+        env={"PATH": "/usr/bin:/bin", "LAMBDAPO_VENV": str(tmp_path), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
+
+
+def test_launch_actor_shows_its_usage():
+    launch = [ROOT / "scripts" / "launch_actor.sh", "redis://h"]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "RUN_ID" in done.stderr

@@ -1,5 +1,6 @@
 """A wrong config is one line that names the field, the value and what to change."""
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from lambdapo_async.config import RunConfig, load_config
-from lambdapo_async.errors import ConfigError
+from lambdapo_async.config.load import parse_published
+from lambdapo_async.errors import ConfigError, RunNotFoundError
 
 MINIMAL = '[model]\npath = "starter"\n[task]\nkind = "arithmetic"\n'
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -55,6 +57,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ("task.digist=2", "unknown key task.digist; did you mean digits?"),
         ("objective.policy_loss.surrogate.eps_low=1", "did you mean eps_lo?"),
         ("learner.lr=-1", "learner.lr = -1: input should be greater than 0"),
+        ("learner.betas=[0.9, 1.0]", "learner.betas.1 = 1.0: input should be less than 1"),
         ("learner.lr=fast", "learner.lr = 'fast': input should be a valid number"),
         ("density.gate=maybe", "density.gate = 'maybe': input should be 'off', 'wrong' or 'always'"),
         ("objective.policy_loss.preset=cipso", "cispo"),
@@ -103,6 +106,8 @@ def test_all_problems_of_one_file_come_at_once(config_file: Path) -> None:
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     assert "no such config file" in complaint(tmp_path / "none.toml")
     assert "is a folder" in complaint(tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot be read" in complaint(tmp_path / "file" / "run.toml")
     broken = tmp_path / "broken.toml"
     broken.write_text("[model\n")
     assert "not valid TOML" in complaint(broken)
@@ -113,12 +118,30 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 def test_a_password_is_neither_published_nor_shown(config_file: Path) -> None:
     config = load_config(config_file, ["broker.url=redis://:secret@host"], environ={})
     assert "secret" not in str(config.published())
-    assert "secret" not in complaint(config_file, "broker.url=['redis://:secret@host']")
+    for override in (
+        "broker.url=['redis://:secret@host']",
+        "broker=redis://:secret@host",
+        "broker.timeout_s=secret",
+        "redis://:secret@host",
+        "redis://:secret@host?db=1",
+    ):
+        assert "secret" not in complaint(config_file, override)
+    assert "broker.lease_s = -1" in complaint(config_file, "broker.lease_s=-1")
 
 
 def test_the_published_config_reads_back(config_file: Path) -> None:
     config = load_config(config_file, environ={})
-    assert RunConfig.model_validate(config.published()) == config
+    published = json.dumps(config.published()).encode()
+    assert parse_published(published, run_id="r") == config
+    assert parse_published(published, ["actor.groups_in_flight=3"], run_id="r").actor.groups_in_flight == 3
+    with pytest.raises(ConfigError, match=r"run r: actor\.drain_s = -1"):
+        parse_published(published, ["actor.drain_s=-1"], run_id="r")
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"\xff"])
+def test_a_damaged_published_config_is_named(damaged: bytes) -> None:
+    with pytest.raises(RunNotFoundError, match="config of run r is damaged"):
+        parse_published(damaged, run_id="r")
 
 
 def test_minibatches_with_a_trust_region_are_fine(config_file: Path) -> None:

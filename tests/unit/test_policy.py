@@ -154,6 +154,12 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_damaged_weights_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"garbage" * 10)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load(folder)
+
+
 def test_a_name_that_is_neither_folder_nor_repo_is_named() -> None:
     with pytest.raises(ConfigError, match=r"model\.path = 'no such model!' .* cannot be read"):
         load(Path("no such model!"))
