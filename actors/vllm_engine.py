@@ -190,8 +190,9 @@ class VllmEngine:
 
     async def _apply(self, version: int, path: Path) -> None:
         # "keep" freezes running requests (the default aborts them); clear_cache has their contexts computed anew, so
-        # that later tokens are exactly the new policy's.
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        # that later tokens are exactly the new policy's. AsyncLLM.pause_generation does this and then sleeps 20 ms for
+        # the order of its outputs; ours do not need it: the engine's process tags each token with its version.
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
         untouched = await self._llm.collective_rpc("swap_weights", args=(str(path),))
         if any(untouched):
             raise EngineError(f"version {version} left parameters without weights: {untouched[0][:5]}")
