@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lambdapo_async.config.sections import LearnerConfig
+from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import CheckpointError, ConfigError
 from lambdapo_async.packing import MicroBatch
 from learner.attention import select_attention

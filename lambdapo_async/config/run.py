@@ -5,14 +5,14 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from lambdapo_async.config.learner import LearnerConfig
+from lambdapo_async.config.objective import ObjectiveConfig
 from lambdapo_async.config.sections import (
     ActorConfig,
     BrokerConfig,
     DensityConfig,
     EvaluationConfig,
-    LearnerConfig,
     ModelConfig,
-    ObjectiveConfig,
     RolloutConfig,
     SamplingConfig,
     Section,

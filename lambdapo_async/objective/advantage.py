@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lambdapo_async.config.sections import AdvantageConfig
+from lambdapo_async.config.objective import AdvantageConfig
 
 CONFIDENCE_STD_FLOOR = 1e-3
 """Nats per token: mean log-probabilities closer than this are equally confident, not standardised noise."""

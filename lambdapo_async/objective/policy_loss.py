@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lambdapo_async.config.sections import RatioWeight, Rejection, Surrogate
+from lambdapo_async.config.objective import RatioWeight, Rejection, Surrogate
 from lambdapo_async.objective.presets import PolicyLossSpec
 
 MAX_LOG_RATIO = 20.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from lambdapo_async.config.sections import PolicyLossConfig, RatioWeight, Rejection, Surrogate
+from lambdapo_async.config.objective import PolicyLossConfig, RatioWeight, Rejection, Surrogate
 from lambdapo_async.errors import ConfigError
 
 

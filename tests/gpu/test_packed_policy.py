@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lambdapo_async.config.sections import LearnerConfig
+from lambdapo_async.config.learner import LearnerConfig
 from learner.attention import PackedLayout, padded_attention, select_attention, varlen_attention
 from learner.policy import Policy
 from tests.tiny_models import layout_of, micro_batch, tiny_model_folder

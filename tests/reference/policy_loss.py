@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lambdapo_async.config.sections import Rejection
+from lambdapo_async.config.objective import Rejection
 from lambdapo_async.objective.policy_loss import LossDenominator
 from lambdapo_async.objective.presets import PolicyLossSpec
 

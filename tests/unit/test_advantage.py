@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lambdapo_async.config.sections import AdvantageConfig
+from lambdapo_async.config.objective import AdvantageConfig
 from lambdapo_async.objective.advantage import estimate_advantages, group_confidence
 from tests.reference import advantage as reference
 

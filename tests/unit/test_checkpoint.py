@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lambdapo_async.config.sections import LearnerConfig
+from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import CheckpointError, FencedError
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.policy import Policy

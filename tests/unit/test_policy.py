@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lambdapo_async.config.sections import LearnerConfig
+from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import CheckpointError, ConfigError
 from learner.policy import Policy, pick_device
 from tests.tiny_models import VOCAB, Architecture, micro_batch, tiny_model_folder

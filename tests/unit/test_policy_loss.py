@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lambdapo_async.config.sections import RatioWeight, Rejection, Surrogate
+from lambdapo_async.config.objective import RatioWeight, Rejection, Surrogate
 from lambdapo_async.objective.policy_loss import LossDenominator, PolicyLoss, anchor_of, policy_loss
 from lambdapo_async.objective.presets import PRESETS, PolicyLossSpec
 from lambdapo_async.packing import TrainingSequence, pack

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lambdapo_async.config.sections import PolicyLossConfig, RatioWeight, Rejection, Surrogate
+from lambdapo_async.config.objective import PolicyLossConfig, RatioWeight, Rejection, Surrogate
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.objective.presets import PRESETS, PolicyLossSpec, resolve_policy_loss
 
