@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from lambdapo_async.broker.interface import Heartbeat, QueueStats
-from lambdapo_async.objective.diagnostics import alarms
+from lambdapo_async.objective.alarms import Alarms
 from lambdapo_async.rollout import RolloutGroup
 from learner.batcher import StepBatch
 from learner.evaluation import EvaluationResult
@@ -56,7 +56,7 @@ class Reporter:
     def __init__(self, metrics: MetricSink, samples: SampleSink, *, totals: Mapping[str, int]) -> None:
         self._metrics, self._samples = metrics, samples
         self._totals: Counter[str] = Counter(totals)
-        self._alarmed: set[str] = set()
+        self._alarms = Alarms()
         self._step_ended = time.monotonic()
 
     def totals(self) -> dict[str, int]:
@@ -81,13 +81,16 @@ class Reporter:
             "time/publish_stall_s": report.publish_stall_s,
             "speed/idle_share": min(report.batch.wait_s / max(total_s, 1e-9), 1.0),
         }
-        self._metrics.write("step", report.step, row)
+        alarms = self._alarms.check(row)
+        self._metrics.write("step", report.step, {**row, **alarms.metrics})
         logger.info(
             "step=%d reward=%.3f loss=%.4f grad_norm=%.3f staleness=%.1f wait=%.2fs train=%.2fs",
             report.step, row["reward/mean"], row["loss/policy"], row["optim/grad_norm"], row["staleness/mean"],
             report.batch.wait_s, report.step_s,
         )  # fmt: skip
-        self._raise_alarms(report.step, alarms(row))
+        for sentence in alarms.raised:
+            logger.warning("step=%d alarm: %s", report.step, sentence)
+            self.event(report.step, f"alarm: {sentence}")
 
     def evaluation(self, result: EvaluationResult) -> None:
         """One finished held-out evaluation."""
@@ -108,14 +111,6 @@ class Reporter:
     def event(self, step: int, text: str) -> None:
         """Something worth a mark on the curves."""
         self._metrics.write("event", step, {"text": text})
-
-    def _raise_alarms(self, step: int, found: Sequence[str]) -> None:
-        """Tell of an alarm when it begins, not at every step that it lasts."""
-        by_name = {alarm.split(maxsplit=1)[0]: alarm for alarm in found}
-        for name in by_name.keys() - self._alarmed:
-            logger.warning("step=%d alarm: %s", step, by_name[name])
-            self.event(step, f"alarm: {by_name[name]}")
-        self._alarmed = set(by_name)
 
     def _counts(self, batch: StepBatch) -> dict[str, float]:
         self._totals["trained"] += len(batch.groups)

@@ -18,6 +18,7 @@ from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, TaskError
 from lambdapo_async.metrics import EVAL, MetricsLog, read_metrics
+from lambdapo_async.objective.resolve import resolve_objective
 from lambdapo_async.report.run_folder import write_header
 from lambdapo_async.tasks.interface import Row, Task
 from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
@@ -53,6 +54,7 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
         torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
+    resolve_objective(config)  # imports what the user wrote
     task = build_task(config)
     for split in (task.train_rows(), task.heldout_rows()):  # unreadable files end it here, too
         logger.info("%d rows", len(split))

@@ -1,8 +1,7 @@
-"""One optimizer step: groups -> advantages -> packed micro-batches -> gradient -> new weights."""
+"""One step: groups -> advantages -> packed micro-batches -> gradient -> new weights, once or several times."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -10,12 +9,21 @@ from torch import Tensor
 
 from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import estimate_advantages
-from lambdapo_async.objective.diagnostics import TokenDiagnostics, group_diagnostics
-from lambdapo_async.objective.policy_loss import LossDenominator, PolicyLoss, anchor_of, policy_loss
-from lambdapo_async.objective.presets import resolve_policy_loss
-from lambdapo_async.packing import MicroBatch, TrainingSequence, pack
+from lambdapo_async.objective.anchor import anchor_of, version_alpha
+from lambdapo_async.objective.diagnostics import TokenDiagnostics, density_diagnostics, group_diagnostics
+from lambdapo_async.objective.policy_loss import LossDenominator, PolicyLoss, policy_loss
+from lambdapo_async.objective.presets import PolicyLossSpec
+from lambdapo_async.objective.regularisation import Regularisation, regularisation
+from lambdapo_async.objective.resolve import resolve_objective
+from lambdapo_async.objective.second_moment import solve_trust_region
+from lambdapo_async.packing import MicroBatch, pack
 from learner.ingest import ReceivedGroup
 from learner.policy import Policy
+from learner.sequences import proximal_confidence, training_sequences
+
+ReferenceLogprobs = Callable[[MicroBatch], Tensor]
+"""Micro-batch on the policy's device -> [T] float32 log-probabilities under a frozen reference, without gradient; what
+it says where there is no loss is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,48 +34,100 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class _Batch:
+    """A micro-batch and what is known of it before the step's first update."""
+
+    columns: MicroBatch
+    proximal_T: Tensor | None
+    """[T] log pi at the step's start; None where the loss does not read it, or pi is still that policy."""
+    reference_T: Tensor | None
+    """[T] log-probabilities under the reference; None without a KL term."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Minibatch:
     """What one optimizer update is made of."""
 
-    micro_batches: tuple[MicroBatch, ...]
-    proximal: tuple[Tensor | None, ...]
-    """Per micro-batch [T] log pi at the step's start; None where the newest policy is the proximal one."""
+    batches: tuple[_Batch, ...]
     denominator: LossDenominator
+    num_tokens: int
+    """All tokens, prompts included."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """When an update happens."""
+
+    version: int
+    """The version that the step started from."""
+    progress: float
+    """Share of the step's updates already taken, in [0, 1)."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the updates of a step add up to."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Stay on the device: nothing is read back before the step has ended."""
+    diagnostics: TokenDiagnostics = field(default_factory=TokenDiagnostics)
+    grad_norms: list[float] = field(default_factory=list)
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
 
 
 class Trainer:
-    """Trains a policy on the groups of one step at a time."""
+    """Trains a policy on the groups of one step at a time.
 
-    def __init__(self, policy: Policy, config: RunConfig) -> None:
+    Args:
+        policy: trained in place.
+        config: a dotted path in its objective is imported here.
+        reference: needed with ``objective.kl.coefficient`` > 0.
+
+    Raises:
+        ConfigError: a dotted path that cannot be imported, or several updates from one batch without a trust region.
+    """
+
+    def __init__(self, policy: Policy, config: RunConfig, reference: ReferenceLogprobs | None = None) -> None:
+        if config.objective.kl.coefficient > 0 and reference is None:
+            raise ValueError("objective.kl.coefficient > 0 needs a reference policy")
         self._policy, self._config = policy, config
-        self._spec = resolve_policy_loss(config.objective.policy_loss)
+        self._reference = reference if config.objective.kl.coefficient > 0 else None
+        self._spec = resolve_objective(config)
+        self._num_updates = config.learner.minibatches * config.learner.epochs
 
     def step(self, groups: Sequence[ReceivedGroup], *, version: int) -> StepResult:
-        """Take ``learner.minibatches`` optimizer updates from ``groups``.
+        """Take ``learner.minibatches`` optimizer updates from ``groups``, ``learner.epochs`` times over.
 
         Args:
             groups: all with the same number of rollouts.
             version: the policy version that these updates start from.
         """
         rewards_BG = torch.tensor(np.stack([received.group.rewards for received in groups]))
-        confidence_BG = torch.tensor(np.stack([received.confidence_G for received in groups]))
+        confidence_BG = self._confidence(groups)
         advantages_BG = estimate_advantages(rewards_BG, confidence_BG, self._config.objective.advantage)
-        diagnostics = TokenDiagnostics()
-        sums: Counter[str] = Counter()
-        lr, grad_norms = self._policy.lr, []
-        for minibatch in self._minibatches(groups, advantages_BG):
-            for micro_batch, proximal_T in zip(minibatch.micro_batches, minibatch.proximal, strict=True):
-                sums.update(self._backward(micro_batch, proximal_T, minibatch.denominator, diagnostics, version))
-            grad_norms.append(self._policy.step())
+        lr, tally = self._policy.lr, _Tally()
+        minibatches = self._minibatches(groups, advantages_BG) * self._config.learner.epochs
+        for number, minibatch in enumerate(minibatches):
+            self._update(minibatch, _Moment(version, number / self._num_updates), tally)
         metrics = {
-            **_loss_metrics(sums, len(grad_norms)),
-            **diagnostics.finalise(),
+            **_loss_metrics(tally),
+            **tally.diagnostics.finalise(),
             **group_diagnostics(rewards_BG, confidence_BG, advantages_BG),
-            "optim/grad_norm": max(grad_norms),
+            **_density_metrics(groups),
+            "optim/grad_norm": max(tally.grad_norms),
             "optim/lr": lr,
             "optim/skipped": float(self._policy.num_skipped),
         }
         return StepResult(metrics)
+
+    def _confidence(self, groups: Sequence[ReceivedGroup]) -> Tensor:
+        """[B, G] float64 s."""
+        if self._config.objective.advantage.confidence_policy == "proximal":
+            return torch.tensor(proximal_confidence(self._policy, groups, self._config))
+        return torch.tensor(np.stack([received.confidence_G for received in groups]))
 
     def _minibatches(self, groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -> list[_Minibatch]:
         """Split by whole groups; anchors are computed for all of them before the first update."""
@@ -76,88 +136,128 @@ class Trainer:
 
     def _minibatch(self, groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -> _Minibatch:
         sequences = training_sequences(groups, advantages_BG)
-        micro_batches = tuple(
-            micro_batch.to(self._policy.device)
-            for micro_batch in pack(sequences, token_budget=self._config.learner.micro_batch_tokens)
-        )
-        # With one update the proximal policy is the newest one: no extra forward pass.
-        needs_proximal = self._spec.anchor == "proximal" and self._config.learner.minibatches > 1
-        proximal = tuple(self._policy.logprobs(mb) if needs_proximal else None for mb in micro_batches)
+        micro_batches = pack(sequences, token_budget=self._config.learner.micro_batch_tokens)
         denominator = LossDenominator(
             num_loss_tokens=sum(int(sequence.loss_mask.sum()) for sequence in sequences),
             num_sequences=len(sequences),
             max_tokens=self._config.sampling.max_tokens,
         )
-        return _Minibatch(micro_batches, proximal, denominator)
+        return _Minibatch(
+            tuple(self._batch(each.to(self._policy.device)) for each in micro_batches),
+            denominator,
+            num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
+        )
+
+    def _batch(self, columns: MicroBatch) -> _Batch:
+        # With one update the proximal policy is the newest one: no extra forward pass.
+        needs_proximal = self._spec.anchor == "proximal" and self._num_updates > 1
+        return _Batch(
+            columns,
+            proximal_T=self._policy.logprobs(columns) if needs_proximal else None,
+            reference_T=None if self._reference is None else self._reference(columns).detach(),
+        )
+
+    def _update(self, minibatch: _Minibatch, moment: _Moment, tally: _Tally) -> None:
+        """One optimizer update."""
+        spec = self._solved(minibatch, moment)
+        for batch in minibatch.batches:
+            tally.add(self._backward(batch, minibatch, spec, moment, tally.diagnostics))
+        tally.grad_norms.append(self._policy.step())
+
+    def _solved(self, minibatch: _Minibatch, moment: _Moment) -> PolicyLossSpec:
+        """The spec with its second-moment budget spent on the whole update, by one forward pass; most have none."""
+        if self._spec.surrogate.second_moment is None:
+            return self._spec
+        log_ratios, advantages = [], []
+        for batch in minibatch.batches:
+            mask_T = batch.columns.loss_mask_T
+            logprobs_T = self._policy.logprobs(batch.columns)
+            log_ratios.append((logprobs_T - self._anchor(batch, logprobs_T, moment))[mask_T])
+            advantages.append(batch.columns.advantages_T[mask_T])
+        surrogate = solve_trust_region(self._spec.surrogate, torch.cat(log_ratios), torch.cat(advantages))
+        return replace(self._spec, surrogate=surrogate)
+
+    def _anchor(self, batch: _Batch, logprobs_T: Tensor, moment: _Moment) -> Tensor:
+        columns = batch.columns
+        alpha_T = version_alpha(columns.token_versions_T, version=moment.version, progress=moment.progress)
+        return anchor_of(self._spec, logprobs_T, columns.behavior_logprobs_T, batch.proximal_T, alpha_T)
 
     def _backward(
         self,
-        micro_batch: MicroBatch,
-        proximal_T: Tensor | None,
-        denominator: LossDenominator,
+        batch: _Batch,
+        minibatch: _Minibatch,
+        spec: PolicyLossSpec,
+        moment: _Moment,
         diagnostics: TokenDiagnostics,
-        version: int,
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         """Add one micro-batch's gradient; returns the sums to report."""
-        outcome: list[PolicyLoss] = []
+        columns = batch.columns
+        outcome: list[tuple[PolicyLoss, Regularisation]] = []
 
-        def loss_of(logprobs_T: Tensor) -> Tensor:
-            result = policy_loss(
+        def loss_of(logprobs_T: Tensor, entropy_T: Tensor) -> Tensor:
+            policy = policy_loss(
                 logprobs_T,
-                micro_batch.behavior_logprobs_T,
-                anchor_of(self._spec, logprobs_T, micro_batch.behavior_logprobs_T, proximal_T),
-                micro_batch.advantages_T,
-                micro_batch.loss_mask_T,
-                micro_batch.segment_ids_T,
-                spec=self._spec,
-                denominator=denominator,
+                columns.behavior_logprobs_T,
+                self._anchor(batch, logprobs_T, moment),
+                columns.advantages_T,
+                columns.loss_mask_T,
+                columns.segment_ids_T,
+                spec=spec,
+                denominator=minibatch.denominator,
             )
-            outcome.append(result)
-            return result.loss
+            extra = regularisation(
+                logprobs_T,
+                entropy_T,
+                batch.reference_T,
+                columns.loss_mask_T,
+                columns.segment_ids_T,
+                config=self._config.objective,
+                reduce=spec.reduce,
+                denominator=minibatch.denominator,
+            )
+            outcome.append((policy, extra))
+            return policy.loss + extra.loss
 
-        statistics = self._policy.backward(micro_batch, loss_of)
+        token_share = len(columns.input_ids_T) / minibatch.num_tokens
+        statistics = self._policy.backward(columns, loss_of, token_share=token_share)
         diagnostics.add(
             statistics.logprobs_T,
-            micro_batch.behavior_logprobs_T,
-            micro_batch.loss_mask_T,
-            micro_batch.segment_ids_T,
-            micro_batch.token_versions_T == version,
+            columns.behavior_logprobs_T,
+            columns.loss_mask_T,
+            columns.segment_ids_T,
+            moment.version - columns.token_versions_T,
         )
-        sums = {name: float(value) for name, value in outcome[0].stats.items()}
-        return {
-            **sums,
-            "loss": float(outcome[0].loss.detach()),
-            "entropy": float(statistics.entropy_T[micro_batch.loss_mask_T].sum()),
-            "tokens": float(micro_batch.loss_mask_T.sum()),
-        }
+        return _sums_of(*outcome[0], statistics.entropy_T, columns)
 
 
-def training_sequences(groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -> list[TrainingSequence]:
-    """One sequence per rollout: prompt and completion, with every column aligned to its own token."""
-    return [
-        _training_sequence(received, rollout_index, float(advantages_BG[group_index, rollout_index]))
-        for group_index, received in enumerate(groups)
-        for rollout_index in range(len(received.group.rollouts))
-    ]
+def _sums_of(policy: PolicyLoss, extra: Regularisation, entropy_T: Tensor, columns: MicroBatch) -> dict[str, Tensor]:
+    """What one micro-batch adds to the step's metrics; events by sign under their own names."""
+    sums = {f"event/{name}": value for name, value in policy.stats.items()}
+    if extra.kl is not None:
+        sums["kl"] = extra.kl
+    return {
+        **sums,
+        "loss": policy.loss,
+        "regularisation": extra.loss,
+        "entropy": entropy_T[columns.loss_mask_T].sum(),
+        "tokens": columns.loss_mask_T.sum(),
+    }
 
 
-def _training_sequence(received: ReceivedGroup, rollout_index: int, advantage: float) -> TrainingSequence:
-    prompt_ids = received.group.prompt_ids
-    rollout = received.group.rollouts[rollout_index]
-    prompt_length = len(prompt_ids)
-    return TrainingSequence(
-        token_ids=np.concatenate([prompt_ids, rollout.completion_ids]),
-        loss_mask=np.arange(prompt_length + rollout.num_tokens) >= prompt_length,
-        behavior_logprobs=np.concatenate([np.zeros(prompt_length, np.float32), rollout.behavior_logprobs]),
-        advantage=advantage,
-        token_versions=np.concatenate([np.full(prompt_length, -1, np.int64), rollout.token_versions]),
-        group_key=received.group.lease.id,
-    )
+def _loss_metrics(tally: _Tally) -> dict[str, float]:
+    """Sums over the step -> losses per update, entropy and KL per token, shares of tokens."""
+    sums = {name: float(value) for name, value in tally.sums.items()}
+    num_updates, tokens = len(tally.grad_norms), max(sums["tokens"], 1.0)
+    metrics = {"loss/policy": sums["loss"] / num_updates, "policy/entropy": sums["entropy"] / tokens}
+    if sums["regularisation"] != 0:
+        metrics["loss/regularisation"] = sums["regularisation"] / num_updates
+    if "kl" in sums:
+        metrics["kl/reference"] = sums["kl"] / tokens
+    shares = {name: value / tokens for name, value in sums.items() if name.startswith("event/")}
+    return {**metrics, **{name.replace("event/", "ratio/"): share for name, share in shares.items()}}
 
 
-def _loss_metrics(sums: Counter[str], num_updates: int) -> dict[str, float]:
-    """Sums over the step -> ``loss/policy`` per update, ``policy/entropy`` per token, shares of tokens."""
-    tokens = max(sums.pop("tokens"), 1.0)
-    loss, entropy = sums.pop("loss"), sums.pop("entropy")
-    shares = {f"ratio/{name}": value / tokens for name, value in sums.items()}
-    return {"loss/policy": loss / num_updates, "policy/entropy": entropy / tokens, **shares}
+def _density_metrics(groups: Sequence[ReceivedGroup]) -> dict[str, float]:
+    parts = [rollout.reward_parts for received in groups for rollout in received.group.rollouts]
+    dense = [each for each in parts if "density" in each]
+    return density_diagnostics([each["verifiable"] for each in dense], [each["density"] for each in dense])

@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from lambdapo_async.config.learner import LearnerConfig
-from lambdapo_async.config.objective import ObjectiveConfig
+from lambdapo_async.config.objective import ObjectiveConfig, is_dotted
 from lambdapo_async.config.sections import (
     ActorConfig,
     BrokerConfig,
@@ -119,15 +119,14 @@ def _check_density_reference(config: RunConfig) -> str | None:
 
 
 def _check_policy_loss(config: RunConfig) -> str | None:
-    from lambdapo_async.objective.presets import resolve_policy_loss  # presets are made of this package's sections
+    from lambdapo_async.objective.presets import resolve_policy_loss, trust_region_problem  # made of these sections
 
-    kind = resolve_policy_loss(config.objective.policy_loss).surrogate.kind
-    if kind == "ppo" or config.learner.minibatches == 1:
-        return None
-    return (
-        f"learner.minibatches = {config.learner.minibatches} takes several updates from one batch, which needs a "
-        'trust region: objective.policy_loss.preset = "decoupled" or "ppo"'
-    )
+    preset = config.objective.policy_loss.preset
+    if preset is not None and is_dotted(preset):
+        return None  # the user's own code: only the learner imports it, and checks the same
+    num_updates = config.learner.minibatches * config.learner.epochs
+    spec = resolve_policy_loss(config.objective.policy_loss, num_updates=num_updates)
+    return trust_region_problem(spec, num_updates=num_updates)
 
 
 def _check_minibatches(config: RunConfig) -> str | None:

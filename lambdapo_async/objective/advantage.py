@@ -1,7 +1,8 @@
 """Group-relative advantages (docs/algorithm.md, section 1).
 
-B = groups, G = rollouts of a group; R_i reward and s_i confidence of rollout i. Every advantage is a pure function
-of the stored group, never of the current policy, and carries no gradient.
+B = groups, G = rollouts of a group; R_i reward and s_i confidence of rollout i. By default an advantage is a pure
+function of the stored group; with ``confidence_policy = "proximal"`` s comes from the policy at the step's start. None
+carries a gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lambdapo_async.config.objective import AdvantageConfig
+from lambdapo_async.errors import ConfigError
+from lambdapo_async.objective.extension import load_function
 
 CONFIDENCE_STD_FLOOR = 1e-3
 """Nats per token: mean log-probabilities closer than this are equally confident, not standardised noise."""
@@ -41,7 +44,12 @@ def estimate_advantages(rewards_BG: Tensor, confidence_BG: Tensor, config: Advan
     rewards_BG, confidence_BG = rewards_BG.detach().double(), confidence_BG.detach().double()
     if rewards_BG.numel() == 0 or rewards_BG.shape[1] < 2:
         return torch.zeros_like(rewards_BG)
-    advantages_BG = _ESTIMATORS[config.estimator](rewards_BG, confidence_BG, config)
+    advantages_BG = estimator_of(config)(rewards_BG, confidence_BG, config)
+    if advantages_BG.shape != rewards_BG.shape:
+        raise ConfigError(
+            f"objective.advantage.estimator = {config.estimator!r} made advantages {tuple(advantages_BG.shape)} of "
+            f"rewards {tuple(rewards_BG.shape)}: it must keep the shape"
+        )
     if config.std_norm or config.estimator == "grpo":
         advantages_BG = advantages_BG / rewards_BG.std(dim=1, keepdim=True).clamp(min=_STD_FLOOR)
     if config.center:
@@ -51,13 +59,24 @@ def estimate_advantages(rewards_BG: Tensor, confidence_BG: Tensor, config: Advan
     return torch.where(varied_B1, advantages_BG + config.shift, 0.0)
 
 
+def estimator_of(config: AdvantageConfig) -> Estimator:
+    """The function that ``config`` names; ``ConfigError`` when it is the user's own and cannot be had."""
+    if config.estimator in _ESTIMATORS:
+        return _ESTIMATORS[config.estimator]
+    return load_function(
+        config.estimator,
+        field="objective.advantage.estimator",
+        parameters=("rewards_BG", "confidence_BG", "config"),
+    )
+
+
 def group_confidence(
-    behavior_logprobs: Sequence[NDArray[np.float32]], kind: Literal["z", "mean", "sum"]
+    logprobs: Sequence[NDArray[np.float32]], kind: Literal["z", "mean", "sum"]
 ) -> tuple[NDArray[np.float64], int]:
-    """Confidence s_i of each rollout of one group, from what the behavior policy recorded.
+    """Confidence s_i of each rollout of one group.
 
     Args:
-        behavior_logprobs: per rollout [C_i] float32 log mu of its tokens.
+        logprobs: per rollout [C_i] float32 log-probability of its tokens, as the behavior policy recorded it.
         kind: ``z``: mean token log-probability standardised in the group (the default: sums saturate the sigmoid
             at thousands of tokens, means make it nearly uniform); ``mean`` and ``sum`` in nats.
 
@@ -66,10 +85,10 @@ def group_confidence(
         the others (0 when there are none).
     """
     reduce = np.sum if kind == "sum" else np.mean
-    usable_G = np.array([len(column) > 0 and bool(np.isfinite(column).all()) for column in behavior_logprobs], bool)
-    confidence_G = np.zeros(len(behavior_logprobs))
+    usable_G = np.array([len(column) > 0 and bool(np.isfinite(column).all()) for column in logprobs], bool)
+    confidence_G = np.zeros(len(logprobs))
     for index in np.flatnonzero(usable_G):
-        confidence_G[index] = reduce(behavior_logprobs[index], dtype=np.float64)
+        confidence_G[index] = reduce(logprobs[index], dtype=np.float64)
     num_missing = int((~usable_G).sum())
     if not usable_G.any():
         return confidence_G, num_missing

@@ -1,4 +1,4 @@
-"""What every step reports about its data, under stable names, and what of it is alarming.
+"""What every step reports about its data, under stable names; ``alarms.py`` says what of it is alarming.
 
 T = packed tokens of a micro-batch, K = those of them with loss, N = its sequences with loss, B = groups, G = rollouts
 of a group.
@@ -7,31 +7,36 @@ of a group.
 ``ratio/ess_token``        effective sample size of pi/mu over tokens, divided by their number: 1 is on-policy
 ``ratio/ess_sequence``     the same over sequences, with the product of a sequence's ratios
 ``mismatch_kl``            k3 estimate of KL(mu || pi), nats per token
+``ratio/log_mean``         mean log pi - log mu of a token, nats; negative where the policy left what was sampled
 ``ratio/abs_log_mean``     mean and largest abs(log pi - log mu) of a token, nats
 ``ratio/abs_log_max``
 ``mismatch/fresh``         the mean over tokens that the learner's own version sampled: kernels, not staleness;
                            absent in a step without such tokens
 ``mismatch/fresh_share``   their share of the tokens
+``staleness/share_<age>``  share of the tokens sampled so many versions before the step: 0, 1, 2, 3, 4-7, 8+
 ``advantage/shift``        mean advantage
 ``advantage/abs_mean``     mean abs(advantage)
 ``confidence/reward_corr`` correlation of s and R inside groups, averaged over groups where both vary
 ``frac_reward_zero_std``   share of the groups whose rewards are all equal
+``density/value_corr``     correlation of density and V over the rollouts that have a density; absent where either is
+                           the same in all
 =========================  ============================================================================
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lambdapo_async.objective.policy_loss import MAX_LOG_RATIO
 
-MIN_ESS = 0.3
-MAX_MASKED = 0.1
-MIN_SHIFT = -1e-6
-"""Rounding leaves a centred advantage with a mean of this order."""
-
-_MASKED = ("ratio/masked_pos", "ratio/masked_neg", "ratio/rejected_pos", "ratio/rejected_neg")
+AGE_BUCKETS: Mapping[str, tuple[int, float]] = MappingProxyType(
+    {"0": (0, 0), "1": (1, 1), "2": (2, 2), "3": (3, 3), "4_7": (4, 7), "8_up": (8, math.inf)}
+)
+"""Name -> youngest and oldest age in versions."""
 
 
 class TokenDiagnostics:
@@ -47,7 +52,7 @@ class TokenDiagnostics:
         behavior_logprobs_T: Tensor,
         loss_mask_T: Tensor,
         segment_ids_T: Tensor,
-        fresh_mask_T: Tensor,
+        ages_T: Tensor,
     ) -> None:
         """Count one micro-batch.
 
@@ -56,7 +61,7 @@ class TokenDiagnostics:
             behavior_logprobs_T: [T] float32 log mu; ignored where masked.
             loss_mask_T: [T] bool.
             segment_ids_T: [T] int64 number of the token's sequence, 0..N-1.
-            fresh_mask_T: [T] bool, True where the learner's current version sampled the token.
+            ages_T: [T] int64 versions between the one that sampled the token and the step's.
         """
         log_ratio_K = (logprobs_T.detach().double() - behavior_logprobs_T.detach().double())[loss_mask_T]
         if log_ratio_K.numel() == 0:
@@ -65,18 +70,21 @@ class TokenDiagnostics:
         sequences_N, segments_K = torch.unique(segment_ids_T[loss_mask_T], return_inverse=True)
         log_ratio_N = log_ratio_K.new_zeros(len(sequences_N)).index_add(0, segments_K, log_ratio_K)
         ratio_K, ratio_N = _ratio(log_ratio_K), _ratio(log_ratio_N)
-        fresh_K = fresh_mask_T[loss_mask_T].double()
+        ages_K = ages_T[loss_mask_T]
+        fresh_K = (ages_K == 0).double()
         columns = {
             "tokens": torch.ones_like(log_ratio_K),
             "ratio": ratio_K,
             "ratio_squared": ratio_K.square(),
             "k3": ratio_K - 1 - log_ratio_K,
+            "log": log_ratio_K,
             "abs_log": log_ratio_K.abs(),
             "fresh_tokens": fresh_K,
             "fresh_abs_log": log_ratio_K.abs() * fresh_K,
             "sequences": torch.ones_like(ratio_N),
             "sequence_ratio": ratio_N,
             "sequence_ratio_squared": ratio_N.square(),
+            **{f"age_{name}": (ages_K >= low) & (ages_K <= high) for name, (low, high) in AGE_BUCKETS.items()},
         }
         for name, column in columns.items():
             self._sums[name] = self._sums.get(name, 0.0) + column.sum()
@@ -92,9 +100,11 @@ class TokenDiagnostics:
             "ratio/ess_token": sums["ratio"] ** 2 / sums["ratio_squared"] / tokens,
             "ratio/ess_sequence": sums["sequence_ratio"] ** 2 / sums["sequence_ratio_squared"] / sums["sequences"],
             "mismatch_kl": sums["k3"] / tokens,
+            "ratio/log_mean": sums["log"] / tokens,
             "ratio/abs_log_mean": sums["abs_log"] / tokens,
             "ratio/abs_log_max": float(torch.stack(self._abs_log_max).max()),
             "mismatch/fresh_share": sums["fresh_tokens"] / tokens,
+            **{f"staleness/share_{name}": sums[f"age_{name}"] / tokens for name in AGE_BUCKETS},
         }
         if sums["fresh_tokens"] > 0:
             metrics["mismatch/fresh"] = sums["fresh_abs_log"] / sums["fresh_tokens"]
@@ -118,27 +128,11 @@ def group_diagnostics(rewards_BG: Tensor, confidence_BG: Tensor, advantages_BG: 
     return metrics
 
 
-def alarms(metrics: Mapping[str, float]) -> list[str]:
-    """One line per value that says training is going wrong; a metric that is absent alarms nobody."""
-    found = [
-        f"{name} = {metrics[name]:.2f} is below {MIN_ESS}: few samples carry the gradient; "
-        "lower staleness.max_staleness or learner.lr"
-        for name in ("ratio/ess_token", "ratio/ess_sequence")
-        if metrics.get(name, 1.0) < MIN_ESS
-    ]
-    masked = sum(metrics.get(name, 0.0) for name in _MASKED)
-    if masked > MAX_MASKED:
-        found.append(
-            f"ratio/masked = {masked:.0%} of the tokens are masked or rejected, more than {MAX_MASKED:.0%}: "
-            "lower staleness.max_staleness, or widen the bounds of objective.policy_loss"
-        )
-    shift = metrics.get("advantage/shift", 0.0)
-    if shift < MIN_SHIFT and metrics.get("staleness/max", 0.0) > 0:
-        found.append(
-            f"advantage/shift = {shift:.3f} is negative on stale data, which pushes probability away from what was "
-            "sampled: set objective.advantage.center = true"
-        )
-    return found
+def density_diagnostics(verifiable_N: Sequence[float], density_N: Sequence[float]) -> dict[str, float]:
+    """Correlation of V and density over N rollouts; empty where either is the same in all."""
+    if len(verifiable_N) < 2 or min(np.ptp(verifiable_N), np.ptp(density_N)) == 0:
+        return {}
+    return {"density/value_corr": float(np.corrcoef(verifiable_N, density_N)[0, 1])}
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:

@@ -5,16 +5,23 @@ policy; rho = anchor / mu weights without gradient, r = pi / anchor is different
 sequences, are clamped to +-20 nats.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lambdapo_async.config.objective import RatioWeight, Rejection, Surrogate
+from lambdapo_async.objective.extension import load_function
 from lambdapo_async.objective.presets import PolicyLossSpec
 
 MAX_LOG_RATIO = 20.0
 """Nats; exp of more says nothing but overflows."""
+
+SurrogateFunction = Callable[[Tensor, Tensor, Tensor, Surrogate], tuple[Tensor, Tensor]]
+"""ratio_T r with gradient, logprobs_T with gradient, advantages_T, config -> [T] what is maximised, and [T] bool where
+clipping changed it. All are 0 (r is 1) where masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +69,6 @@ class _Batch:
         return self.segment_sum(values_T) / self.counts_N[self.segment_ids_T]
 
 
-def anchor_of(
-    spec: PolicyLossSpec, logprobs_T: Tensor, behavior_logprobs_T: Tensor, proximal_logprobs_T: Tensor | None
-) -> Tensor:
-    """[T] detached log-probabilities under the anchor.
-
-    Args:
-        spec: names the anchor.
-        logprobs_T: [T] float32 log pi, now.
-        behavior_logprobs_T: [T] float32 log mu.
-        proximal_logprobs_T: [T] float32 log pi at the step's start; None in the first update, where it is pi now.
-    """
-    match spec.anchor:
-        case "behavior":
-            return behavior_logprobs_T.detach()
-        case "latest":
-            return logprobs_T.detach()
-        case "proximal":
-            return (logprobs_T if proximal_logprobs_T is None else proximal_logprobs_T).detach()
-
-
 def policy_loss(  # noqa: PLR0913 - six columns of the same tokens
     logprobs_T: Tensor,
     behavior_logprobs_T: Tensor,
@@ -98,13 +85,15 @@ def policy_loss(  # noqa: PLR0913 - six columns of the same tokens
     Args:
         logprobs_T: [T] float32 log pi with gradient; masked positions may hold anything, NaN included.
         behavior_logprobs_T: [T] float32 log mu; ignored where masked.
-        anchor_logprobs_T: [T] float32, see :func:`anchor_of`; ignored where masked.
+        anchor_logprobs_T: [T] float32, see ``anchor.anchor_of``; ignored where masked.
         advantages_T: [T] float32 A of the token's rollout.
         loss_mask_T: [T] bool, True for tokens that the policy produced.
         segment_ids_T: [T] int64 number of the token's sequence, 0..N-1; a sequence is never split.
-        spec: the five knobs.
-        denominator: counts of the whole optimizer step.
+        spec: the five knobs, a second-moment budget already solved for.
+        denominator: counts of the whole optimizer update.
     """
+    if spec.surrogate.second_moment is not None:
+        raise ValueError("surrogate.second_moment is a budget of the whole update: call solve_trust_region first")
     # `where` before any arithmetic: NaN * 0 is NaN, and so is its gradient.
     logprobs_T, behavior_logprobs_T, anchor_logprobs_T, advantages_T = (
         torch.where(loss_mask_T, column_T, 0.0)
@@ -115,7 +104,8 @@ def policy_loss(  # noqa: PLR0913 - six columns of the same tokens
     rejected_T = torch.zeros_like(loss_mask_T)
     for rejection in spec.reject:
         rejected_T = rejected_T | _rejected(logprobs_T.detach(), behavior_logprobs_T, batch, rejection)
-    objective_T, clipped_T = _objective(logprobs_T, anchor_logprobs_T, batch, spec.surrogate)
+    ratio_T = _ratio(logprobs_T - anchor_logprobs_T, batch, spec.surrogate.level)
+    objective_T, clipped_T = surrogate_of(spec.surrogate)(ratio_T, logprobs_T, advantages_T, spec.surrogate)
     token_loss_T = torch.where(loss_mask_T & ~rejected_T, -weight_T * objective_T, 0.0)
     events = {
         "clipped": clipped_T,
@@ -123,7 +113,38 @@ def policy_loss(  # noqa: PLR0913 - six columns of the same tokens
         "masked": outside_T if spec.weight.op == "mask" else torch.zeros_like(outside_T),
         "rejected": rejected_T,
     }
-    return PolicyLoss(_reduced(token_loss_T, batch, spec, denominator), _count_by_sign(events, batch))
+    loss = reduce_tokens(token_loss_T, loss_mask_T, segment_ids_T, reduce=spec.reduce, denominator=denominator)
+    return PolicyLoss(loss, _count_by_sign(events, batch))
+
+
+def reduce_tokens(
+    values_T: Tensor,
+    loss_mask_T: Tensor,
+    segment_ids_T: Tensor,
+    *,
+    reduce: Literal["token", "sequence", "constant"],
+    denominator: LossDenominator,
+) -> Tensor:
+    """Scalar: this micro-batch's share of the update's mean of ``values_T``, which is 0 where masked."""
+    match reduce:
+        case "token":
+            return values_T.sum() / denominator.num_loss_tokens
+        case "sequence":
+            counts_N = _counts(loss_mask_T, segment_ids_T)
+            return (values_T / counts_N[segment_ids_T]).sum() / denominator.num_sequences
+        case "constant":
+            return values_T.sum() / (denominator.num_sequences * denominator.max_tokens)
+
+
+def surrogate_of(surrogate: Surrogate) -> SurrogateFunction:
+    """The function that ``kind`` names; ``ConfigError`` when it is the user's own and cannot be had."""
+    if surrogate.kind in _SURROGATES:
+        return _SURROGATES[surrogate.kind]
+    return load_function(
+        surrogate.kind,
+        field="objective.policy_loss.surrogate.kind",
+        parameters=("ratio_T", "logprobs_T", "advantages_T", "surrogate"),
+    )
 
 
 def _counts(loss_mask_T: Tensor, segment_ids_T: Tensor) -> Tensor:
@@ -182,31 +203,28 @@ def _rejected(logprobs_T: Tensor, behavior_logprobs_T: Tensor, batch: _Batch, re
             return outside_T & (batch.advantages_T * moved_T > 0)
 
 
-def _objective(
-    logprobs_T: Tensor, anchor_logprobs_T: Tensor, batch: _Batch, surrogate: Surrogate
+def _clipped_ratio(
+    ratio_T: Tensor, logprobs_T: Tensor, advantages_T: Tensor, surrogate: Surrogate
 ) -> tuple[Tensor, Tensor]:
-    """[T] what is maximised, and [T] bool where clipping changed it."""
-    ratio_T = _ratio(logprobs_T - anchor_logprobs_T, batch, surrogate.level)
-    if surrogate.kind == "score":
-        bounded_T = ratio_T.detach().clamp(1 - surrogate.eps_lo, 1 + surrogate.eps_hi)
-        return bounded_T * batch.advantages_T * logprobs_T, bounded_T != ratio_T.detach()
-    # min(r A, clip(r) A) bounds r on one side only: above for A >= 0, below (and dually above) for A < 0.
+    """min(r A, clip(r) A) bounds r on one side only: above for A >= 0, below (and dually above) for A < 0."""
     bounded_T = torch.where(
-        batch.advantages_T < 0,
+        advantages_T < 0,
         ratio_T.clamp(min=1 - surrogate.eps_lo, max=surrogate.dual),
         ratio_T.clamp(max=1 + surrogate.eps_hi),
     )
-    return bounded_T * batch.advantages_T, (bounded_T != ratio_T).detach()
+    return bounded_T * advantages_T, (bounded_T != ratio_T).detach()
 
 
-def _reduced(token_loss_T: Tensor, batch: _Batch, spec: PolicyLossSpec, denominator: LossDenominator) -> Tensor:
-    match spec.reduce:
-        case "token":
-            return token_loss_T.sum() / denominator.num_loss_tokens
-        case "sequence":
-            return (token_loss_T / batch.counts_N[batch.segment_ids_T]).sum() / denominator.num_sequences
-        case "constant":
-            return token_loss_T.sum() / (denominator.num_sequences * denominator.max_tokens)
+def _weighted_score(
+    ratio_T: Tensor, logprobs_T: Tensor, advantages_T: Tensor, surrogate: Surrogate
+) -> tuple[Tensor, Tensor]:
+    """sg(clip(r)) A log pi: a clipped ratio scales the gradient and never stops it."""
+    ratio_T = ratio_T.detach()
+    bounded_T = ratio_T.clamp(1 - surrogate.eps_lo, 1 + surrogate.eps_hi)
+    return bounded_T * advantages_T * logprobs_T, bounded_T != ratio_T
+
+
+_SURROGATES: dict[str, SurrogateFunction] = {"ppo": _clipped_ratio, "score": _weighted_score}
 
 
 def _count_by_sign(events: dict[str, Tensor], batch: _Batch) -> dict[str, Tensor]:

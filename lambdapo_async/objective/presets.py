@@ -7,17 +7,22 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar
 
-from lambdapo_async.config.objective import PolicyLossConfig, RatioWeight, Rejection, Surrogate
+from lambdapo_async.config.objective import Knob, PolicyLossConfig, RatioWeight, Rejection, Surrogate, is_dotted
 from lambdapo_async.errors import ConfigError
+from lambdapo_async.objective.extension import load_attribute
+
+AUTO = "auto"
+
+KnobT = TypeVar("KnobT", bound=Knob)
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossSpec:
     """The five knobs, all set."""
 
-    anchor: Literal["behavior", "proximal", "latest"]
+    anchor: Literal["behavior", "proximal", "latest", "interpolated"]
     """The policy in the denominator of r = pi / anchor."""
     weight: RatioWeight
     """Importance weight rho = anchor / mu, without gradient."""
@@ -28,25 +33,56 @@ class PolicyLossSpec:
     reduce: Literal["token", "sequence", "constant"]
     """What the sum is divided by."""
 
+    @property
+    def has_trust_region(self) -> bool:
+        """Whether something stops a token that has moved far, once pi has left the anchor or mu.
 
-def resolve_policy_loss(config: PolicyLossConfig) -> PolicyLossSpec:
-    """The preset with the given knobs put in its place, or the five knobs.
+        A clipped ratio to an anchor other than pi itself does, and so does a filter, which compares pi with mu; a
+        truncated weight only bounds the size of an update. A surrogate of the user's own is trusted.
+        """
+        return bool(self.reject) or (self.surrogate.kind != "score" and self.anchor != "latest")
+
+
+def resolve_policy_loss(config: PolicyLossConfig, *, num_updates: int = 1) -> PolicyLossSpec:
+    """The preset, overridden field by field by the knobs that were given; without a preset, the five knobs.
+
+    Args:
+        config: what the user wrote; a dotted preset is imported.
+        num_updates: optimizer updates per step, which decide what ``auto`` is.
 
     Raises:
-        ConfigError: no such preset, a knob missing without one, or bounds of a weight that nothing applies.
+        ConfigError: no such preset, a knob missing without one, or a knob that nothing applies.
     """
     if config.preset is None:
         _require_all_knobs(config)
-    base = _CLIPPED if config.preset is None else _preset(config.preset)
+    base = _CLIPPED if config.preset is None else _preset(config.preset, num_updates)
     spec = PolicyLossSpec(
         anchor=config.anchor or base.anchor,
-        weight=config.weight or base.weight,
+        weight=_merged(base.weight, config.weight, keep_base=config.preset is not None),
         reject=base.reject if config.reject is None else config.reject,
-        surrogate=config.surrogate or base.surrogate,
+        surrogate=_merged(base.surrogate, config.surrogate, keep_base=config.preset is not None),
         reduce=config.reduce or base.reduce,
     )
     _check_weight(spec.weight)
+    _check_surrogate(spec, config.surrogate)
     return spec
+
+
+def trust_region_problem(spec: PolicyLossSpec, *, num_updates: int) -> str | None:
+    """What is wrong with taking ``num_updates`` updates from one batch under ``spec``; None when nothing is."""
+    if num_updates == 1 or spec.has_trust_region:
+        return None
+    return (
+        f"learner.minibatches * learner.epochs = {num_updates} takes several updates from one batch, which needs a "
+        'trust region: objective.policy_loss.preset = "decoupled" or "ppo"'
+    )
+
+
+def _merged(base: KnobT, given: KnobT | None, *, keep_base: bool) -> KnobT:
+    """``base`` with the fields that the user wrote; values were validated when they were read."""
+    if given is None:
+        return base
+    return base.model_copy(update=given.model_dump(exclude_unset=True)) if keep_base else given
 
 
 def _require_all_knobs(config: PolicyLossConfig) -> None:
@@ -64,17 +100,33 @@ def _require_all_knobs(config: PolicyLossConfig) -> None:
         )
 
 
-def _preset(name: str) -> PolicyLossSpec:
+def _preset(name: str, num_updates: int) -> PolicyLossSpec:
+    if name == AUTO:
+        return _TRUNCATED_SCORE if num_updates == 1 else _DECOUPLED
     if name in PRESETS:
         return PRESETS[name]
-    nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+    if is_dotted(name):
+        return _own_preset(name)
+    names = [AUTO, *PRESETS]
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     raise ConfigError(
-        f"objective.policy_loss.preset = {name!r} is unknown; did you mean {nearest}? Valid: {', '.join(PRESETS)}"
+        f"objective.policy_loss.preset = {name!r} is unknown; did you mean {nearest}? Valid: {', '.join(names)}, "
+        "or your own PolicyLossSpec as package.module:NAME"
     )
 
 
+def _own_preset(path: str) -> PolicyLossSpec:
+    spec = load_attribute(path, field="objective.policy_loss.preset")
+    if not isinstance(spec, PolicyLossSpec):
+        raise ConfigError(
+            f"objective.policy_loss.preset = {path!r} is a {type(spec).__name__}, expected a PolicyLossSpec "
+            "(lambdapo_async.objective.presets)"
+        )
+    return spec
+
+
 def _check_weight(weight: RatioWeight) -> None:
-    """A weight is replaced whole, so ``weight.hi = 5`` alone would silently turn truncation off."""
+    """Bounds beside ``op = none`` would silently be ignored."""
     unused = RatioWeight()
     if weight.op == "none" and (weight.lo, weight.hi) != (unused.lo, unused.hi):
         raise ConfigError(
@@ -83,6 +135,26 @@ def _check_weight(weight: RatioWeight) -> None:
         )
     if weight.lo > weight.hi:
         raise ConfigError(f"objective.policy_loss.weight: lo = {weight.lo:g} exceeds hi = {weight.hi:g}")
+
+
+def _check_surrogate(spec: PolicyLossSpec, given: Surrogate | None) -> None:
+    """Fields that the rest of the spec makes meaningless; a surrogate of the user's own may read them all."""
+    surrogate, written = spec.surrogate, set() if given is None else given.model_fields_set
+    if surrogate.kind == "score" and (surrogate.dual is not None or surrogate.second_moment is not None):
+        raise ConfigError(
+            "objective.policy_loss.surrogate: dual and second_moment belong to kind = 'ppo', but kind is 'score', "
+            'which ignores them: set surrogate.kind = "ppo" or leave them out'
+        )
+    if surrogate.second_moment is not None and surrogate.level != "token":
+        raise ConfigError(
+            "objective.policy_loss.surrogate: second_moment is a mean over tokens, but level is 'geo': set one of them"
+        )
+    ignored = sorted(written & {"eps_lo", "eps_hi", "level", "dual", "second_moment"})
+    if ignored and spec.anchor == "latest" and surrogate.kind in ("ppo", "score"):
+        raise ConfigError(
+            f"objective.policy_loss.surrogate: {', '.join(ignored)} cannot matter with anchor = 'latest', where r = 1: "
+            "leave them out, or set anchor to behavior, proximal or interpolated"
+        )
 
 
 _RAW = RatioWeight(op="none")
@@ -105,6 +177,8 @@ PRESETS: Mapping[str, PolicyLossSpec] = MappingProxyType(
         "cispo": _TRUNCATED_SCORE,
         "aipo": _TRUNCATED_SCORE,
         "vtrace": _TRUNCATED_SCORE,
+        # A-3PO arXiv:2512.06547: the proximal policy read off the line from mu to pi instead of computed
+        "a3po": replace(_DECOUPLED, anchor="interpolated"),
         # one ratio per sequence, as in verl's rollout correction
         "seq_tis": replace(_DECOUPLED, weight=RatioWeight(level="sequence", op="truncate", hi=5.0)),
         "seq_mis": replace(_DECOUPLED, weight=RatioWeight(level="sequence", op="mask", hi=5.0)),
@@ -126,5 +200,7 @@ PRESETS: Mapping[str, PolicyLossSpec] = MappingProxyType(
         ),
         # DeepSeek-V3.2 arXiv:2512.02556, which leaves the threshold open: 0.1 nats per token
         "v32_mask": replace(_CLIPPED, reject=(Rejection(statistic="seq_geo", lo=0.905, sign="negative"),)),
+        # M2PO arXiv:2510.01161: a trust region as wide as the second moment of log r allows
+        "m2po": replace(_CLIPPED, surrogate=Surrogate(kind="ppo", second_moment=0.04)),
     }
 )

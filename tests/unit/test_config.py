@@ -51,7 +51,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("learner.learning_rat=1", "unknown key learner.learning_rat; valid here: betas, "),
+        ("learner.learning_rat=1", "unknown key learner.learning_rat; valid here: activation_checkpointing, "),
         ("sampling.temperture=1", "unknown key sampling.temperture; did you mean temperature?"),
         ("smapling.temperature=1", "unknown key smapling; did you mean sampling?"),
         ("task.digist=2", "unknown key task.digist; did you mean digits?"),
@@ -78,7 +78,7 @@ def test_a_wrong_key_or_value_is_named(config_file: Path, override: str, expecte
         (["rollout.group_size=256"], "actor.max_num_seqs = 128"),
         (["density.gate=wrong", "objective.advantage.std_norm=true"], "std-normalised"),
         (["density.gate=wrong", "objective.advantage.estimator=grpo"], "std-normalised"),
-        (["learner.minibatches=2"], "trust region"),
+        (["learner.minibatches=2", "objective.policy_loss.preset=cispo"], "trust region"),
         (["learner.minibatches=17", "objective.policy_loss.preset=ppo"], "exceeds rollout.groups_per_step"),
         (["staleness.drop_above=2"], "must exceed staleness.max_staleness = 2"),
         (["broker.max_groups=10"], "below the 368 groups between two checkpoints"),

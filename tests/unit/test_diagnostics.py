@@ -1,12 +1,13 @@
 """Diagnostics against direct formulas, split in any way."""
 
 import math
+import statistics
 
 import pytest
 import torch
 from torch import Tensor
 
-from lambdapo_async.objective.diagnostics import TokenDiagnostics, alarms, group_diagnostics
+from lambdapo_async.objective.diagnostics import TokenDiagnostics, density_diagnostics, group_diagnostics
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -17,8 +18,8 @@ def columns(seed: int = 0) -> Columns:
     behavior_T = -1.0 - torch.rand(10, generator=generator)
     logprobs_T = behavior_T + 0.3 * torch.randn(10, generator=generator)
     mask_T = torch.tensor([False, True, True, False, True, True, True, False, False, False])
-    fresh_T = torch.tensor([False, False, False, True, False, True, True, True, True, True])
-    return logprobs_T, behavior_T, mask_T, segments_T, fresh_T
+    ages_T = torch.tensor([99, 1, 9, 0, 5, 0, 0, 0, 0, 0])
+    return logprobs_T, behavior_T, mask_T, segments_T, ages_T
 
 
 def measured(*batches: Columns) -> dict[str, float]:
@@ -29,19 +30,26 @@ def measured(*batches: Columns) -> dict[str, float]:
 
 
 def test_equals_the_formulas() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, fresh_T = columns()
+    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
     gaps = (logprobs_T - behavior_T).double()
     ratios = [math.exp(gap) for gap, keep in zip(gaps.tolist(), mask_T.tolist(), strict=True) if keep]
     sequence_ratios = [math.exp(float(gaps[mask_T & (segments_T == segment)].sum())) for segment in (0, 1)]
-    both = mask_T & fresh_T
+    both = mask_T & (ages_T == 0)
     expected = {
         "ratio/ess_token": sum(ratios) ** 2 / sum(r * r for r in ratios) / 5,
         "ratio/ess_sequence": sum(sequence_ratios) ** 2 / sum(r * r for r in sequence_ratios) / 2,
         "mismatch_kl": sum(r - 1 - math.log(r) for r in ratios) / 5,
+        "ratio/log_mean": float(gaps[mask_T].mean()),
         "ratio/abs_log_mean": float(gaps[mask_T].abs().mean()),
         "ratio/abs_log_max": float(gaps[mask_T].abs().max()),
         "mismatch/fresh": float(gaps[both].abs().mean()),
         "mismatch/fresh_share": 2 / 5,
+        "staleness/share_0": 2 / 5,
+        "staleness/share_1": 1 / 5,
+        "staleness/share_2": 0.0,
+        "staleness/share_3": 0.0,
+        "staleness/share_4_7": 1 / 5,
+        "staleness/share_8_up": 1 / 5,
     }
     assert measured(columns()) == pytest.approx(expected, rel=1e-6)
 
@@ -54,30 +62,30 @@ def test_micro_batches_add_up() -> None:
 
 
 def test_masked_positions_never_leak() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, fresh_T = columns()
+    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
     logprobs_T[~mask_T], behavior_T[~mask_T] = math.nan, -math.inf
-    assert measured((logprobs_T, behavior_T, mask_T, segments_T, fresh_T)) == measured(columns())
+    assert measured((logprobs_T, behavior_T, mask_T, segments_T, ages_T)) == measured(columns())
 
 
 def test_on_policy_is_clean() -> None:
-    logprobs_T, _, mask_T, segments_T, fresh_T = columns()
-    metrics = measured((logprobs_T, logprobs_T, mask_T, segments_T, fresh_T))
+    logprobs_T, _, mask_T, segments_T, ages_T = columns()
+    metrics = measured((logprobs_T, logprobs_T, mask_T, segments_T, ages_T))
     assert (metrics["ratio/ess_token"], metrics["ratio/ess_sequence"]) == (1.0, 1.0)
     assert metrics["mismatch_kl"] == metrics["mismatch/fresh"] == metrics["ratio/abs_log_max"] == 0.0
 
 
 def test_without_fresh_or_any_tokens() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, fresh_T = columns()
-    stale = measured((logprobs_T, behavior_T, mask_T, segments_T, torch.zeros_like(fresh_T)))
+    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
+    stale = measured((logprobs_T, behavior_T, mask_T, segments_T, torch.ones_like(ages_T)))
     assert "mismatch/fresh" not in stale
     assert stale["mismatch/fresh_share"] == 0.0
-    assert measured((logprobs_T, behavior_T, torch.zeros_like(mask_T), segments_T, fresh_T)) == {}
+    assert measured((logprobs_T, behavior_T, torch.zeros_like(mask_T), segments_T, ages_T)) == {}
     assert measured() == {}
 
 
 def test_extreme_ratios_stay_finite() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, fresh_T = columns()
-    metrics = measured((logprobs_T, behavior_T * 1000, mask_T, segments_T, fresh_T))
+    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
+    metrics = measured((logprobs_T, behavior_T * 1000, mask_T, segments_T, ages_T))
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -107,25 +115,10 @@ def test_group_diagnostics_without_variance() -> None:
     assert group_diagnostics(zeros_BG[:0], zeros_BG[:0], zeros_BG[:0]) == {}
 
 
-@pytest.mark.parametrize(
-    ("metrics", "expected"),
-    [
-        ({}, []),
-        ({"ratio/ess_token": 0.3, "ratio/ess_sequence": 0.9}, []),
-        ({"ratio/ess_token": 0.29}, ["ratio/ess_token = 0.29 is below 0.3"]),
-        ({"ratio/ess_sequence": 0.1, "ratio/ess_token": 0.1}, ["ratio/ess_token = 0.10", "ratio/ess_sequence = 0.10"]),
-        ({"ratio/masked_pos": 0.05, "ratio/rejected_neg": 0.04}, []),
-        (
-            {"ratio/masked_pos": 0.05, "ratio/rejected_neg": 0.06},
-            ["ratio/masked = 11% of the tokens are masked or rejected"],
-        ),
-        ({"ratio/truncated_pos": 0.5, "ratio/clipped_neg": 0.5}, []),
-        ({"advantage/shift": -0.1, "staleness/max": 0.0}, []),
-        ({"advantage/shift": -1e-17, "staleness/max": 3.0}, []),
-        ({"advantage/shift": -0.1, "staleness/max": 1.0}, ["advantage/shift = -0.100 is negative on stale data"]),
-    ],
-)
-def test_alarms(metrics: dict[str, float], expected: list[str]) -> None:
-    found = alarms(metrics)
-    assert len(found) == len(expected)
-    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
+def test_density_diagnostics() -> None:
+    verifiable, density = [1.0, 0.0, 1.0, 0.0], [0.9, 0.3, 0.5, 0.4]
+    expected = statistics.correlation(verifiable, density)
+    assert density_diagnostics(verifiable, density) == pytest.approx({"density/value_corr": expected})
+    assert density_diagnostics([1.0, 1.0], [0.1, 0.2]) == {}
+    assert density_diagnostics([1.0, 0.0], [0.1, 0.1]) == {}
+    assert density_diagnostics([1.0], [0.1]) == density_diagnostics([], []) == {}

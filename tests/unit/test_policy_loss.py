@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from lambdapo_async.config.objective import RatioWeight, Rejection, Surrogate
-from lambdapo_async.objective.policy_loss import LossDenominator, PolicyLoss, anchor_of, policy_loss
+from lambdapo_async.objective.anchor import anchor_of, version_alpha
+from lambdapo_async.objective.policy_loss import LossDenominator, PolicyLoss, policy_loss
 from lambdapo_async.objective.presets import PRESETS, PolicyLossSpec
+from lambdapo_async.objective.second_moment import solve_trust_region
 from lambdapo_async.packing import TrainingSequence, pack
 from tests.reference import policy_loss as reference
+from tests.reference.published import GRADIENTS, Rollouts
 
 REDUCTIONS = ("token", "sequence", "constant")
 LENGTHS = (4, 1, 6, 3, 4)
@@ -54,10 +57,17 @@ class Tokens:
         advantages_N = torch.tensor([1.5, -0.5, -1.0, 0.0, 0.7], dtype=torch.float64)
         self.advantages_T = advantages_N[self.segments_T]
         self.mask_T = torch.rand(T, generator=generator) > 0.25
+        self.alpha_T = torch.rand(T, dtype=torch.float64, generator=generator)
         self.denominator = LossDenominator(int(self.mask_T.sum()), len(LENGTHS), max_tokens=12)
 
     def anchor_T(self, spec: PolicyLossSpec) -> Tensor:
-        return anchor_of(spec, self.logprobs_T, self.behavior_T, self.proximal_T)
+        return anchor_of(spec, self.logprobs_T, self.behavior_T, self.proximal_T, self.alpha_T)
+
+    def solved(self, spec: PolicyLossSpec) -> PolicyLossSpec:
+        """With a second-moment budget spent on all T tokens; any other spec as it is."""
+        log_ratio_T = self.logprobs_T - self.anchor_T(spec)
+        surrogate = solve_trust_region(spec.surrogate, log_ratio_T[self.mask_T], self.advantages_T[self.mask_T])
+        return replace(spec, surrogate=surrogate)
 
     def columns(self, spec: PolicyLossSpec) -> reference.Columns:
         return reference.Columns(
@@ -80,7 +90,7 @@ class Tokens:
             self.advantages_T[rows],
             self.mask_T[rows],
             segments,
-            spec=spec,
+            spec=self.solved(spec),
             denominator=self.denominator,
         )
         (gradient_T,) = torch.autograd.grad(result.loss, leaf_T)
@@ -98,7 +108,7 @@ def test_equals_the_oracle(name: str, reduce: str, spread: float) -> None:
     spec = replace(SPECS[name], reduce=reduce)
     tokens = Tokens(spread=spread)
     result, gradient_T = tokens.loss(spec)
-    now, columns = tokens.logprobs_T.tolist(), tokens.columns(spec)
+    now, columns, spec = tokens.logprobs_T.tolist(), tokens.columns(spec), tokens.solved(spec)
     expected = reference.loss(now, now, columns, spec, tokens.denominator)
     assert result.loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     # Differences of a loss of size S have an error of about 1e-16 S / step.
@@ -107,32 +117,33 @@ def test_equals_the_oracle(name: str, reduce: str, spread: float) -> None:
     torch.testing.assert_close(gradient_T, slopes, rtol=1e-5, atol=tolerance)
 
 
-def gradient_by_hand(tokens: Tokens, name: str) -> list[float]:
-    """d loss / d log pi as the papers print it, for the three presets that everybody uses."""
-    slopes = []
-    for t in range(T):
-        pi, mu, proximal = (float(column[t]) for column in (tokens.logprobs_T, tokens.behavior_T, tokens.proximal_T))
-        advantage, total = float(tokens.advantages_T[t]), tokens.denominator.num_loss_tokens
-        if not tokens.mask_T[t]:
-            slope = 0.0
-        elif name == "cispo":
-            slope = min(math.exp(pi - mu), 2.0) * advantage
-        else:
-            anchor = mu if name == "ppo" else proximal
-            r = math.exp(pi - anchor)
-            clipped = (advantage > 0 and r > 1.2) or (advantage < 0 and (r < 0.8 or (name == "decoupled" and r > 3)))
-            slope = 0.0 if clipped else r * advantage
-            slope *= 1.0 if name == "ppo" else min(math.exp(proximal - mu), 2.0)
-        slopes.append(-slope / total)
-    return slopes
+SAMPLES = [(0.001, 0), (0.1, 1), (0.6, 0), (0.6, 2)]
 
 
-@pytest.mark.parametrize("name", ["ppo", "decoupled", "cispo"])
-def test_equals_the_papers_gradient(name: str) -> None:
-    tokens = Tokens(spread=0.6)
+@pytest.mark.parametrize(("spread", "seed"), SAMPLES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_equals_the_papers_gradient(name: str, spread: float, seed: int) -> None:
+    tokens = Tokens(spread=spread, seed=seed)
     _, gradient_T = tokens.loss(PRESETS[name])
-    assert_close(gradient_T, torch.tensor(gradient_by_hand(tokens, name), dtype=torch.float64))
-    assert (gradient_T[tokens.mask_T] != 0).sum() > 5
+    keep = tokens.mask_T.numpy()
+    rollouts = Rollouts(
+        *(column.numpy()[keep] for column in (tokens.logprobs_T, tokens.behavior_T, tokens.proximal_T)),
+        alpha=tokens.alpha_T.numpy()[keep],
+        advantage=tokens.advantages_T.numpy()[keep],
+        sequence=tokens.segments_T.numpy()[keep],
+    )
+    expected = np.zeros(T)
+    expected[keep] = -GRADIENTS[name](rollouts) / (len(LENGTHS) if name == "gspo" else keep.sum())
+    assert_close(gradient_T, torch.tensor(expected))
+
+
+def test_every_preset_has_a_formula_that_its_samples_reach() -> None:
+    """Both sides of the bounds, or the table test would compare REINFORCE with itself, or nothing with nothing."""
+    assert GRADIENTS.keys() == PRESETS.keys()
+    for name, spec in PRESETS.items():
+        losses = [Tokens(spread=spread, seed=seed).loss(spec) for spread, seed in SAMPLES]
+        assert sum(int(value) for result, _ in losses for value in result.stats.values()) > 0, name
+        assert sum(int((gradient_T != 0).sum()) for _, gradient_T in losses) > 5, name
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -194,7 +205,8 @@ def test_no_gradient_reaches_anchor_behavior_or_advantage(name: str) -> None:
         column.clone().requires_grad_()
         for column in (tokens.logprobs_T, tokens.behavior_T, tokens.proximal_T, tokens.advantages_T)
     ]
-    result = policy_loss(*leaves, tokens.mask_T, tokens.segments_T, spec=SPECS[name], denominator=tokens.denominator)
+    spec = tokens.solved(SPECS[name])
+    result = policy_loss(*leaves, tokens.mask_T, tokens.segments_T, spec=spec, denominator=tokens.denominator)
     gradients = torch.autograd.grad(result.loss, leaves, allow_unused=True)
     assert gradients[0] is not None
     assert gradients[1:] == (None, None, None)
@@ -215,6 +227,7 @@ def test_a_version_switch_changes_nothing(name: str) -> None:
         )
         (batch,) = pack([rollout], token_budget=8)
         leaf_T = torch.tensor([math.nan, -1.1, -0.7, -1.8, -0.1], requires_grad=True)
+        surrogate = SPECS[name].surrogate.model_copy(update={"second_moment": None})
         policy_loss(
             leaf_T,
             batch.behavior_logprobs_T,
@@ -222,7 +235,7 @@ def test_a_version_switch_changes_nothing(name: str) -> None:
             batch.advantages_T,
             batch.loss_mask_T,
             batch.segment_ids_T,
-            spec=SPECS[name],
+            spec=replace(SPECS[name], surrogate=surrogate),
             denominator=LossDenominator(4, 1, 4),
         ).loss.backward()
         assert leaf_T.grad is not None
@@ -285,7 +298,33 @@ def test_the_anchors() -> None:
     assert anchor("proximal", proximal_T).item() == -3.0
     # In the first update of a step the proximal policy is the newest one.
     assert anchor("proximal", None).item() == -1.0
+    assert anchor("interpolated", None).item() == -1.0
     assert not anchor("latest", None).requires_grad
+    spec = replace(PRESETS["ppo"], anchor="interpolated")
+    line = [anchor_of(spec, logprobs_T, behavior_T, None, torch.tensor([alpha])).item() for alpha in (0.0, 0.25, 1.0)]
+    assert line == [-2.0, -1.75, -1.0]
+
+
+def test_alpha_is_where_the_step_began_on_the_line_of_versions() -> None:
+    versions_T = torch.tensor([7, 6, 4, -1])
+    halfway = version_alpha(versions_T, version=7, progress=0.5)
+    assert halfway.tolist() == pytest.approx([0.0, 1 / 1.5, 3 / 3.5, 8 / 8.5])
+    assert version_alpha(versions_T, version=7, progress=0.0).tolist() == [1.0] * 4
+
+
+def test_the_line_meets_the_proximal_policy_where_log_pi_is_linear_in_the_version() -> None:
+    """mu at version 4, the step begins at 7, pi is half a version further: the anchor is log pi at version 7."""
+    slope, spec = -0.3, replace(PRESETS["ppo"], anchor="interpolated")
+    at = lambda version: torch.tensor([-1.0 + slope * version])  # noqa: E731
+    alpha_T = version_alpha(torch.tensor([4]), version=7, progress=0.5)
+    torch.testing.assert_close(anchor_of(spec, at(7.5), at(4), None, alpha_T), at(7))
+
+
+def test_an_unsolved_budget_is_refused() -> None:
+    tokens = Tokens(spread=0.1)
+    columns = (tokens.logprobs_T, tokens.behavior_T, tokens.behavior_T, tokens.advantages_T)
+    with pytest.raises(ValueError, match="call solve_trust_region first"):
+        policy_loss(*columns, tokens.mask_T, tokens.segments_T, spec=PRESETS["m2po"], denominator=tokens.denominator)
 
 
 @pytest.mark.parametrize("counts", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])

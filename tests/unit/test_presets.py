@@ -1,10 +1,13 @@
 """Presets are values; a wrong one is one line that says what to write."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from lambdapo_async.config.objective import PolicyLossConfig, RatioWeight, Rejection, Surrogate
 from lambdapo_async.errors import ConfigError
-from lambdapo_async.objective.presets import PRESETS, PolicyLossSpec, resolve_policy_loss
+from lambdapo_async.objective.presets import PRESETS, resolve_policy_loss, trust_region_problem
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -48,19 +51,61 @@ def test_gspo_is_a_mean_over_sequences_of_clipped_geometric_ratios() -> None:
     assert spec.surrogate == Surrogate(kind="ppo", level="geo", eps_lo=3e-4, eps_hi=4e-4)
 
 
-def test_a_knob_replaces_the_preset_s() -> None:
-    base = PRESETS["decoupled"]
-    weight = RatioWeight(op="truncate", hi=5.0)
-    assert resolve_policy_loss(PolicyLossConfig(preset="decoupled", weight=weight)) == PolicyLossSpec(
-        base.anchor, weight, base.reject, base.surrogate, base.reduce
-    )
+def test_auto_has_a_trust_region_where_a_step_takes_several_updates() -> None:
+    assert resolve_policy_loss(PolicyLossConfig()) == PRESETS["cispo"]
+    assert resolve_policy_loss(PolicyLossConfig(), num_updates=2) == PRESETS["decoupled"]
+    assert resolve_policy_loss(PolicyLossConfig(preset="cispo"), num_updates=2) == PRESETS["cispo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *[(name, True) for name in ("ppo", "decoupled", "a3po", "icepop", "gspo", "dppo", "v32_mask", "m2po")],
+        *[(name, False) for name in ("cispo", "topr")],
+    ],
+)
+def test_who_has_a_trust_region(name: str, expected: bool) -> None:
+    assert PRESETS[name].has_trust_region is expected
+    assert trust_region_problem(PRESETS[name], num_updates=1) is None
+    assert (trust_region_problem(PRESETS[name], num_updates=4) is None) is expected
+
+
+def test_a_clip_around_pi_itself_is_no_trust_region() -> None:
+    spec = resolve_policy_loss(PolicyLossConfig(preset="ppo", anchor="latest"))
+    assert "minibatches * learner.epochs = 3" in str(trust_region_problem(spec, num_updates=3))
+
+
+def test_a_knob_overrides_the_preset_s_field_by_field() -> None:
+    cispo, decoupled = PRESETS["cispo"], PRESETS["decoupled"]
+    wider = resolve_policy_loss(PolicyLossConfig(preset="cispo", weight=RatioWeight(hi=5.0)))
+    assert wider == replace(cispo, weight=RatioWeight(level="token", op="truncate", lo=0.0, hi=5.0))
+    higher = resolve_policy_loss(PolicyLossConfig(preset="decoupled", surrogate=Surrogate(eps_hi=0.28)))
+    assert higher == replace(decoupled, surrogate=Surrogate(kind="ppo", eps_lo=0.2, eps_hi=0.28, dual=3.0))
+    single = resolve_policy_loss(PolicyLossConfig(preset="decoupled", surrogate=Surrogate(dual=None)))
+    assert single == replace(decoupled, surrogate=Surrogate(kind="ppo"))
+    anchored = PolicyLossConfig(preset="cispo", anchor="behavior", surrogate=Surrogate(eps_lo=0.1))
+    assert resolve_policy_loss(anchored).surrogate == Surrogate(kind="score", eps_lo=0.1)
+
+
+def test_a_rejection_replaces_the_preset_s_as_a_whole() -> None:
     assert resolve_policy_loss(PolicyLossConfig(preset="geo_rs", reject=())).reject == ()
     rejection = (Rejection(statistic="seq_k3", hi=0.1),)
     assert resolve_policy_loss(PolicyLossConfig(preset="cispo", reject=rejection)).reject == rejection
-    changed = resolve_policy_loss(
-        PolicyLossConfig(preset="ppo", anchor="proximal", surrogate=Surrogate(eps_hi=0.28), reduce="constant")
-    )
-    assert (changed.anchor, changed.surrogate.eps_hi, changed.reduce) == ("proximal", 0.28, "constant")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PolicyLossConfig(preset="decoupled", surrogate=Surrogate(eps_hi=0.28)),
+        PolicyLossConfig(preset="decoupled", surrogate=Surrogate(dual=None), weight=RatioWeight(hi=5.0)),
+        PolicyLossConfig(preset="v32_mask", reject=(Rejection(statistic="seq_geo", lo=0.9),)),
+    ],
+)
+def test_what_was_overridden_survives_publishing(config: PolicyLossConfig) -> None:
+    """An actor reads what the learner wrote: fields that nobody gave must not come back as given."""
+    read = PolicyLossConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert read == config
+    assert resolve_policy_loss(read) == resolve_policy_loss(config)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +115,12 @@ def test_a_knob_replaces_the_preset_s() -> None:
         (PolicyLossConfig(preset="grpo"), "did you mean"),
         (PolicyLossConfig(preset=None), "set anchor, weight, reject, surrogate, reduce, or a preset"),
         (PolicyLossConfig(preset=None, anchor="latest", weight=RatioWeight(), reject=()), "set surrogate, reduce, or"),
-        (PolicyLossConfig(weight=RatioWeight(hi=5.0)), r"bounds \[0, 5\] but op = 'none'"),
+        (PolicyLossConfig(preset="ppo", weight=RatioWeight(hi=5.0)), r"bounds \[0, 5\] but op = 'none'"),
         (PolicyLossConfig(weight=RatioWeight(op="mask", lo=3.0)), "lo = 3 exceeds hi = 2"),
+        (PolicyLossConfig(preset="cispo", surrogate=Surrogate(eps_lo=0.1)), "eps_lo cannot matter with anchor = 'lat"),
+        (PolicyLossConfig(preset="cispo", surrogate=Surrogate(dual=3.0)), "which ignores them"),
+        (PolicyLossConfig(preset="topr", surrogate=Surrogate(second_moment=0.1)), "which ignores them"),
+        (PolicyLossConfig(preset="gspo", surrogate=Surrogate(second_moment=0.1)), "level is 'geo'"),
     ],
 )
 def test_errors_say_what_to_change(config: PolicyLossConfig, complaint: str) -> None:
