@@ -1,37 +1,31 @@
 """log pi of the tokens that carry loss, without the logits of the others.
 
-T packed tokens, S of them with loss, V vocabulary, E hidden size.
+T packed tokens, S of them with loss, E hidden size.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lambdapo_async.packing import MicroBatch
 from learner.attention import PackedLayout
-
-CHUNK_LOGITS = 2**26
-"""Logits (float32, so 256 MiB) that exist at once; larger projections are recomputed in the backward pass."""
+from learner.projection import CHUNK_LOGITS, project
 
 
-def packed_logprobs(
-    model: PreTrainedModel, micro_batch: MicroBatch, *, temperature: float, chunk_logits: int = CHUNK_LOGITS
-) -> tuple[Tensor, Tensor]:
+def packed_logprobs(model: PreTrainedModel, micro_batch: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each packed token under the model, and the entropy it was drawn with.
 
     Logits at t - 1 predict token t, divided by the temperature as the sampler divides them, normalised in
     float32. Only positions before a loss token reach the output layer: prompts cost no logits.
 
     Args:
-        model: a causal language model in evaluation mode, its attention chosen by ``select_attention``.
+        model: a causal language model in evaluation mode, its attention chosen by ``select_attention``; its own
+            parameters whole (see :class:`LogprobModel`).
         micro_batch: a document's first token has no loss, for nothing predicts it.
         temperature: of the behavior policy's softmax.
-        chunk_logits: bound on the logits in memory.
 
     Returns:
-        ``logprobs_T``, float32, and ``entropy_T``, float32, in nats and without gradient; both 0 where
-        ``loss_mask_T`` is False.
+        ``logprobs_T`` and ``entropy_T`` in nats, both float32, with gradient, and 0 where ``loss_mask_T`` is False.
     """
     layout = PackedLayout(micro_batch.cu_seqlens, micro_batch.max_seqlen)
     hidden_TE = model.get_decoder()(
@@ -45,38 +39,41 @@ def packed_logprobs(
         model.get_output_embeddings(),
         hidden_TE.index_select(0, index_S - 1),
         micro_batch.input_ids_T.index_select(0, index_S),
-        temperature=temperature,
-        chunk_logits=chunk_logits,
+        temperature=temperature / logit_scale(model),
+        soft_cap=soft_cap(model),
+        chunk_logits=CHUNK_LOGITS[hidden_TE.device.type],
     )
     zeros_T = torch.zeros_like(micro_batch.behavior_logprobs_T)
     return zeros_T.index_copy(0, index_S, logprobs_S), zeros_T.index_copy(0, index_S, entropy_S)
 
 
-def project(
-    head: nn.Linear, hidden_SE: Tensor, target_S: Tensor, *, temperature: float, chunk_logits: int
-) -> tuple[Tensor, Tensor]:
-    """[S] log-probability of each target and [S] entropy, at most ``chunk_logits`` logits at a time."""
-    chunk = max(1, chunk_logits // head.out_features)
-    if hidden_SE.shape[0] <= chunk:
-        return _logprobs_and_entropy(head, hidden_SE, target_S, temperature)
-    parts = [
-        checkpoint(
-            _logprobs_and_entropy, head, hidden, target, temperature,
-            use_reentrant=False, preserve_rng_state=False,
-        )
-        for hidden, target in zip(torch.split(hidden_SE, chunk), torch.split(target_S, chunk), strict=True)
-    ]  # fmt: skip
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+def logit_scale(model: PreTrainedModel) -> float:
+    """What the model multiplies the output layer's logits by: Cohere scales them up or down, Granite divides them."""
+    settings = vars(model.config.get_text_config())
+    scale: float = settings.get("logit_scale", 1.0) / settings.get("logits_scaling", 1.0)
+    return scale
 
 
-def _logprobs_and_entropy(
-    head: nn.Linear, hidden_SE: Tensor, target_S: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits_SV = head(hidden_SE).float()
-    if temperature != 1.0:
-        logits_SV = logits_SV / temperature
-    log_softmax_SV = logits_SV.log_softmax(dim=-1)
-    detached_SV = log_softmax_SV.detach()
-    entropy_S = -(detached_SV.exp() * detached_SV).sum(dim=-1)
-    return log_softmax_SV.gather(1, target_S[:, None])[:, 0], entropy_S
+def soft_cap(model: PreTrainedModel) -> float | None:
+    """c where the model turns logits into c tanh(logit / c), as Gemma does; None for most."""
+    cap: float | None = vars(model.config.get_text_config()).get("final_logit_softcapping")
+    return cap
+
+
+class LogprobModel(nn.Module):
+    """:func:`packed_logprobs` as the ``forward`` of a module: the root that FSDP2 shards.
+
+    ``fully_shard`` gathers parameters in hooks around ``forward``, and the learner calls neither the model's nor
+    the output layer's. So: ``fully_shard(layer)`` for every decoder layer, then ``fully_shard(LogprobModel(...))``,
+    whose own unit is what is left (embedding, last norm, output layer, tied or not), whole while this ``forward``
+    and its backward pass run. ``model.named_parameters()`` keeps its names.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self._temperature = temperature
+
+    def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """``logprobs_T`` and ``entropy_T`` of :func:`packed_logprobs`."""
+        return packed_logprobs(self.model, micro_batch, temperature=self._temperature)

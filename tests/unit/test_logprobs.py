@@ -1,13 +1,26 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from lambdapo_async.packing import MicroBatch
-from learner.logprobs import packed_logprobs, project
-from tests.tiny_models import VOCAB, Architecture, layout_of, micro_batch, tiny_model
+from learner.attention import select_attention
+from learner.logprobs import LogprobModel, logit_scale, packed_logprobs, soft_cap
+from learner.parallel import Ranks
+from learner.projection import CHUNK_LOGITS
+from learner.sharding import full_tensors, shard
+from tests.ranks import run_ranks
+from tests.tiny_models import SIZES, VOCAB, Architecture, layout_of, micro_batch, tiny_model
 
 LENGTHS = (7, 3, 12, 4)
 
@@ -24,78 +37,117 @@ def reference(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> 
     return logprobs, entropy
 
 
+@pytest.fixture
+def few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few that every projection is cut."""
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 5 * VOCAB)
+
+
+def assert_equal_with_gradient(model: PreTrainedModel, temperature: float) -> None:
+    batch = micro_batch(LENGTHS)
+    weights = torch.randn(2, sum(LENGTHS))
+
+    def gradients(outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        model.zero_grad()
+        (weights * torch.stack(outputs)).sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    found = packed_logprobs(model, batch, temperature=temperature)
+    expected = reference(model, batch, temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found_gradients, expected_gradients = gradients(found), gradients(expected)
+    for name, gradient in found_gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk_logits", [2**20, 5 * VOCAB, 1])
-def test_equal_to_the_naive_form_with_gradient(
-    architecture: Architecture, temperature: float, chunk_logits: int
-) -> None:
-    model, batch = tiny_model(architecture), micro_batch(LENGTHS)
-    upstream = torch.randn(sum(LENGTHS))
-    found = packed_logprobs(model, batch, temperature=temperature, chunk_logits=chunk_logits)
-    (found[0] * upstream).sum().backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    expected = reference(model, batch, temperature)
-    (expected[0] * upstream).sum().backward()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+def test_equal_to_the_naive_form_with_gradient(architecture: Architecture, temperature: float) -> None:
+    assert_equal_with_gradient(tiny_model(architecture), temperature)
 
 
-def test_zero_where_there_is_no_loss_and_entropy_has_no_gradient() -> None:
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.usefixtures("few_logits")
+def test_a_cut_projection_is_equal_to_the_naive_form(architecture: Architecture) -> None:
+    assert_equal_with_gradient(tiny_model(architecture), 0.7)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "cap"),
+    [
+        (GraniteConfig(**SIZES, logits_scaling=8.0), 1 / 8, None),
+        (CohereConfig(**SIZES, logit_scale=0.25, bos_token_id=1, eos_token_id=2), 0.25, None),
+        (Gemma2Config(**SIZES, final_logit_softcapping=3.0, attn_logit_softcapping=None), 1.0, 3.0),
+    ],
+    ids=["granite", "cohere", "gemma2"],
+)
+def test_models_that_shape_their_logits(config: PreTrainedConfig, scale: float, cap: float | None) -> None:
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=select_attention(torch.device("cpu")))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    assert (logit_scale(model), soft_cap(model)) == (scale, cap)
+    assert_equal_with_gradient(model.eval(), 0.7)
+
+
+def test_most_models_leave_their_logits_alone() -> None:
+    assert (logit_scale(tiny_model()), soft_cap(tiny_model())) == (1.0, None)
+
+
+def test_zero_where_there_is_no_loss() -> None:
     batch = micro_batch(LENGTHS, prompt=3)
     logprobs_T, entropy_T = packed_logprobs(tiny_model(), batch, temperature=1.0)
-    assert (logprobs_T[~batch.loss_mask_T] == 0).all()
+    for values_T in (logprobs_T, entropy_T):
+        assert values_T.dtype == torch.float32
+        assert values_T.requires_grad
+        assert (values_T[~batch.loss_mask_T] == 0).all()
     assert (logprobs_T[batch.loss_mask_T] < 0).all()
     assert (entropy_T[batch.loss_mask_T] > 0).all()
     assert (entropy_T <= math.log(VOCAB)).all()
-    assert logprobs_T.requires_grad
-    assert not entropy_T.requires_grad
 
 
 def test_a_micro_batch_without_loss_gives_zeros_and_no_gradient() -> None:
     model = tiny_model()
-    logprobs_T, _ = packed_logprobs(model, micro_batch((4, 3), prompt=9), temperature=1.0)
-    logprobs_T.sum().backward()
+    logprobs_T, entropy_T = packed_logprobs(model, micro_batch((4, 3), prompt=9), temperature=1.0)
+    (logprobs_T + entropy_T).sum().backward()
     assert (logprobs_T == 0).all()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-class CountingHead(nn.Linear):
-    """Notes how many positions each call projects."""
-
-    def __init__(self) -> None:
-        super().__init__(8, VOCAB, bias=False)
-        self.projected: list[int] = []
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.projected.append(hidden.shape[0])
-        return super().forward(hidden)
-
-
 def test_prompts_are_never_projected() -> None:
-    model, batch = tiny_model("llama", hidden_size=8), micro_batch((20, 30), prompt=15)
-    model.lm_head = CountingHead()
+    model, batch = tiny_model("llama"), micro_batch((20, 30), prompt=15)
+    projected: list[int] = []
+    model.lm_head.register_forward_hook(lambda layer, inputs, output: projected.append(len(inputs[0])))
     packed_logprobs(model, batch, temperature=1.0)
-    assert model.lm_head.projected == [20]
+    assert projected == [20]
 
 
-def test_a_large_projection_is_cut_and_recomputed_and_keeps_no_logits() -> None:
-    torch.manual_seed(0)
-    head, hidden, target = CountingHead(), torch.randn(10, 8, requires_grad=True), torch.randint(VOCAB, (10,))
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        logprobs, _ = project(head, hidden, target, temperature=1.0, chunk_logits=4 * VOCAB)
-    assert head.projected == [4, 4, 2]
-    assert max(saved, default=0) < 4 * VOCAB
-    logprobs.sum().backward()
-    assert len(head.projected) == 6
-    assert sorted(head.projected[3:]) == [2, 4, 4]
+def train_sharded(ranks: Ranks, architecture: Architecture) -> dict[str, Tensor]:
+    """On one rank, in its own process: the gradient of two passes over the rank's own micro-batch."""
+    CHUNK_LOGITS["cpu"] = 5 * VOCAB
+    model = tiny_model(architecture)
+    scorer = LogprobModel(model, temperature=0.7)
+    shard(scorer, model, ranks)
+    batch = micro_batch(LENGTHS, seed=ranks.rank)
+    for _ in range(2):
+        scored_loss(scorer, batch).backward()
+    named = [(name, parameter.grad) for name, parameter in model.named_parameters()]
+    return {name: gradient.clone() for name, gradient in full_tensors(named, ranks)}
 
 
-def test_a_small_projection_is_done_once() -> None:
-    head, hidden, target = CountingHead(), torch.randn(10, 8, requires_grad=True), torch.randint(VOCAB, (10,))
-    logprobs, _ = project(head, hidden, target, temperature=1.0, chunk_logits=10 * VOCAB)
-    logprobs.sum().backward()
-    assert head.projected == [10]
+def scored_loss(scorer: nn.Module, batch: MicroBatch) -> Tensor:
+    logprobs_T, entropy_T = scorer(batch)
+    return logprobs_T.sum() + 0.1 * entropy_T.sum()
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_sharded_output_layer_gets_the_gradient_of_a_whole_one(architecture: Architecture, tmp_path: Path) -> None:
+    found, _ = run_ranks(tmp_path, 2, train_sharded, architecture)
+    model = tiny_model(architecture)
+    for seed in (0, 1):
+        (2 * scored_loss(LogprobModel(model, temperature=0.7), micro_batch(LENGTHS, seed=seed))).backward()
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
