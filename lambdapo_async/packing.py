@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lambdapo_async.bin_packing import partition
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingSequence:
@@ -75,28 +77,29 @@ class MicroBatch:
         )
 
 
-def pack(sequences: Sequence[TrainingSequence], *, token_budget: int) -> list[MicroBatch]:
-    """First-fit decreasing: longest first, each into the first micro-batch with room. Deterministic.
+def pack(sequences: Sequence[TrainingSequence], *, token_budget: int, multiple_of: int = 1) -> list[MicroBatch]:
+    """The fewest micro-batches found, alike in attention and matrix work; see ``bin_packing``.
+
+    Deterministic in the set of groups: the order they arrive in changes no bit of any micro-batch, as long as the
+    sequences of one group keep theirs. Documents lie longest first, those of equal length side by side.
+
+    Args:
+        sequences: whole groups.
+        token_budget: most tokens of a micro-batch.
+        multiple_of: number of ranks that share the micro-batches; see ``rank_balance.split_over_ranks``.
 
     Raises:
         ValueError: a sequence is longer than ``token_budget``.
     """
-    bins: list[list[TrainingSequence]] = []
-    # Room left, in one array: first fit is then a single vectorised search.
-    rooms = np.full(len(sequences), token_budget, np.int64)
-    for sequence in sorted(sequences, key=lambda each: -len(each.token_ids)):
-        length = len(sequence.token_ids)
-        if length > token_budget:
-            raise ValueError(
-                f"a sequence of group {sequence.group_key} has {length} tokens, more than the micro-batch budget of "
-                f"{token_budget}: raise learner.micro_batch_tokens or lower model.max_length"
-            )
-        index = int(np.argmax(rooms >= length))
-        rooms[index] -= length
-        if index == len(bins):
-            bins.append([])
-        bins[index].append(sequence)
-    return [_micro_batch(documents) for documents in bins]
+    ordered = sorted(sequences, key=lambda each: (-len(each.token_ids), each.group_key))
+    lengths = [len(each.token_ids) for each in ordered]
+    if lengths and lengths[0] > token_budget:
+        raise ValueError(
+            f"a sequence of group {ordered[0].group_key} has {lengths[0]} tokens, more than the micro-batch budget of "
+            f"{token_budget}: raise learner.micro_batch_tokens or lower model.max_length"
+        )
+    bins = partition(lengths, token_budget, multiple_of=multiple_of)
+    return [_micro_batch([ordered[position] for position in positions]) for positions in bins]
 
 
 def _micro_batch(documents: Sequence[TrainingSequence]) -> MicroBatch:

@@ -1,66 +1,101 @@
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from lambdapo_async.errors import ConfigError, UserError
-from learner.attention import PackedLayout, installed_flash_attention, padded_attention, select_attention
+from learner.attention import PackedLayout, register_attention, select_attention
+from learner.attention_kernels import (
+    Backend,
+    Kernel,
+    Scores,
+    choose_backend,
+    installed_module,
+    sdpa_attention,
+    varlen_attention,
+)
 from learner.packing_check import check_packing
-from tests.tiny_models import Architecture, layout_of, micro_batch, tiny_model
+from tests.tiny_models import SIZES, Architecture, layout_of, micro_batch, tiny_model
 
-LENGTHS = (5, 1, 13, 2, 8)
+LENGTHS = (5, 1, 13, 13, 2, 8)
+BLACKWELL, HOPPER, AMPERE, TURING = (10, 0), (9, 0), (8, 0), (7, 5)
 
 
-def naive_attention(query: Tensor, key: Tensor, value: Tensor, marks: list[int], scaling: float) -> Tensor:
+def naive_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
     """One document, one head, one query at a time."""
     share = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
-    for begin, end in pairwise(marks):
+    for begin, end in pairwise(layout.cu_seqlens.tolist()):
         for t in range(begin, end):
+            first = begin if scores.window is None else max(begin, t + 1 - scores.window)
             for head in range(query.shape[1]):
-                scores = key[begin : t + 1, head // share] @ query[t, head] * scaling
-                output[t, head] = scores.softmax(0) @ value[begin : t + 1, head // share]
+                score = key[first : t + 1, head // share] @ query[t, head] * scores.scale
+                if scores.softcap is not None:
+                    score = scores.softcap * (score / scores.softcap).tanh()
+                output[t, head] = score.softmax(0) @ value[first : t + 1, head // share]
     return output
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_padded_attention_equals_one_query_at_a_time(kv_heads: int) -> None:
-    torch.manual_seed(0)
-    batch = micro_batch(LENGTHS)
-    total = sum(LENGTHS)
-    query, key, value = (torch.randn(total, heads, 8, dtype=torch.float64) for heads in (4, kv_heads, kv_heads))
-    found = padded_attention(query, key, value, layout_of(batch), 0.3)
-    torch.testing.assert_close(found, naive_attention(query, key, value, batch.cu_seqlens.tolist(), 0.3))
+def states(lengths: tuple[int, ...], kv_heads: int, size: int, *, heads: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), count, size) for count in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
-def test_layout_maps_every_token_to_its_slot_and_back() -> None:
-    layout = PackedLayout(torch.tensor([0, 3, 4, 8], dtype=torch.int32), 4)
-    single, others = layout.padded
-    assert single.token_of_slot.tolist() == [[3]]
-    assert others.token_of_slot.tolist() == [[0, 1, 2, 0], [4, 5, 6, 7]]
-    assert others.is_token.tolist() == [[True, True, True, False], [True] * 4]
-    assert layout.slot_of_token.tolist() == [1, 2, 3, 0, 5, 6, 7, 8]
+def forward_and_gradients(kernel: Kernel, inputs: list[Tensor], layout: PackedLayout, scores: Scores) -> list[Tensor]:
+    output = kernel(*inputs, layout, scores)
+    upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return [output, *torch.autograd.grad(output, inputs, upstream)]
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=30))
-def test_every_token_has_one_slot_and_padding_less_than_doubles_the_work(lengths: list[int]) -> None:
-    layout = layout_of(micro_batch(lengths))
-    tokens = torch.cat([batch.token_of_slot.flatten() for batch in layout.padded])
-    assert torch.equal(tokens[layout.slot_of_token], torch.arange(sum(lengths)))
-    assert len(tokens) < 2 * sum(lengths)
+@pytest.mark.parametrize("window", [None, 1, 3, 13, 50])
+@pytest.mark.parametrize(("kv_heads", "size"), [(1, 8), (2, 6), (4, 17)])
+def test_sdpa_equals_one_query_at_a_time_forward_and_gradient(kv_heads: int, size: int, window: int | None) -> None:
+    layout, scores = layout_of(micro_batch(LENGTHS)), Scores(0.3, window)
+    found, expected = (
+        forward_and_gradients(kernel, states(LENGTHS, kv_heads, size), layout, scores)
+        for kernel in (sdpa_attention, naive_attention)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_document_is_the_same_to_the_last_bit_in_any_company(window: int | None) -> None:
+    alone = [each[6:19].detach() for each in states(LENGTHS, 2, 8)]
+    found = sdpa_attention(*states(LENGTHS, 2, 8), layout_of(micro_batch(LENGTHS)), Scores(0.3, window))
+    assert torch.equal(found[6:19], sdpa_attention(*alone, layout_of(micro_batch((13,))), Scores(0.3, window)))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30))
+def test_runs_are_the_documents_in_order(lengths: list[int]) -> None:
+    runs = layout_of(micro_batch(lengths)).runs
+    assert [length for documents, length in runs for _ in range(documents)] == lengths
+    assert all(one != other for (_, one), (_, other) in pairwise(runs))
 
 
 def run(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
     inputs = {"input_ids": ids_T[None], "position_ids": positions_T[None], "use_cache": False, "layout": layout}
     return model(**inputs).logits[0]
+
+
+def run_alone(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
+    length = ids_T.shape[0]
+    return run(model, ids_T, torch.arange(length), PackedLayout(torch.tensor([0, length], dtype=torch.int32), length))
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -77,13 +112,9 @@ def test_packed_documents_equal_each_document_alone_forward_and_gradient(archite
     packed = run(model, batch.input_ids_T, batch.position_ids_T, layout_of(batch))
     (packed * upstream).sum().backward()
     packed_gradients = gradients(model)
-    alone = []
-    for ids_T in batch.input_ids_T.split(LENGTHS):
-        length = ids_T.shape[0]
-        layout = PackedLayout(torch.tensor([0, length], dtype=torch.int32), length)
-        alone.append(run(model, ids_T, torch.arange(length), layout))
-    (torch.cat(alone) * upstream).sum().backward()
-    torch.testing.assert_close(packed, torch.cat(alone))
+    alone = torch.cat([run_alone(model, ids_T) for ids_T in batch.input_ids_T.split(LENGTHS)])
+    (alone * upstream).sum().backward()
+    torch.testing.assert_close(packed, alone)
     torch.testing.assert_close(packed_gradients, gradients(model))
 
 
@@ -92,15 +123,66 @@ def test_packed_attention_equals_transformers_own(architecture: Architecture) ->
     ours, theirs = tiny_model(architecture), tiny_model(architecture)
     theirs.set_attn_implementation("eager")
     ids_T = micro_batch((17,)).input_ids_T
-    layout = PackedLayout(torch.tensor([0, 17], dtype=torch.int32), 17)
-    torch.testing.assert_close(run(ours, ids_T, torch.arange(17), layout), theirs(ids_T[None]).logits[0])
+    torch.testing.assert_close(run_alone(ours, ids_T), theirs(ids_T[None]).logits[0])
 
 
-def test_a_sliding_window_shorter_than_a_document_is_refused() -> None:
-    model = tiny_model(use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    batch = micro_batch((6,))
-    with pytest.raises(UserError, match=r"sliding window \(4\)"):
-        run(model, batch.input_ids_T, batch.position_ids_T, layout_of(batch))
+WINDOWED = [
+    MistralConfig(**SIZES, sliding_window=4),
+    Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    Gemma3TextConfig(**SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+]
+
+
+@pytest.mark.parametrize("config", WINDOWED, ids=lambda config: config.model_type)
+def test_sliding_windows_equal_transformers_own_forward_and_gradient(config: PreTrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    batch, upstream = micro_batch(LENGTHS), torch.randn(sum(LENGTHS), 61, dtype=torch.float64)
+    results = []
+    for implementation in ("sdpa", select_attention(torch.device("cpu"))):
+        model.set_attn_implementation(implementation)
+        if implementation == "sdpa":
+            logits = torch.cat([model(ids_T[None]).logits[0] for ids_T in batch.input_ids_T.split(LENGTHS)])
+        else:
+            logits = run(model, batch.input_ids_T, batch.position_ids_T, layout_of(batch))
+            check_packing(model)
+        (logits * upstream).sum().backward()
+        results.append((logits, gradients(model)))
+    # Norms and rotations round to float32 inside.
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_values_narrower_than_keys_equal_the_naive_formula(missing: int) -> None:
+    query, key, value = (each.detach() for each in states((7, 4), 2, 8))
+    value = value[..., : 8 - missing]
+    layout = layout_of(micro_batch((7, 4)))
+    found = layer(Backend("lambdapo_test", sdpa_attention, softcap=False), query, key, value, layout=layout)
+    wide = torch.nn.functional.pad(value, (0, missing))
+    expected = naive_attention(query, key, wide, layout, Scores(8**-0.5))[..., : 8 - missing]
+    torch.testing.assert_close(found, expected)
+
+
+def layer(backend: Backend, query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+    """What a model's attention layer gets for packed states."""
+    attend = AttentionInterface()[register_attention(backend)]
+    rows = [each.transpose(0, 1)[None] for each in (query, key, value)]
+    return attend(torch.nn.Identity(), *rows, None, **options)[0][0]
+
+
+def test_a_soft_cap_reaches_the_kernel_that_can_and_is_refused_by_the_one_that_cannot() -> None:
+    inputs, layout = [each.detach() for each in states((7, 4), 2, 8)], layout_of(micro_batch((7, 4)))
+    options = {"layout": layout, "scaling": 0.3, "softcap": 0.5, "sliding_window": 3}
+    found = layer(Backend("lambdapo_test", naive_attention, softcap=True), *inputs, **options)
+    assert torch.equal(found, naive_attention(*inputs, layout, Scores(0.3, 3, 0.5)))
+    assert not torch.equal(found, naive_attention(*inputs, layout, Scores(0.3, 3)))
+    with pytest.raises(UserError, match=r"caps its attention scores at 0.5, which lambdapo_sdpa cannot"):
+        layer(choose_backend(None), *inputs, **options)
+
+
+def test_attention_sinks_are_refused() -> None:
+    inputs, layout = states((3,), 2, 8), layout_of(micro_batch((3,)))
+    with pytest.raises(UserError, match="mask or attention sinks"):
+        layer(choose_backend(None), *inputs, layout=layout, s_aux=torch.zeros(4))
 
 
 def test_check_packing_passes_what_packs() -> None:
@@ -136,46 +218,183 @@ def test_check_packing_refuses_an_output_layer_that_scales() -> None:
         check_packing(model)
 
 
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Puts a package flash_attn with the given source on the path."""
-
-    def write(source: str) -> None:
-        (tmp_path / "flash_attn").mkdir()
-        (tmp_path / "flash_attn" / "__init__.py").write_text(source)
-        monkeypatch.syspath_prepend(str(tmp_path))
-
-    yield write
-    sys.modules.pop("flash_attn", None)
+def test_check_packing_refuses_chunks_which_only_long_documents_would_show() -> None:
+    model = tiny_model("llama")
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(ConfigError, match="layers of chunked_attention, which packed training does not support"):
+        check_packing(model)
 
 
-def test_a_broken_flash_attn_is_an_error_and_not_absence(install: Callable[[str], None]) -> None:
-    install("raise ImportError('undefined symbol: _ZN3c104cuda')")
-    with pytest.raises(ImportError, match="undefined symbol"):
-        installed_flash_attention()
+def flash4(  # the parameters of flash-attn-4 4.0 up to softcap
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    min_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    gather_kv_indices: Tensor | None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    learnable_sink: Tensor | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, None]:
+    assert window_size[0] is None or window_size[0] >= 0  # it takes -1 for a bound
+    layout = packed_layout(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return naive_attention(q, k, v, layout, scores_of(softmax_scale, window_size[0], softcap)), None
 
 
-FAITHFUL = """
-def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False):
-    from learner.attention import PackedLayout, padded_attention
-    assert causal and dropout_p == 0.0 and cu_q is cu_k and max_q == max_k
-    return padded_attention(q, k, v, PackedLayout(cu_q, max_q), softmax_scale)
-"""
+def flash3(  # the parameters of flash-attn-3 up to softcap
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    layout = packed_layout(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    left = None if window_size[0] == -1 else window_size[0]
+    return naive_attention(q, k, v, layout, scores_of(softmax_scale, left, softcap))
 
 
-def test_flash_attn_is_called_with_its_own_signature(install: Callable[[str], None]) -> None:
-    install(FAITHFUL)
-    kernel = installed_flash_attention()
-    assert kernel is not None
+def flash2(  # the parameters of flash-attn 2.8 up to softcap
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> Tensor:
+    assert dropout_p == 0
+    layout = packed_layout(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    left = None if window_size[0] == -1 else window_size[0]
+    return naive_attention(q, k, v, layout, scores_of(softmax_scale, left, softcap))
+
+
+def packed_layout(
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> PackedLayout:
+    assert causal
+    assert window_size[1] == 0
+    assert cu_seqlens_q is not None
+    assert max_seqlen_q is not None
+    assert cu_seqlens_q is cu_seqlens_k
+    assert max_seqlen_q == max_seqlen_k
+    return PackedLayout(cu_seqlens_q, max_seqlen_q)
+
+
+def scores_of(scale: float | None, left: int | None, softcap: float) -> Scores:
+    assert scale is not None
+    return Scores(scale, None if left is None else left + 1, softcap or None)
+
+
+def packages(**functions: Callable[..., object]) -> Callable[[str], ModuleType | None]:
+    """An environment with these generations of flash-attn, as ``choose_backend`` asks for them."""
+    names = {"flash4": "flash_attn.cute", "flash3": "flash_attn_interface", "flash2": "flash_attn.flash_attn_interface"}
+    modules: dict[str, ModuleType] = {}
+    for generation, function in functions.items():
+        module = ModuleType(names[generation])
+        module.flash_attn_varlen_func = function  # type: ignore[attr-defined]
+        modules[names[generation]] = module
+    return modules.get
+
+
+@pytest.mark.parametrize("function", [flash4, flash3, flash2], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, 3), Scores(0.3, None, 0.7), Scores(0.3, 1, 0.7)])
+def test_every_flash_attn_is_called_with_its_own_signature(function: Callable[..., object], scores: Scores) -> None:
+    backend = choose_backend(HOPPER, packages(**{function.__name__: function}))
+    assert backend.name == f"lambdapo_{function.__name__}"
+    assert backend.softcap
     layout = layout_of(micro_batch(LENGTHS))
-    inputs = [torch.randn(sum(LENGTHS), 4, 8) for _ in range(3)]
-    assert torch.equal(kernel(*inputs, layout, 0.5), padded_attention(*inputs, layout, 0.5))
+    found, expected = (
+        forward_and_gradients(kernel, states(LENGTHS, 2, 8), layout, scores)
+        for kernel in (backend.kernel, naive_attention)
+    )
+    torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
-def test_an_absent_flash_attn_is_none() -> None:
-    assert installed_flash_attention() is None
+@pytest.mark.parametrize(
+    ("capability", "present", "chosen"),
+    [
+        (BLACKWELL, "flash4 flash3 flash2", "flash4"),
+        (BLACKWELL, "flash3 flash2", "flash2"),
+        (BLACKWELL, "flash3", "varlen"),
+        (HOPPER, "flash4 flash3 flash2", "flash4"),
+        (HOPPER, "flash3 flash2", "flash3"),
+        (AMPERE, "flash4 flash3 flash2", "flash2"),
+        (AMPERE, "flash4", "varlen"),
+        (AMPERE, "", "varlen"),
+        (TURING, "flash4 flash3 flash2", "sdpa"),
+        (None, "flash4 flash3 flash2", "sdpa"),
+    ],
+)
+def test_the_newest_kernel_that_runs_on_the_device_is_chosen(
+    capability: tuple[int, int] | None, present: str, chosen: str
+) -> None:
+    functions: dict[str, Callable[..., object]] = {"flash4": flash4, "flash3": flash3, "flash2": flash2}
+    load = packages(**{name: functions[name] for name in present.split()})
+    assert choose_backend(capability, load).name == f"lambdapo_{chosen}"
 
 
-def test_the_cpu_takes_the_padded_kernel() -> None:
-    assert select_attention(torch.device("cpu")) == "lambdapo_padded"
+def test_without_a_package_a_gpu_takes_torchs_own() -> None:
+    assert choose_backend(HOPPER, lambda _: None).kernel is varlen_attention
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts a module with the given source on the path."""
+
+    def write(path: str, source: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(source)
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return write
+
+
+def test_a_broken_package_is_an_error_and_not_absence(install: Callable[[str, str], None]) -> None:
+    install("broken_flash_attn.py", "raise ImportError('undefined symbol: _ZN3c104cuda')")
+    with pytest.raises(ImportError, match="undefined symbol"):
+        installed_module("broken_flash_attn")
+
+
+def test_a_namespace_without_the_module_is_absence(install: Callable[[str, str], None]) -> None:
+    install("flash_namespace/cute/__init__.py", "generation = 4")
+    found = installed_module("flash_namespace.cute")
+    assert found is not None
+    assert found.generation == 4
+    assert installed_module("flash_namespace.flash_attn_interface") is None
+    assert installed_module("flash_nowhere.cute") is None
+
+
+def test_the_cpu_takes_sdpa() -> None:
+    assert select_attention(torch.device("cpu")) == "lambdapo_sdpa"

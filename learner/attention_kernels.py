@@ -1,0 +1,201 @@
+"""Causal attention over packed documents: one signature, one function per implementation.
+
+T packed tokens of N documents, H query heads, H_kv key and value heads, D head size. Documents never see each
+other and no [T, T] mask is ever built.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import groupby
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+Capability = tuple[int, int]
+"""CUDA compute capability: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell."""
+
+VARLEN_CAPABILITY: Capability = (8, 0)
+"""Oldest GPU that torch's varlen kernel runs on."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where each document lies in a micro-batch; made once, read by every layer."""
+
+    cu_seqlens: Tensor
+    """[N + 1] int32 first token of each document, then T."""
+    max_seqlen: int
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(documents, tokens of each) of neighbours of equal length: (3, 3, 2) is ((2, 3), (1, 2))."""
+        lengths: list[int] = self.cu_seqlens.diff().tolist()
+        return tuple((len(list(run)), length) for length, run in groupby(lengths))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.cu_seqlens[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How attention scores come from query . key."""
+
+    scale: float
+    window: int | None = None
+    """Newest tokens of its document that a token sees, itself included; None is all."""
+    softcap: float | None = None
+    """c in c * tanh(score / c), after scaling; None is no cap."""
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, PackedLayout, Scores], Tensor]
+"""(query [T, H, D], key and value [T, H_kv, D], layout, scores) -> [T, H, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """An implementation of attention."""
+
+    name: str
+    """Name for ``attn_implementation``."""
+    kernel: Kernel
+    softcap: bool
+    """It can cap scores; where False, ``Scores.softcap`` must be None."""
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+    """torch's SDPA, one call per run of documents of equal length: views, without padding or gathering.
+
+    A window shorter than the documents costs a boolean mask of one document; shapes as in ``Kernel``.
+    """
+    sizes = [documents * length for documents, length in layout.runs]
+    queries, keys, values = (torch.split(states, sizes) for states in (query, key, value))
+    runs = zip(layout.runs, queries, keys, values, strict=True)
+    return torch.cat([_sdpa_run(shape, query, key, value, scores) for shape, query, key, value in runs])
+
+
+def _sdpa_run(shape: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """[documents * length, H, D] attention of documents of equal length."""
+    length = shape[1]
+    windowed = scores.window is not None and scores.window < length
+
+    def batched(states: Tensor) -> Tensor:
+        return states.view(*shape, *states.shape[1:]).transpose(1, 2)
+
+    output_nHLD = functional.scaled_dot_product_attention(
+        batched(query),
+        batched(key),
+        batched(value),
+        attn_mask=_band(length, scores.window, query.device) if windowed else None,
+        is_causal=not windowed,
+        scale=scores.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output_nHLD.transpose(1, 2).flatten(0, 1)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """[length, length] bool: query (row) sees key (column)."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < (window or length))
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+    """torch's own FlashAttention over packed documents; shapes as in ``Kernel``."""
+    marks, longest = layout.cu_seqlens, layout.max_seqlen
+    output = varlen_attn(
+        query, key, value, marks, marks, longest, longest,
+        scale=scores.scale,
+        window_size=(-1 if scores.window is None else scores.window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(output, Tensor)  # a pair only when the log-sum-exp is asked for
+    return output
+
+
+def flash_attention(flash_attn_varlen_func: Callable[..., object], *, unbounded: int | None) -> Kernel:
+    """A kernel from any generation's ``flash_attn_varlen_func``, whose keywords are the same since version 2.6.
+
+    Args:
+        flash_attn_varlen_func: version 2 returns the output, version 4 a pair with the log-sum-exp, version 3 either.
+        unbounded: how that generation writes a window without left bound.
+    """
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+        result = flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            cu_seqlens_q=layout.cu_seqlens,
+            cu_seqlens_k=layout.cu_seqlens,
+            max_seqlen_q=layout.max_seqlen,
+            max_seqlen_k=layout.max_seqlen,
+            softmax_scale=scores.scale,
+            causal=True,
+            window_size=(unbounded if scores.window is None else scores.window - 1, 0),
+            softcap=scores.softcap or 0.0,
+        )
+        output = result[0] if isinstance(result, tuple) else result
+        assert isinstance(output, Tensor)
+        return output
+
+    return kernel
+
+
+@dataclass(frozen=True, slots=True)
+class FlashPackage:
+    """One generation of the flash-attn packages."""
+
+    name: str
+    module: str
+    """Where ``flash_attn_varlen_func`` is."""
+    oldest: Capability
+    """First GPU that its forward and backward run on."""
+    beyond: Capability | None
+    """First GPU that they no longer run on."""
+    unbounded: int | None
+
+
+FLASH_PACKAGES = (
+    FlashPackage("lambdapo_flash4", "flash_attn.cute", (9, 0), None, None),
+    FlashPackage("lambdapo_flash3", "flash_attn_interface", (9, 0), (10, 0), -1),
+    # Not flash_attn itself: without version 2 but with version 4 that is an empty namespace.
+    FlashPackage("lambdapo_flash2", "flash_attn.flash_attn_interface", (8, 0), None, -1),
+)
+"""Newest first."""
+
+
+def installed_module(name: str) -> ModuleType | None:
+    """A module, or None when its package is not installed; an installation that does not load raises its own error."""
+    package = name.partition(".")[0]
+    if find_spec(package) is None or find_spec(name) is None:
+        return None
+    return importlib.import_module(name)
+
+
+def choose_backend(
+    capability: Capability | None, load: Callable[[str], ModuleType | None] = installed_module
+) -> Backend:
+    """The best implementation that is present.
+
+    Args:
+        capability: of the GPU; None on a CPU.
+        load: module name -> module, None where it is not installed.
+    """
+    if capability is None or capability < VARLEN_CAPABILITY:
+        return Backend("lambdapo_sdpa", sdpa_attention, softcap=False)
+    for package in FLASH_PACKAGES:
+        runs_here = capability >= package.oldest and (package.beyond is None or capability < package.beyond)
+        module = load(package.module) if runs_here else None
+        if module is not None:
+            kernel = flash_attention(module.flash_attn_varlen_func, unbounded=package.unbounded)
+            return Backend(package.name, kernel, softcap=True)
+    return Backend("lambdapo_varlen", varlen_attention, softcap=False)

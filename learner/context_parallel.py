@@ -1,0 +1,99 @@
+"""Attention when the tokens of one micro-batch are spread over several ranks (DeepSpeed-Ulysses, arXiv:2309.14509).
+
+T packed tokens of which this rank holds t, P ranks, H query heads, H_kv key and value heads, D head size. Everything
+but attention works on single tokens and needs no change; around attention, ranks exchange "all heads of my tokens"
+for "my heads of all tokens", so that any kernel runs exact and unchanged on whole documents.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lambdapo_async.errors import ConfigError
+from learner.attention_kernels import Backend, Kernel, PackedLayout, Scores
+
+
+def shard_sizes(num_tokens: int, world_size: int) -> list[int]:
+    """Tokens of each rank; they differ by at most one, the first ranks have more, like ``Tensor.tensor_split``."""
+    return [num_tokens // world_size + (rank < num_tokens % world_size) for rank in range(world_size)]
+
+
+def shard_tokens(states_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[T, ...] on every rank -> the [t, ...] of this rank: what the model is fed, positions included."""
+    return states_T.tensor_split(group.size())[group.rank()]
+
+
+def sharded_backend(backend: Backend, group: dist.ProcessGroup) -> Backend:
+    """``backend`` for a model that is fed :func:`shard_tokens`, under a name of its own."""
+    return Backend(f"{backend.name}_ulysses", ulysses(backend.kernel, group), backend.softcap)
+
+
+def ulysses(kernel: Kernel, group: dist.ProcessGroup) -> Kernel:
+    """A kernel on this rank's [t, H, D] queries and [t, H_kv, D] keys and values, with the layout of all T tokens.
+
+    Gradients of a model's parameters are those of this rank's tokens: sum them over the group.
+
+    Raises:
+        ConfigError: (from the kernel) the heads cannot be divided among the ranks.
+    """
+    world_size = group.size()
+
+    def sharded(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if heads % world_size or kv_heads % world_size:
+            raise ConfigError(
+                f"context parallelism over {world_size} ranks cannot divide {heads} attention heads and {kv_heads} "
+                "key-value heads: choose a number of ranks that divides both"
+            )
+        sizes = shard_sizes(layout.num_tokens, world_size)
+        shares = [heads // world_size, kv_heads // world_size, kv_heads // world_size]
+        # One exchange for all three: every rank's share of query, key and value heads, side by side.
+        parts = [
+            states.reshape(len(states), world_size, share, states.shape[2])
+            for states, share in zip((query, key, value), shares, strict=True)
+        ]
+        mine_ThD = _tokens_for_heads(torch.cat(parts, dim=2), sizes, group)
+        my_query, my_key, my_value = torch.split(mine_ThD, shares, dim=1)
+        return _heads_for_tokens(kernel(my_query, my_key, my_value, layout, scores), sizes, group)
+
+    return sharded
+
+
+def _tokens_for_heads(states_tPhD: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """[t, P, h, D], entry p for rank p -> [T, h, D]."""
+    sent = [states_tPhD.shape[0]] * len(sizes)
+    rows = states_tPhD.transpose(0, 1).flatten(0, 1)
+    exchanged: Tensor = _Exchange.apply(rows, sent, sizes, group)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+def _heads_for_tokens(states_ThD: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """[T, h, D] -> [t, P * h, D]."""
+    tokens = sizes[group.rank()]
+    received: Tensor = _Exchange.apply(  # type: ignore[no-untyped-call]
+        states_ThD, sizes, [tokens] * len(sizes), group
+    )
+    return received.view(len(sizes), tokens, *states_ThD.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to every rank and from every rank; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.route = sent, received, group  # type: ignore[attr-defined]
+        return _all_to_all(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        sent, received, group = ctx.route  # type: ignore[attr-defined]
+        return _all_to_all(gradient, received, sent, group), None, None, None
+
+
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    output = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group)
+    return output

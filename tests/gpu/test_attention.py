@@ -1,0 +1,80 @@
+"""Every kernel that this GPU has against SDPA document by document; needs Ampere or newer."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.attention import PackedLayout, select_attention
+from learner.attention_kernels import (
+    FLASH_PACKAGES,
+    Backend,
+    Scores,
+    choose_backend,
+    installed_module,
+    sdpa_attention,
+    varlen_attention,
+)
+from tests.tiny_models import layout_of, micro_batch
+from tests.unit.test_attention import naive_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LENGTHS = (5, 1, 130, 2, 64, 333)
+NAMES = ["lambdapo_varlen", *(package.name for package in FLASH_PACKAGES)]
+
+
+def backend_of(name: str) -> Backend:
+    """The named backend; skips where the package is absent or does not run on this GPU."""
+    only = {package.module for package in FLASH_PACKAGES if package.name == name}
+    found = choose_backend(
+        torch.cuda.get_device_capability(), lambda module: installed_module(module) if module in only else None
+    )
+    if found.name != name:
+        pytest.skip(f"{name} is not installed or does not run on this GPU")
+    return found
+
+
+def states(kv_heads: int, size: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(sum(LENGTHS), heads, size) for heads in (8, kv_heads, kv_heads)]
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+
+
+@pytest.mark.parametrize("window", [None, 1, 17, 200])
+@pytest.mark.parametrize(("kv_heads", "size"), [(2, 64), (8, 64), (4, 128), (8, 32)])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_equal_sdpa_forward_and_gradient(name: str, kv_heads: int, size: int, window: int | None) -> None:
+    batch = micro_batch(LENGTHS)
+    layout, scores = PackedLayout(batch.cu_seqlens.cuda(), batch.max_seqlen), Scores(size**-0.5, window)
+    results = []
+    for kernel, dtype in ((backend_of(name).kernel, torch.bfloat16), (sdpa_attention, torch.float32)):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in states(kv_heads, size)]
+        output = kernel(*inputs, layout, scores)
+        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+        results.append([tensor.float() for tensor in (output, *gradients)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("name", [package.name for package in FLASH_PACKAGES])
+def test_soft_caps_equal_the_naive_formula(name: str) -> None:
+    batch, scores = micro_batch((9, 30)), Scores(1.0, 11, 2.0)
+    layout = PackedLayout(batch.cu_seqlens.cuda(), batch.max_seqlen)
+    results = []
+    for kernel, dtype in ((backend_of(name).kernel, torch.bfloat16), (naive_attention, torch.float32)):
+        inputs = [tensor[:39].to(dtype).requires_grad_() for tensor in states(2, 64)]
+        output = kernel(*inputs, layout, scores)
+        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+        results.append([tensor.float() for tensor in (output, *gradients)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_a_gpu_of_ampere_or_newer_takes_a_packed_kernel() -> None:
+    assert select_attention(torch.device("cuda")) in NAMES
+
+
+def test_the_layout_waits_for_no_gpu_on_the_packed_path() -> None:
+    layout = layout_of(micro_batch(LENGTHS).to(torch.device("cuda")))
+    varlen_attention(*states(8, 64), layout, Scores(0.125))
+    assert vars(layout).keys() == {"cu_seqlens", "max_seqlen"}
