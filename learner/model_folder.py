@@ -1,5 +1,7 @@
 """A model in Hugging Face's layout: where it lies on this machine, and its files beside the weights."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -7,8 +9,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lambdapo_async.errors import ConfigError
 
+CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COMPANION_PATTERNS = (
-    "config.json",
+    CONFIG_FILE,
     "generation_config.json",
     "tokenizer*",
     "vocab*",
@@ -20,6 +25,35 @@ COMPANION_PATTERNS = (
 """Everything but weights that loads a model or its tokenizer."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is read from."""
+
+    folder: Path
+    """Config, weights and companion files."""
+    adapter: Path | None
+    """Folder in peft's format whose LoRA adapters lie on those weights."""
+
+    @classmethod
+    def locate(cls, path: str, revision: str | None) -> "ModelSource":
+        """Find a model, or an adapter and the model that it was trained on.
+
+        Raises:
+            ConfigError: neither a folder nor a repo id that can be read.
+        """
+        folder = Path(path).expanduser()
+        # A folder with both is a whole model beside an adapter of somebody's: the model is what was asked for.
+        if (folder / CONFIG_FILE).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+            return cls(locate_model(path, revision), None)
+        base = json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
+        try:
+            return cls(locate_model(base, None), folder)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{folder} holds LoRA adapters of the model {base}, which must stay there: {error}"
+            ) from error
+
+
 def locate_model(path: str, revision: str | None) -> Path:
     """The model's local folder; a repo id is downloaded or taken from the cache.
 
@@ -27,7 +61,7 @@ def locate_model(path: str, revision: str | None) -> Path:
         ConfigError: neither a folder nor a repo id that can be read.
     """
     folder = Path(path).expanduser()
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG_FILE).is_file():
         return folder
     if folder.is_dir():
         raise ConfigError(f"model.path = {path!r} is a folder without config.json: give one in Hugging Face's format")

@@ -1,30 +1,31 @@
-"""The policy being trained: float32 master weights, its optimizer, and the views others need of it."""
+"""The policy being trained: a model, its optimizer, and the views that others need of it."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from lambdapo_async.config.learner import LearnerConfig
-from lambdapo_async.errors import CheckpointError, ConfigError
+from lambdapo_async.errors import ConfigError
 from lambdapo_async.packing import MicroBatch
-from learner.attention import select_attention
-from learner.logprobs import packed_logprobs
-from learner.model_folder import companion_files, locate_model
-from learner.packing_check import check_packing
+from learner.activations import offload_to_host
+from learner.flops import ModelFlops
+from learner.logprobs import LogprobModel
+from learner.lora import adapter_tensors, merged, save_adapter
+from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
+from learner.model_loading import autocast, load_model
+from learner.optimizer import MasterOptimizer
+from learner.router_loss import RouterLoss
 
-LossFn = Callable[[Tensor], Tensor]
-"""``logprobs_T`` [T] float32 with gradient -> scalar loss, divided by the denominator of the whole step."""
-
-OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW keeps per parameter."""
+LossFn = Callable[[Tensor, Tensor], Tensor]
+"""``logprobs_T`` and ``entropy_T``, both [T] float32 with gradient -> scalar loss, divided by the denominator of the
+whole step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,30 +48,31 @@ def pick_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 class Policy:
-    """A causal language model with AdamW on float32 masters; bfloat16 autocast on CUDA."""
+    """A causal language model with AdamW on float32 masters; bfloat16 autocast on CUDA.
+
+    With ``learner.lora`` adapters alone are trained; weights are then published merged and checkpoints hold the
+    adapters and the path of the model that they belong to.
+    """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        config: LearnerConfig,
-        temperature: float,
-        model_files: Mapping[str, bytes],
+        self, model: PreTrainedModel, *, source: ModelSource, config: LearnerConfig, temperature: float
     ) -> None:
-        self._model = model.eval()  # no dropout: log pi must be the distribution that is published
-        self._config = config
-        self._temperature = temperature
+        self._model = model
+        self._forward = LogprobModel(model, temperature=temperature)
+        self._source, self._config = source, config
         # Tied weights appear once, under the name that comes first in the model.
-        self._parameters = dict(model.named_parameters())
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
-        self.model_files = model_files
+        self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self._optimizer = MasterOptimizer(self._parameters, config)
+        self._router_loss = RouterLoss(model) if config.router_aux_coef else None
+        self._flops = ModelFlops.of(model)
+        self.model_files: Mapping[str, bytes] = companion_files(source.folder)
         """File name -> content of config, generation config and tokenizer."""
         self.num_updates = 0
         """Optimizer updates taken."""
         self.num_skipped = 0
         """Updates left out because the gradient was not finite."""
+        self.num_flops = 0.0
+        """Floating-point operations of all :meth:`backward` calls of this process (learner.flops)."""
 
     @classmethod
     def load(
@@ -82,29 +84,22 @@ class Policy:
         temperature: float,
         device: torch.device,
     ) -> Self:
-        """Load a folder or repo id in Hugging Face's format; its weights become float32.
+        """Load a folder or repo id in Hugging Face's format; what is trained becomes float32.
 
         Args:
-            path: local folder or repo id; ``Checkpoint.model_dir`` to resume.
+            path: local folder or repo id, a LoRA adapter's too; ``Checkpoint.model_dir`` to resume.
             temperature: ``sampling.temperature``: what the logits are divided by.
 
         Raises:
-            ConfigError: no such model, or one that cannot be trained on packed sequences.
+            ConfigError: no such model, one that does not fit into memory, or one that cannot be trained on packed
+                sequences.
         """
-        folder = locate_model(str(path), revision)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=select_attention(device)
-            ).to(device)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigError(f"model {folder} cannot be loaded: {error!s:.300}") from error
-        with _autocast(device):
-            check_packing(model.eval())
-        return cls(model, config=config, temperature=temperature, model_files=companion_files(folder))
+        source = ModelSource.locate(str(path), revision)
+        return cls(load_model(source, config, device), source=source, config=config, temperature=temperature)
 
     @property
     def device(self) -> torch.device:
-        """Where the masters live."""
+        """Where the model lives."""
         device: torch.device = self._model.device
         return device
 
@@ -127,23 +122,42 @@ class Policy:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update: linear warm-up from lr / warmup_steps, then constant."""
-        warmup = self._config.warmup_steps
-        return self._config.lr * min(1.0, (self.num_updates + 1) / warmup) if warmup else self._config.lr
+        """Learning rate of the next update: linear warm-up from lr / warmup_steps, then ``learner.lr_schedule``."""
+        config = self._config
+        if self.num_updates < config.warmup_steps:
+            return config.lr * (self.num_updates + 1) / config.warmup_steps
+        done = (self.num_updates - config.warmup_steps) / max(1, config.num_updates - config.warmup_steps)
+        match config.lr_schedule:
+            case "constant":
+                return config.lr
+            case "linear":
+                return config.lr * max(0.0, 1.0 - done)
+            case "cosine":
+                return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
     @torch.no_grad()
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """[T] float32 log pi of each token, 0 where there is no loss; without gradient."""
-        with _autocast(self.device):
-            logprobs_T, _ = packed_logprobs(self._model, micro_batch, temperature=self._temperature)
+        with autocast(self.device):
+            logprobs_T: Tensor = self._forward(micro_batch)[0]
         return logprobs_T
 
-    def backward(self, micro_batch: MicroBatch, loss_fn: LossFn) -> TokenStatistics:
-        """Add the gradient of ``loss_fn`` on one micro-batch, which lies on the policy's device."""
-        with _autocast(self.device):
-            logprobs_T, entropy_T = packed_logprobs(self._model, micro_batch, temperature=self._temperature)
-        torch.autograd.backward(loss_fn(logprobs_T))
-        return TokenStatistics(logprobs_T.detach(), entropy_T)
+    def backward(self, micro_batch: MicroBatch, loss_fn: LossFn, *, token_share: float = 1.0) -> TokenStatistics:
+        """Add the gradient of ``loss_fn`` on one micro-batch, which lies on the policy's device.
+
+        Args:
+            token_share: tokens of this micro-batch over those of the whole update, prompts included: what
+                ``router_aux_coef`` is multiplied with. Routers are balanced within each micro-batch, and micro-batches
+                count by their tokens, so the loss of an update does not grow with their number.
+        """
+        with autocast(self.device), offload_to_host(self._model, is_on=self._config.activation_offload):
+            logprobs_T, entropy_T = self._forward(micro_batch)
+        loss = loss_fn(logprobs_T, entropy_T)
+        if self._router_loss is not None:
+            loss = loss + self._config.router_aux_coef * token_share * self._router_loss.take()
+        torch.autograd.backward(loss)
+        self.num_flops += self._flops.training(micro_batch)
+        return TokenStatistics(logprobs_T.detach(), entropy_T.detach())
 
     def step(self) -> float:
         """Clip the accumulated gradient, update the masters, forget the gradient.
@@ -155,39 +169,57 @@ class Policy:
         """
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm))
         if math.isfinite(grad_norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.lr
-            self._optimizer.step()
+            self._optimizer.step(lr=self.lr)
             self.num_updates += 1
         else:
             self.num_skipped += 1
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         return grad_norm
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face name and float32 master of every parameter, tied ones once; not a copy."""
-        for name, parameter in self._parameters.items():
-            yield name, parameter.detach()
+        """Name and float32 master of every trained parameter, named as in :meth:`optimizer_state`; not a copy."""
+        for name, master in self._optimizer.masters.items():
+            yield name, master.detach()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name in a Hugging Face checkpoint and value of every parameter, one by one and tied ones once.
+
+        Adapters are merged into copies and stacked experts cut apart; other weights are not copied.
+        """
+        weights = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        lora = self._config.lora
+        for name, weight in merged(weights, scaling=lora.alpha / lora.rank if lora else 0.0):
+            yield from revert_weight_conversion(self._model, {name: weight}).items()
 
     def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face name and a contiguous bfloat16 copy on the CPU of every parameter, tied ones once."""
-        for name, master in self.named_masters():
-            yield name, master.to(torch.bfloat16).cpu().contiguous()
+        """:meth:`named_weights` as contiguous bfloat16 copies on the CPU."""
+        for name, weight in self.named_weights():
+            yield name, weight.to(torch.bfloat16, copy=True).cpu().contiguous()
+
+    def named_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """Name in peft's files and contiguous float32 copy on the CPU of every adapter; nothing without LoRA."""
+        for name, tensor in adapter_tensors(self._model.named_parameters()):
+            yield name, tensor.detach().to("cpu", copy=True).contiguous()
 
     def save_model(self, folder: Path) -> None:
-        """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and :meth:`load` read: float32 weights."""
-        self._model.save_pretrained(folder)
-        for name, content in self.model_files.items():
+        """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and :meth:`load` read.
+
+        It holds float32 weights; with LoRA the adapters alone and where the model lies that they belong to.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._config.lora is None:
+            self._model.save_pretrained(folder)
+            files = self.model_files
+        else:
+            save_adapter(folder, dict(self.named_adapter()), self._config.lora, base=self._source.folder)
+            # Beside config.json transformers would look for the model's weights here.
+            files = {name: content for name, content in self.model_files.items() if name != CONFIG_FILE}
+        for name, content in files.items():
             (folder / name).write_bytes(content)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """``moment:parameter`` -> tensor of everything AdamW remembers; empty before the first update."""
-        return {
-            f"{moment}:{name}": self._optimizer.state[parameter][moment]
-            for name, parameter in self._parameters.items()
-            if parameter in self._optimizer.state
-            for moment in OPTIMIZER_MOMENTS
-        }
+        return self._optimizer.state()
 
     def load_optimizer_state(self, moments: Mapping[str, Tensor], *, num_updates: int, num_skipped: int) -> None:
         """Go on from :meth:`optimizer_state` of a policy with the same parameters.
@@ -195,21 +227,5 @@ class Policy:
         Raises:
             CheckpointError: the moments are of another model.
         """
-        names = list(self._parameters)
-        expected = {f"{moment}:{name}" for name in names for moment in OPTIMIZER_MOMENTS} if moments else set()
-        if expected != set(moments):
-            odd = sorted(expected ^ set(moments))
-            raise CheckpointError(f"optimizer state is of another model: {len(odd)} names differ, first {odd[0]!r}")
-        state = {
-            index: {moment: moments[f"{moment}:{name}"] for moment in OPTIMIZER_MOMENTS}
-            for index, name in enumerate(names)
-            if moments
-        }
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+        self._optimizer.load_state(moments)
         self.num_updates, self.num_skipped = num_updates, num_skipped
-
-
-def _autocast(device: torch.device) -> AbstractContextManager[object]:
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16)

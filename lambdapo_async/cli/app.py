@@ -36,6 +36,12 @@ def actor(context: typer.Context) -> None:
     _become("actors", context.args)
 
 
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def export(context: typer.Context) -> None:
+    """Write a checkpoint as a Hugging Face model (= python -m learner.export)."""
+    _become("learner.export", context.args)
+
+
 @app.command()
 def demo(
     config_path: Annotated[

@@ -1,12 +1,23 @@
 """The learner's section: optimizer, memory and process."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from lambdapo_async.config.sections import Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv:2106.09685); without dropout, for log pi must be the distribution that is published."""
+
+    rank: PositiveInt = 16
+    """Columns of A and rows of B."""
+    alpha: PositiveFloat = 32.0
+    """The product B A is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ()
+    """Last name components of the linear layers that get an adapter; empty is all but the output layer."""
 
 
 class LearnerConfig(Section):
@@ -17,7 +28,9 @@ class LearnerConfig(Section):
     lr: PositiveFloat = 1e-6
     """AdamW's learning rate after warm-up."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up from lr / warmup_steps."""
+    """Updates of linear warm-up from lr / warmup_steps."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up; ``linear`` and ``cosine`` reach 0 at the end of the run."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's betas, each in [0, 1)."""
     weight_decay: float = Field(0.0, ge=0.0)
@@ -25,9 +38,23 @@ class LearnerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
     minibatches: PositiveInt = 1
-    """Optimizer updates per step's groups; above 1 the loss needs a trust region."""
+    """Optimizer updates per pass over a step's groups; above 1 the loss needs a trust region."""
+    epochs: PositiveInt = 1
+    """Passes over a step's groups."""
     micro_batch_tokens: PositiveInt = 16_384
     """Token budget of one forward and backward."""
+    lora: LoraConfig | None = None
+    """Train adapters only; None trains every weight."""
+    router_aux_coef: float = Field(0.0, ge=0.0)
+    """Weight of the load-balancing loss of a mixture of experts (arXiv:2101.03961); 0 leaves it out."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again in the backward pass."""
+    activation_offload: bool = False
+    """Keep those inputs in the host's memory; needs ``activation_checkpointing``."""
+    optimizer_offload: bool = False
+    """Keep masters and moments in the host's memory, where AdamW then runs."""
+    compile: bool = False
+    """Compile each layer with ``torch.compile``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is a device."""
     num_threads: PositiveInt | None = None
@@ -38,3 +65,16 @@ class LearnerConfig(Section):
     """Newest checkpoints kept."""
     data_timeout_s: PositiveFloat = 600.0
     """The learner stops with an error after this long without a group."""
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.num_steps * self.minibatches * self.epochs
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.activation_offload and not self.activation_checkpointing:
+            raise ValueError(
+                "activation_offload moves what activation_checkpointing keeps: set activation_checkpointing = true, too"
+            )
+        return self

@@ -1,8 +1,11 @@
+import json
+import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +23,7 @@ def load(folder: Path, **config: object) -> Policy:
     return Policy.load(folder, revision=None, config=settings, temperature=1.0, device=CPU)
 
 
-def negative_likelihood(logprobs_T: Tensor) -> Tensor:
+def negative_likelihood(logprobs_T: Tensor, _: Tensor) -> Tensor:
     return -logprobs_T.sum() / 20
 
 
@@ -79,7 +82,7 @@ def test_clipping_scales_the_gradient_and_reports_the_norm_before_it(folder: Pat
 def test_nothing_is_trained_on_a_gradient_that_is_not_finite(folder: Path, poison: float) -> None:
     policy = load(folder)
     before = weights(policy)
-    policy.backward(BATCH, lambda logprobs_T: logprobs_T.sum() * poison)
+    policy.backward(BATCH, lambda logprobs_T, _: logprobs_T.sum() * poison)
     assert not math.isfinite(policy.step())
     assert (policy.num_updates, policy.num_skipped) == (0, 1)
     torch.testing.assert_close(weights(policy), before, rtol=0, atol=0)
@@ -171,3 +174,92 @@ def test_pick_device() -> None:
         assert pick_device("auto") == CPU
         with pytest.raises(ConfigError, match="no CUDA device"):
             pick_device("cuda")
+
+
+OPTIONS = [
+    {"activation_checkpointing": True},
+    {"activation_checkpointing": True, "activation_offload": True},
+    {"optimizer_offload": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options))
+def test_what_saves_memory_changes_no_number(folder: Path, options: dict[str, bool]) -> None:
+    plain, saving = load(folder), load(folder, **options)
+    for policy in (plain, saving):
+        for _ in range(3):
+            policy.backward(BATCH, negative_likelihood)
+            policy.step()
+    torch.testing.assert_close(weights(saving), weights(plain), rtol=0, atol=0)
+    torch.testing.assert_close(saving.optimizer_state(), plain.optimizer_state(), rtol=0, atol=0)
+
+
+def test_the_optimizers_state_moves_between_host_and_device(folder: Path, tmp_path: Path) -> None:
+    first = load(folder)
+    first.backward(BATCH, negative_likelihood)
+    first.step()
+    first.save_model(tmp_path / "saved")
+    second = load(tmp_path / "saved", optimizer_offload=True)
+    moments = {name: tensor.clone() for name, tensor in first.optimizer_state().items()}
+    second.load_optimizer_state(moments, num_updates=1, num_skipped=0)
+    for policy in (first, second):
+        policy.backward(BATCH, negative_likelihood)
+        policy.step()
+    torch.testing.assert_close(weights(second), weights(first), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]), ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447, 0.0])],
+)
+def test_learning_rate_falls_to_zero_at_the_end_of_the_run(folder: Path, schedule: str, expected: list[float]) -> None:
+    policy = load(folder, lr=1.0, lr_schedule=schedule, warmup_steps=2, num_steps=3, minibatches=2)
+    seen = []
+    for policy.num_updates in range(7):
+        seen.append(policy.lr)
+    assert seen == pytest.approx(expected, abs=1e-6)
+
+
+def test_weights_that_are_not_the_configs_are_named_with_their_shapes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(
+        ConfigError, match=r"6 differ: model\.layers\.0\.mlp\.down_proj\.weight is \[32, 48\] .* \[32, 40\]"
+    ):
+        load(folder)
+
+
+def test_missing_weights_are_named(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight is missing"):
+        load(folder)
+
+
+def test_the_plan_is_logged_before_the_weights_are_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "model.safetensors").unlink()
+    with caplog.at_level(logging.INFO), pytest.raises(ConfigError, match="cannot be loaded"):
+        load(folder)
+    assert "memory plan: weights" in caplog.text
+
+
+def test_flops_are_counted_over_backward_passes(folder: Path) -> None:
+    policy = load(folder)
+    policy.backward(BATCH, negative_likelihood)
+    once = policy.num_flops
+    policy.backward(BATCH, negative_likelihood)
+    assert policy.num_flops == 2 * once > 0
+
+
+def test_masters_are_named_as_their_moments(folder: Path) -> None:
+    policy = load(folder)
+    policy.backward(BATCH, negative_likelihood)
+    policy.step()
+    names = {name.split(":")[1] for name in policy.optimizer_state()}
+    assert names == set(weights(policy)) == set(dict(policy.named_weights()))
+
+
+def test_compiling_renames_nothing(folder: Path) -> None:
+    assert set(weights(load(folder, compile=True))) == set(weights(load(folder)))

@@ -1,0 +1,99 @@
+"""Floating-point operations of training, and the share of the device's peak that they reach (MFU).
+
+Counted are the multiplications and additions that the model needs (PaLM, arXiv:2204.02311, appendix B): a matrix of N
+elements costs 2 N per token forward, 2 N for the gradient of its input and 2 N for its own, if it is trained; causal
+attention costs half of the full square. What activation checkpointing computes twice counts once.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lambdapo_async.packing import MicroBatch
+
+PEAK_BF16 = (
+    ("B200", 2250e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L4", 121e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+"""Part of the device's name -> dense bfloat16 FLOP/s of the vendor's data sheet; the first match counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlops:
+    """What a model multiplies with; an expert counts by its share of the tokens."""
+
+    body: float
+    """Matrix elements applied to every token."""
+    trained_body: float
+    """Those of them that are trained."""
+    head: int
+    """Elements of the output layer, which sees the loss tokens alone."""
+    trained_head: int
+    attention: int
+    """Layers x query heads x head size."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """Count a model with its adapters, on any device."""
+        text = model.config.get_text_config()
+        matrices = {name: parameter for name, parameter in _body(model).items() if parameter.ndim >= 2}
+        active = {name: parameter.numel() * expert_share(model, name) for name, parameter in matrices.items()}
+        head = model.get_output_embeddings().weight
+        heads = text.num_attention_heads
+        head_dim = text.to_dict().get("head_dim") or text.hidden_size // heads
+        return cls(
+            body=sum(active.values()),
+            trained_body=sum(active[name] for name, parameter in matrices.items() if parameter.requires_grad),
+            head=head.numel(),
+            trained_head=head.numel() if head.requires_grad else 0,
+            attention=text.num_hidden_layers * heads * head_dim,
+        )
+
+    def training(self, micro_batch: MicroBatch) -> float:
+        """Of one forward and backward pass."""
+        num_tokens, num_loss_tokens = len(micro_batch.input_ids_T), int(micro_batch.loss_mask_T.sum())
+        squares = int(micro_batch.cu_seqlens.long().diff().square().sum())
+        return (
+            (4.0 * self.body + 2.0 * self.trained_body) * num_tokens
+            + (4.0 * self.head + 2.0 * self.trained_head) * num_loss_tokens
+            + 12.0 * self.attention * squares / 2
+        )
+
+
+def expert_share(model: PreTrainedModel, name: str) -> float:
+    """Share of the tokens that a parameter of the model sees: experts are stacked as [experts, out, in]."""
+    if ".experts." not in name:
+        return 1.0
+    share: float = model.config.get_text_config().num_experts_per_tok / model.get_parameter(name).shape[0]
+    return share
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, None when it is not in the table."""
+    return next((peak for part, peak in PEAK_BF16 if part in device_name), None)
+
+
+def utilisation(flops: float, seconds: float, device: torch.device) -> float | None:
+    """MFU: share of the device's peak; None on a CPU or a device without an entry."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if peak is None else flops / seconds / peak
+
+
+def _body(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Every parameter but embeddings and output layer."""
+    outside = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in outside}

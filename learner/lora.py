@@ -1,0 +1,156 @@
+"""LoRA adapters (arXiv:2106.09685) through peft: only they are trained, W + (alpha / rank) B A is published."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lambdapo_async.config.learner import LoraConfig
+from lambdapo_async.errors import CheckpointError, ConfigError
+from learner.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+PREFIX = "base_model.model."
+"""What peft's files put before a parameter's name."""
+_BASE = ".base_layer"
+
+
+def target_linears(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Linear]:
+    """Name -> layer of the linear layers that get an adapter.
+
+    Raises:
+        ConfigError: a target names no linear layer of the model.
+    """
+    head = model.get_output_embeddings()
+    linears = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
+    }
+    found = {_last(name) for name in linears}
+    if unknown := set(lora.target_modules) - found:
+        raise ConfigError(
+            f"learner.lora.target_modules names {', '.join(sorted(unknown))}, but the linear layers of "
+            f"{type(model).__name__} are {', '.join(sorted(found))} (the output layer takes no adapter)"
+        )
+    targets = set(lora.target_modules) or found
+    return {name: layer for name, layer in linears.items() if _last(name) in targets}
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Freeze the model's weights and put fresh float32 adapters beside them, in place; B = 0 changes no output.
+
+    Raises:
+        ConfigError: peft is not installed, or a target names no linear layer.
+    """
+    targets = sorted({_last(name) for name in target_linears(model, lora)})
+    try:
+        import peft  # takes seconds and is needed by few
+    except ImportError as error:
+        raise ConfigError(f"learner.lora needs peft: pip install 'lambdapo-async[lora]' ({error})") from error
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+    peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_adapter(name))
+        if _is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def adapter_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The adapters among a model's parameters, under the names of peft's files."""
+    for name, tensor in named:
+        if _is_adapter(name):
+            yield PREFIX + name.replace(f".{ADAPTER}.", "."), tensor
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, *, base: Path) -> None:
+    """Write adapters of the model in ``base`` as peft, transformers and vLLM read them.
+
+    Args:
+        tensors: from :func:`adapter_tensors`.
+    """
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.resolve()),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted({name.rsplit(".", 3)[-3] for name in tensors}),
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    save_file(dict(tensors), folder / ADAPTER_WEIGHTS)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Fill a model's adapters, made by :func:`add_adapters`, from a folder of :func:`save_adapter`.
+
+    Raises:
+        CheckpointError: they are of another shape or other layers.
+    """
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    own = dict(adapter_tensors((name, parameter.data) for name, parameter in model.named_parameters()))
+    odd = sorted(name for name in saved.keys() | own.keys() if _shape(saved, name) != _shape(own, name))
+    if odd:
+        raise CheckpointError(
+            f"{folder}: {len(odd)} adapters differ from learner.lora, first {odd[0]}: "
+            f"{_shape(saved, odd[0])} saved, {_shape(own, odd[0])} configured"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def merged(named: Mapping[str, Tensor], *, scaling: float) -> Iterator[tuple[str, Tensor]]:
+    """The weights that the adapters amount to, under the names of the model without adapters.
+
+    Args:
+        named: parameters of a model with adapters, or without: these come out as they are.
+        scaling: alpha / rank.
+    """
+    for name, tensor in named.items():
+        if _is_adapter(name):
+            continue
+        layer, base, kind = name.rpartition(f"{_BASE}.")
+        if not base:
+            yield name, tensor
+        elif kind == "weight":
+            down, up = (named[f"{layer}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
+            yield f"{layer}.weight", add_product(tensor, down, up, scaling=scaling)
+        else:
+            yield f"{layer}.{kind}", tensor
+
+
+def merge_folder(model: PreTrainedModel, folder: Path) -> None:
+    """Add the adapters in ``folder`` to the weights of a model without adapters, in place."""
+    settings = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    for name, down in saved.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        up = saved[name.replace(".lora_A.", ".lora_B.")]
+        weight = model.get_parameter(f"{layer}.weight").data
+        weight.copy_(add_product(weight, down, up, scaling=settings["lora_alpha"] / settings["r"]))
+
+
+@torch.no_grad()
+def add_product(weight: Tensor, down: Tensor, up: Tensor, *, scaling: float) -> Tensor:
+    """W + scaling * B A, float32, with ``down`` = A [rank, in] and ``up`` = B [out, rank]."""
+    return weight.float() + scaling * (up.float() @ down.float())
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None

@@ -1,0 +1,170 @@
+"""What training will need of the device's memory, told before the weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lambdapo_async.config.learner import LearnerConfig
+from lambdapo_async.errors import ConfigError
+from learner.flops import expert_share
+from learner.lora import target_linears
+from learner.projection import CHUNK_LOGITS
+
+GIB = 2**30
+FLOAT32, BFLOAT16 = 4, 2
+LOGIT_BUFFERS = 3
+"""Logits, probabilities and gradient of one chunk."""
+END_BUFFERS = 4
+"""Hidden states kept behind the last layer: its output, the norm's two, the output layer's input."""
+_MEMINFO = Path("/proc/meminfo")
+
+DeviceKind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by purpose, at the fullest moment: the start of the first backward pass after an update."""
+
+    weights: int
+    """Trained ones in float32; with LoRA the frozen ones in the compute type."""
+    compute_copy: int
+    """bfloat16 copy of float32 matrices that autocast makes."""
+    gradients: int
+    optimizer: int
+    """AdamW's two moments, with ``optimizer_offload`` masters and gradients too."""
+    activations: int
+    """What autograd keeps of ``micro_batch_tokens`` tokens; an estimate."""
+    recomputed: int
+    """One layer's activations, computed again in the backward pass."""
+    logits: int
+    """One chunk of the output layer."""
+    optimizer_on_host: bool
+    activations_on_host: bool
+
+    @property
+    def host(self) -> int:
+        """Bytes that an offload moves to the host's memory."""
+        return self.optimizer * self.optimizer_on_host + self.activations * self.activations_on_host
+
+    @property
+    def device(self) -> int:
+        """Bytes that stay on the device."""
+        return self._total - self.host
+
+    @property
+    def _total(self) -> int:
+        states = self.weights + self.compute_copy + self.gradients + self.optimizer
+        return states + self.activations + self.recomputed + self.logits
+
+    def describe(self) -> str:
+        """One line for the log."""
+        parts = {
+            "weights": self.weights,
+            "bfloat16 copy": self.compute_copy,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "recomputed": self.recomputed,
+            "logits": self.logits,
+        }
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+        moved = f", {self.host / GIB:.2f} of it in the host's memory" if self.host else ""
+        return f"{listed}: {self._total / GIB:.2f} GiB{moved}"
+
+
+def read_shape(folder: Path) -> PreTrainedModel:
+    """The model of a folder without memory for its weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return model
+
+
+def plan_memory(model: PreTrainedModel, learner: LearnerConfig, device: DeviceKind) -> MemoryPlan:
+    """Add up what training a model needs.
+
+    Args:
+        model: on any device, without adapters.
+        device: on ``cuda`` matrices are computed in bfloat16.
+    """
+    compute = BFLOAT16 if device == "cuda" else FLOAT32
+    num_weights, num_matrix = _count(model)
+    if learner.lora is None:
+        num_trained, weights = num_weights, num_weights * FLOAT32
+        compute_copy = num_matrix * BFLOAT16 if device == "cuda" else 0
+    else:
+        targets = target_linears(model, learner.lora).values()
+        num_trained = sum(learner.lora.rank * (layer.in_features + layer.out_features) for layer in targets)
+        weights, compute_copy = num_weights * compute + num_trained * FLOAT32, 0
+    all_layers = _activation_bytes_per_token(model, compute) * learner.micro_batch_tokens
+    text = model.config.get_text_config()
+    inputs = (text.num_hidden_layers + END_BUFFERS) * text.hidden_size * FLOAT32 * learner.micro_batch_tokens
+    num_logits = min(learner.micro_batch_tokens * text.vocab_size, CHUNK_LOGITS[device])
+    return MemoryPlan(
+        weights=weights,
+        compute_copy=compute_copy,
+        gradients=num_trained * FLOAT32,
+        optimizer=num_trained * FLOAT32 * (4 if learner.optimizer_offload else 2),
+        activations=inputs if learner.activation_checkpointing else all_layers,
+        recomputed=all_layers // text.num_hidden_layers if learner.activation_checkpointing else 0,
+        logits=num_logits * FLOAT32 * LOGIT_BUFFERS,
+        optimizer_on_host=learner.optimizer_offload,
+        activations_on_host=learner.activation_offload,
+    )
+
+
+def check_fits(plan: MemoryPlan, device: DeviceKind, *, device_free: int | None, host_free: int | None) -> None:
+    """Compare a plan with the memory that is free; None is not known and not compared.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    if device == "cpu":
+        _check(plan.device + plan.host, host_free, "memory", plan)
+        return
+    _check(plan.device, device_free, "GPU memory", plan)
+    _check(plan.host, host_free, "host memory", plan)
+
+
+def free_memory(device: DeviceKind) -> int | None:
+    """Bytes that can still be taken; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if not _MEMINFO.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _check(needed: int, free: int | None, kind: str, plan: MemoryPlan) -> None:
+    if free is None or needed <= free:
+        return
+    raise ConfigError(
+        f"training needs {needed / GIB:.2f} GiB of {kind}, of which {free / GIB:.2f} GiB are free "
+        f"({plan.describe()}): lower learner.micro_batch_tokens, or set learner.activation_checkpointing, "
+        "learner.optimizer_offload or learner.lora"
+    )
+
+
+def _count(model: nn.Module) -> tuple[int, int]:
+    """Parameters, and those of them in matrices; tied ones count once."""
+    sizes = [(parameter.numel(), parameter.ndim) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, ndim in sizes if ndim >= 2)
+
+
+def _activation_bytes_per_token(model: PreTrainedModel, compute: int) -> int:
+    """What autograd keeps per token: each matrix its input and output, each norm its input twice in float32."""
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in embeddings:
+            continue
+        if parameter.ndim == 1:
+            total += 2 * FLOAT32 * parameter.numel()
+        else:
+            uses = expert_share(model, name) * (parameter.shape[0] if parameter.ndim == 3 else 1)
+            total += compute * uses * (parameter.shape[-2] + parameter.shape[-1])
+    return int(total)

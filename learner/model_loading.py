@@ -1,0 +1,110 @@
+"""From a folder to a model that is ready to be trained: planned, read, checked, prepared."""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lambdapo_async.config.learner import LearnerConfig
+from lambdapo_async.errors import ConfigError
+from learner.activations import enable_checkpointing
+from learner.attention import select_attention
+from learner.lora import add_adapters, load_adapter
+from learner.memory_plan import DeviceKind, check_fits, free_memory, plan_memory, read_shape
+from learner.model_folder import ModelSource
+from learner.packing_check import check_packing
+
+logger = logging.getLogger(__name__)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 for matrices on a GPU; a CPU computes in float32."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.autocast("cuda", torch.bfloat16)
+
+
+def load_model(source: ModelSource, config: LearnerConfig, device: torch.device) -> PreTrainedModel:
+    """Read, check and prepare a model; its memory plan is logged first.
+
+    Raises:
+        ConfigError: it cannot be read, does not fit into memory, or cannot be trained as configured.
+    """
+    if source.adapter is not None and config.lora is None:
+        raise ConfigError(f"{source.adapter} holds LoRA adapters: set learner.lora to go on with them")
+    _check_memory(source, config, device)
+    # Frozen weights are read as they are computed with: a master is for what small updates must not get lost in.
+    frozen_on_gpu = config.lora is not None and device.type == "cuda"
+    model = _read(source, torch.bfloat16 if frozen_on_gpu else torch.float32, device)
+    with autocast(device):
+        check_packing(model.eval())
+        _prepare(model, source, config)
+    return model
+
+
+def _check_memory(source: ModelSource, config: LearnerConfig, device: torch.device) -> None:
+    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+    plan = plan_memory(_described(source), config, kind)
+    logger.info("memory plan: %s", plan.describe())
+    check_fits(plan, kind, device_free=free_memory(kind), host_free=free_memory("cpu"))
+
+
+def _described(source: ModelSource) -> PreTrainedModel:
+    try:
+        return read_shape(source.folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {source.folder} cannot be loaded: {error!s:.300}") from error
+
+
+def _read(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            attn_implementation=select_attention(device),
+            ignore_mismatched_sizes=True,  # refused below, with names
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"model {source.folder} cannot be loaded: {error!s:.300}") from error
+    problems = [
+        f"{name} is {list(saved)} in the file and {list(expected)} in config.json"
+        for name, saved, expected in sorted(report["mismatched_keys"])
+    ] + [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    if problems:
+        raise ConfigError(
+            f"the weights of {source.folder} are not those of its config.json, {len(problems)} differ: "
+            f"{'; '.join(problems[:3])}"
+        )
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+def _prepare(model: PreTrainedModel, source: ModelSource, config: LearnerConfig) -> None:
+    """Everything that changes how a whole, checked model is trained; what shards it comes after."""
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+        if source.adapter is not None:
+            load_adapter(model, source.adapter)
+    if config.activation_checkpointing:
+        enable_checkpointing(model)
+    if config.compile:
+        compile_layers(model)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer in place; one graph serves all layers, and no parameter is renamed.
+
+    A second length of the token axis makes that axis symbolic: it compiles twice in all.
+
+    Raises:
+        ConfigError: the model does not say what its layers are.
+    """
+    names = model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} names no layers that could be compiled: set learner.compile = false")
+    for layer in layers:
+        layer.compile()

@@ -1,0 +1,105 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from lambdapo_async.config.learner import LearnerConfig
+from lambdapo_async.errors import ConfigError
+from learner.activations import enable_checkpointing
+from learner.memory_plan import GIB, MemoryPlan, check_fits, free_memory, plan_memory, read_shape
+from learner.policy import Policy
+from tests.tiny_models import micro_batch, tiny_model, tiny_model_folder
+from tests.unit.test_activations import BATCH, saved_bytes
+
+NUM_TOKENS = len(BATCH.input_ids_T)
+CPU = torch.device("cpu")
+
+
+def config(**changes: object) -> LearnerConfig:
+    return LearnerConfig.model_validate({"micro_batch_tokens": NUM_TOKENS, **changes})
+
+
+def test_states_are_those_of_a_policy_that_took_an_update(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path)
+    policy = Policy.load(folder, revision=None, config=config(), temperature=1.0, device=CPU)
+    batch = micro_batch((9, 12))
+    policy.backward(batch, lambda logprobs_T, _: -logprobs_T.sum())
+    policy.step()
+    plan = plan_memory(read_shape(folder), config(), "cpu")
+    measured = sum(tensor.nbytes for _, tensor in policy.named_masters())
+    moments = sum(tensor.nbytes for name, tensor in policy.optimizer_state().items() if "step" not in name)
+    assert (plan.weights, plan.gradients, plan.optimizer) == (measured, measured, moments)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_activations_are_within_a_factor_of_two(architecture, is_checkpointed) -> None:
+    model = tiny_model(architecture, hidden_size=64, intermediate_size=192, num_hidden_layers=3, head_dim=16)
+    if is_checkpointed:
+        enable_checkpointing(model)
+    plan = plan_memory(model, config(activation_checkpointing=is_checkpointed), "cpu")
+    assert plan.activations / 2 < saved_bytes(model) < plan.activations * 2
+
+
+def test_every_option_takes_memory_from_where_it_says() -> None:
+    model = tiny_model()
+    plain = plan_memory(model, config(), "cuda")
+    checkpointed = plan_memory(model, config(activation_checkpointing=True), "cuda")
+    offloaded = plan_memory(model, config(activation_checkpointing=True, activation_offload=True), "cuda")
+    on_host = plan_memory(model, config(optimizer_offload=True), "cuda")
+    adapters = plan_memory(model, config(lora={"rank": 2}), "cuda")
+    assert checkpointed.activations + checkpointed.recomputed < plain.activations
+    assert (offloaded.host, plain.host) == (checkpointed.activations, 0)
+    assert plain.device - on_host.device == plain.optimizer
+    assert on_host.host == 4 * plain.weights
+    assert adapters.gradients < plain.gradients / 4
+    assert adapters.compute_copy == 0 < plain.compute_copy
+
+
+def test_an_8b_model_has_the_sizes_one_computes_by_hand() -> None:
+    shape = Qwen3Config(
+        vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    plan = plan_memory(model, LearnerConfig(micro_batch_tokens=8192, activation_checkpointing=True), "cuda")
+    assert plan.weights == 4 * 8_190_735_360
+    assert plan.activations == (36 + 4) * 4096 * 4 * 8192
+    assert plan.device / GIB == pytest.approx(150, rel=0.1)
+
+
+PLAN = MemoryPlan(
+    weights=4 * GIB, compute_copy=2 * GIB, gradients=4 * GIB, optimizer=8 * GIB, activations=GIB, recomputed=0,
+    logits=GIB, optimizer_on_host=False, activations_on_host=False,
+)  # fmt: skip
+
+
+def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out() -> None:
+    check_fits(PLAN, "cuda", device_free=20 * GIB, host_free=0)
+    with pytest.raises(
+        ConfigError, match=r"needs 20\.00 GiB of GPU memory, of which 19\.00 GiB .* optimizer 8\.00.* lower"
+    ):
+        check_fits(PLAN, "cuda", device_free=19 * GIB, host_free=None)
+    offloaded = replace(PLAN, optimizer_on_host=True)
+    check_fits(offloaded, "cuda", device_free=12 * GIB, host_free=8 * GIB)
+    with pytest.raises(ConfigError, match=r"needs 8\.00 GiB of host memory"):
+        check_fits(offloaded, "cuda", device_free=12 * GIB, host_free=7 * GIB)
+    with pytest.raises(ConfigError, match=r"needs 20\.00 GiB of memory"):
+        check_fits(offloaded, "cpu", device_free=None, host_free=19 * GIB)
+    check_fits(PLAN, "cpu", device_free=None, host_free=None)
+
+
+def test_a_policy_that_does_not_fit_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    huge = config(micro_batch_tokens=10**12)
+    with pytest.raises(ConfigError, match=r"training needs .* GiB of memory"):
+        Policy.load(folder, revision=None, config=huge, temperature=1.0, device=CPU)
+
+
+def test_free_memory_is_plausible() -> None:
+    free = free_memory("cpu")
+    assert free is None or 2**26 < free < 2**46

@@ -1,0 +1,132 @@
+"""Mixtures of experts of transformers train like any model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig, set_seed
+
+from lambdapo_async.config.learner import LearnerConfig
+from lambdapo_async.errors import ConfigError
+from learner.attention import select_attention
+from learner.flops import ModelFlops
+from learner.memory_plan import plan_memory, read_shape
+from learner.policy import Policy
+from learner.router_loss import balance_loss
+from tests.tiny_models import SIZES, tiny_model_folder
+from tests.unit.test_activations import BATCH, saved_bytes
+
+CPU = torch.device("cpu")
+NUM_EXPERTS, TOP_K = 4, 2
+CONFIGS = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, moe_intermediate_size=24
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **{**SIZES, "intermediate_size": 24}, num_local_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param](), attn_implementation=select_attention(CPU))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load(folder: Path, **changes: object) -> Policy:
+    config = LearnerConfig.model_validate({"lr": 1e-3, **changes})
+    return Policy.load(folder, revision=None, config=config, temperature=1.0, device=CPU)
+
+
+def gradient_moments(policy: Policy, scale: float = 0.05) -> dict[str, torch.Tensor]:
+    policy.backward(BATCH, lambda logprobs_T, _: -logprobs_T.sum() * scale)
+    policy.step()
+    return {name: tensor for name, tensor in policy.optimizer_state().items() if name.startswith("exp_avg:")}
+
+
+def test_gradient_reaches_routers_and_every_expert(folder: Path) -> None:
+    moments = gradient_moments(load(folder))
+    routers = [tensor for name, tensor in moments.items() if "mlp.gate.weight" in name]
+    experts = [tensor for name, tensor in moments.items() if ".experts." in name]
+    assert (len(routers), len(experts)) == (2, 4)
+    for stacked in (*routers, *experts):
+        assert (stacked.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_checkpointing_changes_no_number(folder: Path) -> None:
+    options = {"router_aux_coef": 0.1}
+    plain = gradient_moments(load(folder, **options))
+    saving = gradient_moments(load(folder, **options, activation_checkpointing=True))
+    torch.testing.assert_close(saving, plain)
+
+
+def test_published_names_and_values_are_those_of_the_file(folder: Path) -> None:
+    saved = load_file(folder / "model.safetensors")
+    published = dict(load(folder).named_weights())
+    assert any("experts.3." in name for name in published)
+    torch.testing.assert_close(published, saved, rtol=0, atol=0)
+
+
+def test_experts_count_by_the_tokens_they_see(folder: Path) -> None:
+    model = read_shape(folder)
+    dense = 2 * (32 * (32 + 2 * 16) + 32 * 32)
+    routers = 2 * NUM_EXPERTS * 32
+    assert ModelFlops.of(model).body == dense + routers + 2 * TOP_K * 3 * 32 * 24
+
+
+def test_planned_activations_are_within_a_factor_of_two(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=select_attention(CPU))
+    plan = plan_memory(model, LearnerConfig(micro_batch_tokens=len(BATCH.input_ids_T)), "cpu")
+    assert plan.activations / 2 < saved_bytes(model.eval()) < plan.activations * 2
+
+
+def test_balance_loss_is_the_papers(folder: Path) -> None:
+    logits_TX = torch.randn(7, NUM_EXPERTS, generator=torch.Generator().manual_seed(1)).tolist()
+    share, probability = [0.0] * NUM_EXPERTS, [0.0] * NUM_EXPERTS
+    for row in logits_TX:
+        total = sum(torch.tensor(row).exp().tolist())
+        for expert in sorted(range(NUM_EXPERTS), key=lambda x: -row[x])[:TOP_K]:
+            share[expert] += 1 / (7 * TOP_K)
+        for expert in range(NUM_EXPERTS):
+            probability[expert] += float(torch.tensor(row[expert]).exp()) / total / 7
+    expected = NUM_EXPERTS * sum(f * p for f, p in zip(share, probability, strict=True))
+    assert float(balance_loss([torch.tensor(logits_TX)], top_k=TOP_K)) == pytest.approx(expected, rel=1e-5)
+    assert float(balance_loss([torch.zeros(8, 4)], top_k=4)) == pytest.approx(1.0)
+
+
+def test_the_auxiliary_loss_alone_evens_the_routers_out(folder: Path) -> None:
+    policy = load(folder, router_aux_coef=1.0, lr=1e-2)
+    gate = "exp_avg:model.layers.0.mlp.gate.weight"
+    assert gradient_moments(policy, scale=0.0)[gate].abs().max() > 0
+    assert not gradient_moments(load(folder), scale=0.0)[gate].any()
+
+
+def test_micro_batches_count_by_their_share_of_the_tokens(folder: Path) -> None:
+    whole, halves = (load(folder, router_aux_coef=1.0, max_grad_norm=1e9) for _ in range(2))
+    whole.backward(BATCH, lambda logprobs_T, _: logprobs_T.sum() * 0)
+    for _ in range(2):
+        halves.backward(BATCH, lambda logprobs_T, _: logprobs_T.sum() * 0, token_share=0.5)
+    assert halves.step() == pytest.approx(whole.step(), rel=1e-5)
+
+
+def test_a_dense_model_has_no_routers_to_balance(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a mixture of experts"):
+        load(tiny_model_folder(tmp_path), router_aux_coef=0.1)
+
+
+def test_attention_takes_adapters_beside_experts(folder: Path) -> None:
+    pytest.importorskip("peft")
+    policy = load(folder, lora={"rank": 2})
+    before = policy.logprobs(BATCH).sum()
+    for _ in range(3):
+        policy.backward(BATCH, lambda logprobs_T, _: -logprobs_T.sum() * 0.05)
+        policy.step()
+    assert policy.logprobs(BATCH).sum() > before
+    assert set(dict(policy.named_weights())) == set(load_file(folder / "model.safetensors"))
