@@ -12,6 +12,7 @@ LambdaPOError
 │   └── RunNotFoundError  this Redis holds no such run, or one of another schema
 ├── WeightsError          a weight version that is missing, damaged or of another model
 ├── CheckpointError       a checkpoint that is missing or damaged
+├── RankLostError         another process of the same learner died or does not answer
 └── EngineError           the inference engine died or refused a request
 """
 
@@ -62,6 +63,10 @@ class WeightsError(LambdaPOError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing or damaged."""
+
+
+class RankLostError(LambdaPOError):
+    """Another process (rank) of the same learner died or does not answer; all of them must stop."""
 
 
 class EngineError(LambdaPOError):

@@ -2,19 +2,24 @@
 
 checkpoints/fence-3                        won by the third learner (learner.fence)
 checkpoints/step-00000040.fence-3.save-2/  complete, for it got its name by a rename
-    model/            float32 weights, config and tokenizer: AutoModelForCausalLM.from_pretrained reads it
-    state.json        counters, watermarks, random state
-    tensors.safetensors   AdamW's moments, random state
-    manifest.json     file -> bytes and xxh3_128; damage of any file is found before it is used
+    model/              float32 weights, config and tokenizer: AutoModelForCausalLM.from_pretrained reads it
+    optimizer/          AdamW's moments in slices, one set of files per rank (learner.moments)
+    random.safetensors  random state of rank 0; the other ranks draw nothing
+    state.json          counters, watermarks, the rest of the random state
+    manifest.json       file -> bytes and xxh3_128; damage of any file is found before it is used
+
+With several ranks all write into the same partial folder, on storage that they share; rank 0 alone holds the fence,
+and gives the folder its name once every rank has written. Any number of ranks resumes.
 """
 
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
@@ -22,9 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lambdapo_async.errors import CheckpointError
+from learner.crew import Crew
 from learner.durable import sync, sync_tree
 from learner.fence import check_owner, take_fence
-from learner.policy import Policy
+from learner.moments import read_moments, write_moments
+from learner.parallel import ALONE, Ranks
 from learner.rng import RandomState
 
 logger = logging.getLogger(__name__)
@@ -53,16 +60,26 @@ class LearnerState(BaseModel):
 
 
 class Saveable(Protocol):
-    """What a checkpoint takes from the learner's ``Policy``."""
+    """What a checkpoint takes from the learner's ``Policy``; every rank calls every method."""
 
     num_updates: int
     num_skipped: int
 
     def save_model(self, folder: Path) -> None:
-        """Write a Hugging Face folder."""
+        """Write a Hugging Face folder, on rank 0."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Name -> tensor of what the optimizer remembers."""
+        """``moment:parameter`` -> tensor, or this rank's slice, of what the optimizer remembers."""
+
+
+class Restorable(Protocol):
+    """What a checkpoint gives back to the learner's ``Policy``."""
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and master of every parameter, sliced as its moments are to be."""
+
+    def load_optimizer_state(self, moments: Mapping[str, Tensor], *, num_updates: int, num_skipped: int) -> None:
+        """Go on from what :meth:`Saveable.optimizer_state` said."""
 
 
 class _SavedState(BaseModel):
@@ -101,26 +118,40 @@ class Checkpoint:
     folder: Path
     state: LearnerState
     _saved: _SavedState
-    _tensors: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read it without a proof that it is whole: for ranks that rank 0 tells which one it verified.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            saved = _SavedState.model_validate_json((folder / "state.json").read_bytes())
+        except (OSError, ValidationError) as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read: {error!s:.300}") from error
+        return cls(folder, saved.learner, saved)
 
     @property
     def model_dir(self) -> Path:
         """For ``Policy.load``."""
         return self.folder / "model"
 
-    def restore(self, policy: Policy) -> None:
-        """Give ``policy``, loaded from :attr:`model_dir`, its optimizer state, and the process its random state."""
-        random_state = {name: tensor for name, tensor in self._tensors.items() if name.startswith("rng:")}
-        moments = {name: tensor for name, tensor in self._tensors.items() if name not in random_state}
+    def restore(self, policy: Restorable, ranks: Ranks = ALONE) -> None:
+        """On all ranks: give ``policy``, loaded from :attr:`model_dir`, its moments; rank 0 its random state."""
+        moments = read_moments(self.folder / "optimizer", dict(policy.named_masters()), ranks)
         policy.load_optimizer_state(moments, num_updates=self._saved.num_updates, num_skipped=self._saved.num_skipped)
-        RandomState(random_state, self._saved.python_rng, self._saved.numpy_rng).restore()
+        if ranks.is_main:
+            tensors = load_file(self.folder / "random.safetensors")
+            RandomState(tensors, self._saved.python_rng, self._saved.numpy_rng).restore()
 
 
 class CheckpointStore:
-    """The checkpoints of one run in one folder. Take the fence before anything is loaded."""
+    """The checkpoints of one run in one folder, in the hands of rank 0. Take the fence before anything is loaded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ranks: Ranks = ALONE) -> None:
         self._folder = folder
+        self._crew = Crew(ranks)
         self._fence: int | None = None
         self._num_saves = 0
 
@@ -134,13 +165,16 @@ class CheckpointStore:
 
         Raises:
             FencedError: a later learner owns the run.
+            CheckpointError: a rank could not write its part.
         """
         fence = self._owned()
         self._num_saves += 1
         name = f"step-{state.step:08d}.fence-{fence}.save-{self._num_saves}"
         partial, final = self._folder / f"partial-{name}", self._folder / name
-        (partial / "model").mkdir(parents=True)
-        _write(partial, state, policy)
+        partial.mkdir(parents=True)
+        self._crew.save(partial)
+        write_share(partial, policy, self._crew.ranks)
+        _write_rest(partial, state, policy)
         sync_tree(partial)
         self._owned()  # a learner that slept while it wrote must not come up with a newer checkpoint
         os.rename(partial, final)
@@ -193,8 +227,19 @@ def _age(name: re.Match[str]) -> tuple[int, int, int]:
     return fence, step, save
 
 
-def _write(folder: Path, state: LearnerState, policy: Saveable) -> None:
+def write_share(folder: Path, policy: Saveable, ranks: Ranks) -> None:
+    """On all ranks: write this rank's part; returns when every rank has written.
+
+    Raises:
+        CheckpointError: on every rank, when one could not write its moments.
+    """
+    (folder / "model").mkdir(exist_ok=True)
     policy.save_model(folder / "model")
+    write_moments(folder / "optimizer", policy.optimizer_state(), ranks)
+    ranks.wait_for_all()
+
+
+def _write_rest(folder: Path, state: LearnerState, policy: Saveable) -> None:
     random_state = RandomState.capture()
     saved = _SavedState(
         learner=state,
@@ -204,7 +249,7 @@ def _write(folder: Path, state: LearnerState, policy: Saveable) -> None:
         numpy_rng=random_state.numpy,
     )
     (folder / "state.json").write_text(saved.model_dump_json())
-    save_file({**policy.optimizer_state(), **random_state.tensors}, folder / "tensors.safetensors")
+    save_file(random_state.tensors, folder / "random.safetensors")
     files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
     (folder / "manifest.json").write_text(_Manifest(files=files).model_dump_json(indent=1))
 
@@ -215,10 +260,9 @@ def _read(folder: Path) -> Checkpoint:
         for name, expected in manifest.files.items():
             if (found := _fingerprint(folder / name)) != expected:
                 raise CheckpointError(f"{folder / name} is damaged: {found} instead of {expected}")
-        saved = _SavedState.model_validate_json((folder / "state.json").read_bytes())
-        return Checkpoint(folder, saved.learner, saved, load_file(folder / "tensors.safetensors"))
     except (OSError, ValidationError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error!s:.300}") from error
+    return Checkpoint.open(folder)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.errors import WeightsError
 from lambdapo_async.weights.safetensors_file import encode_full
+from learner.crew import Crew
+from learner.parallel import ALONE, Ranks
 
 PUBLISH_DEADLINE_S = 600.0
 """Seconds that one publish may take before the step that waits for it gives up."""
@@ -20,17 +22,27 @@ class Snapshottable(Protocol):
     """What is published: the learner's ``Policy``."""
 
     def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face name and a CPU bfloat16 copy of every parameter."""
+        """Hugging Face name and a CPU bfloat16 copy of every parameter, gathered from the ranks one by one."""
 
 
 class Publisher:
     """Publishes on one background thread; a step waits only while the previous publish still runs.
 
-    An error of the thread is raised by the next call. Not thread-safe: one caller.
+    An error of the thread is raised by the next call. Not thread-safe: one caller, on rank 0; the gathering happens
+    in its thread, for no collective may run beside another.
     """
 
-    def __init__(self, store: WeightStore, *, run_id: str, fence: int, deadline_s: float = PUBLISH_DEADLINE_S) -> None:
+    def __init__(
+        self,
+        store: WeightStore,
+        *,
+        run_id: str,
+        fence: int,
+        ranks: Ranks = ALONE,
+        deadline_s: float = PUBLISH_DEADLINE_S,
+    ) -> None:
         self._store = store
+        self._crew = Crew(ranks)
         self._run_id = run_id
         self._fence = fence
         self._deadline_s = deadline_s
@@ -54,6 +66,7 @@ class Publisher:
         """
         self.flush()
         self.newest_version = version
+        self._crew.publish()
         tensors = dict(policy.named_bf16())
         self._running = self._thread.submit(self._send, version, tensors, consumed)
 

@@ -139,7 +139,14 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-FILES = ["model/model.safetensors", "model/config.json", "tensors.safetensors", "state.json", "manifest.json"]
+FILES = [
+    "model/model.safetensors",
+    "model/config.json",
+    "optimizer/shard-00001-model-00001-of-00001.safetensors",
+    "random.safetensors",
+    "state.json",
+    "manifest.json",
+]
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
@@ -147,6 +154,7 @@ FILES = ["model/model.safetensors", "model/config.json", "tensors.safetensors", 
 def test_damage_to_any_file_is_found_and_the_older_one_used(
     policy: Policy, folder: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
 ) -> None:
+    train(policy, range(1))
     store = owner(folder)
     store.save(state(1), policy)
     damage(store.save(state(2), policy) / name)
@@ -160,7 +168,7 @@ def test_damage_to_any_file_is_found_and_the_older_one_used(
 def test_when_all_are_damaged_the_error_names_them(policy: Policy, folder: Path) -> None:
     store = owner(folder)
     for step in (1, 2):
-        flip(store.save(state(step), policy) / "tensors.safetensors")
+        flip(store.save(state(step), policy) / "random.safetensors")
     with pytest.raises(CheckpointError, match=r"(?s)step-00000002.*step-00000001"):
         CheckpointStore(folder).load_latest()
 
