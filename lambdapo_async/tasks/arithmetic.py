@@ -1,4 +1,4 @@
-"""Column addition with written working: a task that a model of under a million parameters learns in minutes.
+"""Column addition with written working: a task that a model of a million parameters learns in minutes.
 
 478+385=          prompt
 8+5=13            one line per column from the right, the carry as a third summand
