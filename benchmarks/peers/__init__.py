@@ -1,0 +1,14 @@
+"""Ways to take the same optimizer step: ours, and what it is measured against."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from benchmarks.peers.interface import Peer, Setting
+from benchmarks.peers.naive import build_naive
+from benchmarks.peers.ours import Ours
+from benchmarks.peers.padded import build_padded
+from benchmarks.peers.trl_grpo import TrlGrpo
+
+PEERS: Mapping[str, Callable[[Setting], Peer]] = MappingProxyType(
+    {"ours": Ours, "trl": TrlGrpo, "padded": build_padded, "naive": build_naive}
+)
