@@ -145,7 +145,7 @@ class Trainer:
         return _Minibatch(
             tuple(self._batch(each.to(self._policy.device)) for each in micro_batches),
             denominator,
-            num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
+            num_tokens=sum(len(each.input_ids_T) for each in micro_batches),
         )
 
     def _batch(self, columns: MicroBatch) -> _Batch:
