@@ -2,7 +2,7 @@
 
 T packed tokens of which this rank holds t, P ranks, H query heads, H_kv key and value heads, D head size. Everything
 but attention works on single tokens and needs no change; around attention, ranks exchange "all heads of my tokens"
-for "my heads of all tokens", so that any kernel runs exact and unchanged on whole documents.
+for "my heads of all tokens", so that any kernel runs exact and unchanged on whole documents, shared prompts included.
 """
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lambdapo_async.errors import ConfigError
-from learner.attention_kernels import Backend, Kernel, PackedLayout, Scores
+from lambdapo_async.packed_layout import PackedLayout
+from learner.attention_kernels import Backend, Kernel, Scores
 
 
 def shard_sizes(num_tokens: int, world_size: int) -> list[int]:

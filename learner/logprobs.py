@@ -8,36 +8,34 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lambdapo_async.packing import MicroBatch
-from learner.attention import PackedLayout
 from learner.projection import CHUNK_LOGITS, project
 
 
 def packed_logprobs(model: PreTrainedModel, micro_batch: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each packed token under the model, and the entropy it was drawn with.
 
-    Logits at t - 1 predict token t, divided by the temperature as the sampler divides them, normalised in
+    The logits that predict a token are divided by the temperature as the sampler divides them, normalised in
     float32. Only positions before a loss token reach the output layer: prompts cost no logits.
 
     Args:
         model: a causal language model in evaluation mode, its attention chosen by ``select_attention``; its own
             parameters whole (see :class:`LogprobModel`).
-        micro_batch: a document's first token has no loss, for nothing predicts it.
+        micro_batch: a rollout's first token has no loss, for nothing predicts it.
         temperature: of the behavior policy's softmax.
 
     Returns:
         ``logprobs_T`` and ``entropy_T`` in nats, both float32, with gradient, and 0 where ``loss_mask_T`` is False.
     """
-    layout = PackedLayout(micro_batch.cu_seqlens, micro_batch.max_seqlen)
     hidden_TE = model.get_decoder()(
         input_ids=micro_batch.input_ids_T[None],
         position_ids=micro_batch.position_ids_T[None],
         use_cache=False,
-        layout=layout,
+        layout=micro_batch.layout,
     ).last_hidden_state[0]
     index_S = micro_batch.loss_mask_T.nonzero()[:, 0]
     logprobs_S, entropy_S = project(
         model.get_output_embeddings(),
-        hidden_TE.index_select(0, index_S - 1),
+        hidden_TE.index_select(0, micro_batch.predictor_T.index_select(0, index_S)),
         micro_batch.input_ids_T.index_select(0, index_S),
         temperature=temperature / logit_scale(model),
         soft_cap=soft_cap(model),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from lambdapo_async.packing import MicroBatch
 from learner.ingest import ReceivedGroup
 from learner.parallel import ALONE, Ranks
 from learner.policy import Policy, TokenStatistics
-from learner.sequences import proximal_confidence, rank_share, training_sequences
+from learner.sequences import proximal_confidence, rank_shares, training_sequences
 
 ReferenceLogprobs = Callable[[MicroBatch], Tensor]
 """Micro-batch on the policy's device -> [T] float32 log-probabilities under a frozen reference, without gradient; what
@@ -44,7 +45,7 @@ class _Batch:
     reference_T: Tensor | None
     """[T] log-probabilities under the reference; None without a KL term."""
     token_share: float
-    """Its tokens over those of the whole update, prompts included; 0 for one without loss, a rank's filler."""
+    """Its tokens over those of the whole update; 0 for one without loss, a rank's filler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +151,15 @@ class Trainer:
 
     def _minibatch(self, groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -> _Minibatch:
         sequences = training_sequences(groups, advantages_BG)
-        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
-        mine = rank_share(sequences, token_budget=self._config.learner.micro_batch_tokens, ranks=self._ranks)
+        budget = self._config.learner.micro_batch_tokens
+        shares = rank_shares(sequences, token_budget=budget, world_size=self._ranks.world_size)
+        num_tokens = sum(len(each.input_ids_T) for each in chain.from_iterable(shares) if each.loss_mask_T.any())
         denominator = LossDenominator(
             num_loss_tokens=sum(int(sequence.loss_mask.sum()) for sequence in sequences),
             num_sequences=len(sequences),
             max_tokens=self._config.sampling.max_tokens,
         )
-        return _Minibatch(tuple(self._batch(each, num_tokens) for each in mine), denominator)
+        return _Minibatch(tuple(self._batch(each, num_tokens) for each in shares[self._ranks.rank]), denominator)
 
     def _batch(self, micro_batch: MicroBatch, num_tokens: int) -> _Batch:
         columns = micro_batch.to(self._policy.device)

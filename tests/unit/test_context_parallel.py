@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lambdapo_async.errors import ConfigError
+from lambdapo_async.packed_layout import Segment, packed_layout
 from learner.attention import register_attention
 from learner.attention_kernels import Scores, choose_backend, sdpa_attention
 from learner.context_parallel import shard_sizes, shard_tokens, sharded_backend, ulysses
@@ -17,6 +18,8 @@ from tests.tiny_models import layout_of, micro_batch, tiny_model
 
 LENGTHS = (5, 1, 13, 8)
 """27 tokens: the first rank holds 14, and the third document lies on both."""
+LAYOUT = packed_layout([Segment(5), Segment(8), Segment(9, range(5, 13)), Segment(5, range(5, 13))])
+"""The same number: the second completion lies on the other rank than its prompt."""
 SCORES = Scores(0.3, window=7)
 
 
@@ -35,7 +38,7 @@ def states(kv_heads: int) -> list[Tensor]:
 def attend_sharded(_: Ranks, kv_heads: int) -> list[Tensor]:
     *inputs, upstream = (shard_tokens(each, world()) for each in states(kv_heads))
     leaves = [each.clone().requires_grad_() for each in inputs]
-    output = ulysses(sdpa_attention, world())(*leaves, layout_of(micro_batch(LENGTHS)), SCORES)
+    output = ulysses(sdpa_attention, world())(*leaves, LAYOUT, SCORES)
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
 
 
@@ -43,7 +46,7 @@ def attend_sharded(_: Ranks, kv_heads: int) -> list[Tensor]:
 def test_outputs_and_gradients_equal_one_process(tmp_path: Path, kv_heads: int) -> None:
     *inputs, upstream = states(kv_heads)
     leaves = [each.requires_grad_() for each in inputs]
-    output = sdpa_attention(*leaves, layout_of(micro_batch(LENGTHS)), SCORES)
+    output = sdpa_attention(*leaves, LAYOUT, SCORES)
     expected = [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
     shards = run_ranks(tmp_path, 2, attend_sharded, kv_heads)
     for whole, *parts in zip(expected, *shards, strict=True):
