@@ -8,6 +8,7 @@ down to every attention layer.
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -15,18 +16,21 @@ from transformers import AttentionInterface
 from lambdapo_async.errors import UserError
 from lambdapo_async.packed_layout import PackedLayout
 from learner.attention_kernels import Backend, Kernel, Scores, choose_backend
+from learner.context_parallel import sharded_backend
 
 __all__ = ["PackedLayout", "register_attention", "select_attention"]
 
 
-def select_attention(device: torch.device) -> str:
+def select_attention(device: torch.device, context: dist.ProcessGroup | None = None) -> str:
     """Register the best kernel for ``device``; returns the name for ``attn_implementation``.
 
     A CUDA device takes the newest flash-attn package that runs on it (a broken installation raises its own
     ImportError), else torch's varlen kernel; a CPU, or a GPU older than Ampere, takes SDPA document by document.
+    Ranks of ``context`` each hold a part of the tokens.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return register_attention(choose_backend(capability))
+    backend = choose_backend(capability)
+    return register_attention(backend if context is None else sharded_backend(backend, context))
 
 
 def register_attention(backend: Backend) -> str:
