@@ -78,6 +78,7 @@ METRICS: Mapping[str, str] = {
     "tokens/trained": "completion tokens of the step",
     "speed/tokens_per_s": "completion tokens trained per second, waiting included",
     "speed/sequences_per_s": "rollouts trained per second, waiting included",
+    "speed/mfu": "share of the GPU's peak FLOP/s that the step's training reached; absent where the peak is not known",
     "speed/idle_share": "share of the step's time in which the learner waited for groups",
     "time/step_s": "seconds from batch to recorded step",
     "time/wait_s": "seconds waited for groups",

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.options import ConfigPath, DryRun, Overrides, RedisUrl, Resume, RunId
 from lambdapo_async.config import RunConfig, load_config
 from lambdapo_async.errors import ConfigError
+from lambdapo_async.parent_death import die_with_parent
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,18 +42,29 @@ def learn(
     dry_run: DryRun = False,
 ) -> None:
     """Train the policy of a run: read rollout groups, take optimizer steps, publish weight versions."""
-    launch = _launch(config_path, run_id, overrides, redis_url, resume=resume)
+    # torchrun numbers its processes; only the first one talks, and may find the folder as it expects it.
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    launch = _launch(config_path, run_id, overrides, redis_url, resume=resume, is_first=is_first)
     if dry_run:
         typer.echo(_describe(launch))
         return
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())  # torchrun gives each process a session of its own
+    level = logging.INFO if is_first else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from learner.session import run_learner  # torch and transformers only once the config is known to be right
 
     run_learner(launch.config, run_id=launch.run_id, folder=launch.folder, resume=resume)
 
 
 def _launch(
-    config_path: Path, run_id: str | None, overrides: Sequence[str], redis_url: str | None, *, resume: bool
+    config_path: Path,
+    run_id: str | None,
+    overrides: Sequence[str],
+    redis_url: str | None,
+    *,
+    resume: bool,
+    is_first: bool,
 ) -> Launch:
     """Everything that can be wrong is found here, before Redis, a GPU or a model is touched."""
     if redis_url is not None:
@@ -60,6 +73,8 @@ def _launch(
     if resume and run_id is None:
         raise ConfigError(f"--resume needs --run-id; {_runs_of(config)}")
     launch = Launch(config, run_id or _new_run_id(config), resume)
+    if not is_first:
+        return launch
     has_checkpoint = any((launch.folder / "checkpoints").glob("step-*"))
     if resume and not has_checkpoint:
         raise ConfigError(f"--resume: {launch.folder} holds no checkpoint; {_runs_of(config)}")

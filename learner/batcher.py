@@ -15,6 +15,7 @@ from lambdapo_async.errors import BrokerUnavailable, TaskError
 from lambdapo_async.rollout import RolloutGroup
 from learner.evaluation import Evaluation
 from learner.ingest import Discarded, Ingest, ReceivedGroup
+from learner.parallel import ALONE, Ranks
 from learner.watermarks import Watermarks
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class StepBatch:
 class Batcher:
     """Gathers batches; knows what of the stream is done (trained, evaluated or discarded)."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the last three before ranks are a checkpoint's
         self,
         ingest: Ingest,
         source: RolloutSource,
@@ -60,9 +61,10 @@ class Batcher:
         watermarks: Watermarks,
         consumed: int,
         next_index: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._ingest, self._source, self._evaluation = ingest, source, evaluation
-        self._config = config
+        self._config, self._ranks = config, ranks
         self._watermarks = watermarks
         # What is discarded stays in Redis until a checkpoint, and none can be taken within a step.
         self._most_discards = min(
@@ -119,6 +121,7 @@ class Batcher:
 
     def _take(self) -> tuple[ReceivedGroup | Discarded | None, float]:
         """The next training delivery, or None if it was a held-out one or none came; and the seconds it took."""
+        self._ranks.pulse()
         started = time.monotonic()
         received = self._ingest.get(timeout_s=_TAKE_S)
         waited_s = time.monotonic() - started

@@ -3,14 +3,17 @@
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lambdapo_async.broker.interface import Fleet, QueueStats, RolloutSource, RunStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import BrokerUnavailable
 from learner.batcher import Batcher, StepBatch
 from learner.checkpoint import CheckpointStore, LearnerState
+from learner.crew import Crew
 from learner.evaluation import Evaluation, EvaluationResult
+from learner.flops import utilisation
+from learner.parallel import ALONE
 from learner.policy import Policy
 from learner.publisher import Publisher
 from learner.reporting import Reporter, StepReport
@@ -35,6 +38,8 @@ class LearnerParts:
     run_store: RunStore
     fleet: Fleet
     reporter: Reporter
+    crew: Crew = field(default_factory=lambda: Crew(ALONE))
+    """The other ranks."""
 
 
 class Learner:
@@ -62,19 +67,23 @@ class Learner:
             batch = self._parts.batcher.next_batch(self._version, stopping=self._stopping)
             if batch is None:
                 break
-            started = time.monotonic()
+            started, flops_before = time.monotonic(), self._parts.policy.num_flops
+            self._parts.crew.train([received.group for received in batch.groups], version=self._version)
             result = self._parts.trainer.step(batch.groups, version=self._version)
             self._parts.batcher.trained(batch)
             self._step += 1
             self._publish()
             queue = self._parts.source.stats()
-            self._record(batch, result, queue, step_s=time.monotonic() - started)
+            flops = self._parts.policy.num_flops - flops_before
+            self._record(batch, result, queue, step_s=time.monotonic() - started, flops=flops)
             self._evaluate_if_due()
             self._checkpoint_if_due(queue)
         if self._stopping.is_set():
             self._suspend_run()
         else:
             self._finish_run()
+        # Not after an error: the others then learn of it when this process ends.
+        self._parts.crew.finish()
 
     def _is_over(self) -> bool:
         return self._stopping.is_set() or self._target_reached or self._step >= self._config.learner.num_steps
@@ -92,13 +101,14 @@ class Learner:
         self._version += 1
         self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
 
-    def _record(self, batch: StepBatch, result: StepResult, queue: QueueStats, *, step_s: float) -> None:
+    def _record(self, batch: StepBatch, result: StepResult, queue: QueueStats, *, step_s: float, flops: float) -> None:
         report = StepReport(
             step=self._step,
             version=self._version,
             batch=batch,
             result=result,
             step_s=step_s,
+            mfu=utilisation(flops, step_s, self._parts.policy.device),
             publish_stall_s=self._parts.publisher.take_stall_s(),
             queue=queue,
             fleet=self._parts.fleet.members(),

@@ -42,6 +42,8 @@ class MemoryPlan:
     """One layer's activations, computed again in the backward pass."""
     logits: int
     """One chunk of the output layer."""
+    gathered: int = 0
+    """With several ranks: weights and gradients of the parts that are whole at a time."""
     optimizer_on_host: bool
     activations_on_host: bool
 
@@ -58,7 +60,7 @@ class MemoryPlan:
     @property
     def _total(self) -> int:
         states = self.weights + self.compute_copy + self.gradients + self.optimizer
-        return states + self.activations + self.recomputed + self.logits
+        return states + self.activations + self.recomputed + self.logits + self.gathered
 
     def describe(self) -> str:
         """One line for the log."""
@@ -70,6 +72,7 @@ class MemoryPlan:
             "activations": self.activations,
             "recomputed": self.recomputed,
             "logits": self.logits,
+            "gathered": self.gathered,
         }
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
         moved = f", {self.host / GIB:.2f} of it in the host's memory" if self.host else ""
@@ -83,18 +86,22 @@ def read_shape(folder: Path) -> PreTrainedModel:
     return model
 
 
-def plan_memory(model: PreTrainedModel, learner: LearnerConfig, device: DeviceKind) -> MemoryPlan:
+def plan_memory(
+    model: PreTrainedModel, learner: LearnerConfig, device: DeviceKind, *, world_size: int = 1
+) -> MemoryPlan:
     """Add up what training a model needs.
 
     Args:
         model: on any device, without adapters.
         device: on ``cuda`` matrices are computed in bfloat16.
+        world_size: ranks that share weights, gradients and optimizer; the plan is one rank's.
     """
     compute = BFLOAT16 if device == "cuda" else FLOAT32
     num_weights, num_matrix = _count(model)
     if learner.lora is None:
         num_trained, weights = num_weights, num_weights * FLOAT32
-        compute_copy = num_matrix * BFLOAT16 if device == "cuda" else 0
+        # Ranks gather in the compute type instead.
+        compute_copy = num_matrix * BFLOAT16 if device == "cuda" and world_size == 1 else 0
     else:
         targets = target_linears(model, learner.lora).values()
         num_trained = sum(learner.lora.rank * (layer.in_features + layer.out_features) for layer in targets)
@@ -104,13 +111,14 @@ def plan_memory(model: PreTrainedModel, learner: LearnerConfig, device: DeviceKi
     inputs = (text.num_hidden_layers + END_BUFFERS) * text.hidden_size * FLOAT32 * learner.micro_batch_tokens
     num_logits = min(learner.micro_batch_tokens * text.vocab_size, CHUNK_LOGITS[device])
     return MemoryPlan(
-        weights=weights,
+        weights=weights // world_size,
         compute_copy=compute_copy,
-        gradients=num_trained * FLOAT32,
-        optimizer=num_trained * FLOAT32 * (4 if learner.optimizer_offload else 2),
+        gradients=num_trained * FLOAT32 // world_size,
+        optimizer=num_trained * FLOAT32 * (4 if learner.optimizer_offload else 2) // world_size,
         activations=inputs if learner.activation_checkpointing else all_layers,
         recomputed=all_layers // text.num_hidden_layers if learner.activation_checkpointing else 0,
         logits=num_logits * FLOAT32 * LOGIT_BUFFERS,
+        gathered=_gathered_elements(model) * compute * 2 if world_size > 1 else 0,
         optimizer_on_host=learner.optimizer_offload,
         activations_on_host=learner.activation_offload,
     )
@@ -153,6 +161,13 @@ def _count(model: nn.Module) -> tuple[int, int]:
     """Parameters, and those of them in matrices; tied ones count once."""
     sizes = [(parameter.numel(), parameter.ndim) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, ndim in sizes if ndim >= 2)
+
+
+def _gathered_elements(model: PreTrainedModel) -> int:
+    """Parameters whole at a time under FSDP: what lies outside the layers, one layer, and the next one on its way."""
+    layers = [child for child in model.modules() if type(child).__name__ in (model._no_split_modules or ())]
+    sizes = [_count(layer)[0] for layer in layers]
+    return _count(model)[0] - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def _activation_bytes_per_token(model: PreTrainedModel, compute: int) -> int:

@@ -11,10 +11,11 @@ from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
 from learner.activations import enable_checkpointing
 from learner.attention import select_attention
-from learner.lora import add_adapters, load_adapter
+from learner.lora import add_adapters, load_adapter, merge_folder
 from learner.memory_plan import DeviceKind, check_fits, free_memory, plan_memory, read_shape
 from learner.model_folder import ModelSource
 from learner.packing_check import check_packing
+from learner.parallel import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -26,27 +27,72 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast("cuda", torch.bfloat16)
 
 
-def load_model(source: ModelSource, config: LearnerConfig, device: torch.device) -> PreTrainedModel:
+def load_model(
+    source: ModelSource, config: LearnerConfig, device: torch.device, ranks: Ranks = ALONE
+) -> PreTrainedModel:
     """Read, check and prepare a model; its memory plan is logged first.
+
+    With several ranks it stays on the CPU: ``learner.sharding.shard`` moves this rank's slices to the device.
 
     Raises:
         ConfigError: it cannot be read, does not fit into memory, or cannot be trained as configured.
     """
     if source.adapter is not None and config.lora is None:
         raise ConfigError(f"{source.adapter} holds LoRA adapters: set learner.lora to go on with them")
-    _check_memory(source, config, device)
+    _check_ranks(config, ranks)
+    _check_memory(source, config, device, ranks)
     # Frozen weights are read as they are computed with: a master is for what small updates must not get lost in.
     frozen_on_gpu = config.lora is not None and device.type == "cuda"
-    model = _read(source, torch.bfloat16 if frozen_on_gpu else torch.float32, device)
-    with autocast(device):
-        check_packing(model.eval())
+    home = _home(device, ranks)
+    model = _read(source, torch.bfloat16 if frozen_on_gpu else torch.float32, home)
+    with autocast(home):
         _prepare(model, source, config)
+    return _bound_for(device, model)
+
+
+def load_frozen_model(source: ModelSource, device: torch.device, ranks: Ranks = ALONE) -> PreTrainedModel:
+    """A checked model for forward passes alone, in the type it is computed with; adapters are merged into it.
+
+    Raises:
+        ConfigError: it cannot be read, or cannot be run on packed sequences.
+    """
+    model = _read(source, torch.bfloat16 if device.type == "cuda" else torch.float32, _home(device, ranks))
+    if source.adapter is not None:
+        merge_folder(model, source.adapter)
+    model.requires_grad_(False)
+    return _bound_for(device, model)
+
+
+def _home(device: torch.device, ranks: Ranks) -> torch.device:
+    """Where the whole model is read and checked: a device that is shared may have no room for it."""
+    return device if ranks.is_alone else torch.device("cpu")
+
+
+def _bound_for(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the attention of the device that it will run on."""
+    if model.device.type != device.type:
+        model.set_attn_implementation(select_attention(device))
     return model
 
 
-def _check_memory(source: ModelSource, config: LearnerConfig, device: torch.device) -> None:
+def _check_ranks(config: LearnerConfig, ranks: Ranks) -> None:
+    if ranks.is_alone:
+        return
+    chosen = {
+        "optimizer_offload": config.optimizer_offload,
+        "activation_offload": config.activation_offload,
+        "compile": config.compile,
+    }
+    if refused := [f"learner.{name}" for name, is_on in chosen.items() if is_on]:
+        raise ConfigError(
+            f"{' and '.join(refused)} with {ranks.world_size} ranks is not supported: set it to false, for ranks "
+            "already share optimizer and weights, or train on one"
+        )
+
+
+def _check_memory(source: ModelSource, config: LearnerConfig, device: torch.device, ranks: Ranks) -> None:
     kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
-    plan = plan_memory(_described(source), config, kind)
+    plan = plan_memory(_described(source), config, kind, world_size=ranks.world_size)
     logger.info("memory plan: %s", plan.describe())
     check_fits(plan, kind, device_free=free_memory(kind), host_free=free_memory("cpu"))
 
@@ -59,6 +105,7 @@ def _described(source: ModelSource) -> PreTrainedModel:
 
 
 def _read(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in evaluation mode, its weights complete and its attention proved."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -78,8 +125,10 @@ def _read(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreT
             f"the weights of {source.folder} are not those of its config.json, {len(problems)} differ: "
             f"{'; '.join(problems[:3])}"
         )
-    loaded: PreTrainedModel = model.to(device)
-    return loaded
+    checked: PreTrainedModel = model.to(device).eval()
+    with autocast(device):
+        check_packing(checked)
+    return checked
 
 
 def _prepare(model: PreTrainedModel, source: ModelSource, config: LearnerConfig) -> None:

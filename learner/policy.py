@@ -21,7 +21,10 @@ from learner.lora import adapter_tensors, merged, save_adapter
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
 from learner.model_loading import autocast, load_model
 from learner.optimizer import MasterOptimizer
+from learner.parallel import ALONE, Ranks
 from learner.router_loss import RouterLoss
+from learner.sharding import full_tensors, shard, whole_tensor
+from learner.weight_files import write_weights
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """``logprobs_T`` and ``entropy_T``, both [T] float32 with gradient -> scalar loss, divided by the denominator of the
@@ -52,19 +55,29 @@ class Policy:
 
     With ``learner.lora`` adapters alone are trained; weights are then published merged and checkpoints hold the
     adapters and the path of the model that they belong to.
+
+    With several ranks each holds a slice of every parameter. What runs the model, updates it, or walks through its
+    parameters is then called on all ranks together, with as many micro-batches on each.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, source: ModelSource, config: LearnerConfig, temperature: float
+        self,
+        model: PreTrainedModel,
+        *,
+        source: ModelSource,
+        config: LearnerConfig,
+        temperature: float,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._model = model
-        self._forward = LogprobModel(model, temperature=temperature)
+        self._model, self._ranks = model, ranks
         self._source, self._config = source, config
+        self._flops = ModelFlops.of(model)
+        self._forward = LogprobModel(model, temperature=temperature)
+        shard(self._forward, model, ranks)
         # Tied weights appear once, under the name that comes first in the model.
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._optimizer = MasterOptimizer(self._parameters, config)
         self._router_loss = RouterLoss(model) if config.router_aux_coef else None
-        self._flops = ModelFlops.of(model)
         self.model_files: Mapping[str, bytes] = companion_files(source.folder)
         """File name -> content of config, generation config and tokenizer."""
         self.num_updates = 0
@@ -72,7 +85,7 @@ class Policy:
         self.num_skipped = 0
         """Updates left out because the gradient was not finite."""
         self.num_flops = 0.0
-        """Floating-point operations of all :meth:`backward` calls of this process (learner.flops)."""
+        """Floating-point operations of all :meth:`backward` calls of this rank (learner.flops)."""
 
     @classmethod
     def load(
@@ -83,6 +96,7 @@ class Policy:
         config: LearnerConfig,
         temperature: float,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> Self:
         """Load a folder or repo id in Hugging Face's format; what is trained becomes float32.
 
@@ -95,7 +109,8 @@ class Policy:
                 sequences.
         """
         source = ModelSource.locate(str(path), revision)
-        return cls(load_model(source, config, device), source=source, config=config, temperature=temperature)
+        model = load_model(source, config, device, ranks)
+        return cls(model, source=source, config=config, temperature=temperature, ranks=ranks)
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +182,8 @@ class Policy:
         Returns:
             Global gradient norm before clipping.
         """
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm))
+        clipped = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
+        grad_norm = float(whole_tensor(clipped))
         if math.isfinite(grad_norm):
             self._optimizer.step(lr=self.lr)
             self.num_updates += 1
@@ -177,45 +193,59 @@ class Policy:
         return grad_norm
 
     def named_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and float32 master of every trained parameter, named as in :meth:`optimizer_state`; not a copy."""
+        """Name and float32 master, or this rank's slice, of what is trained, named as in :meth:`optimizer_state`.
+
+        Not copies.
+        """
         for name, master in self._optimizer.masters.items():
             yield name, master.detach()
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name in a Hugging Face checkpoint and value of every parameter, one by one and tied ones once.
+    def named_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Name in a Hugging Face checkpoint and whole CPU tensor of every weight, one by one and tied ones once.
 
-        Adapters are merged into copies and stacked experts cut apart; other weights are not copied.
+        Adapters are merged and stacked experts cut apart. Float32 tensors may be the policy's own; others are copies.
+        Every rank must run it to its end, and ranks but the first get nothing.
         """
-        weights = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
         lora = self._config.lora
-        for name, weight in merged(weights, scaling=lora.alpha / lora.rank if lora else 0.0):
+        own = merged(self._named_states(), scaling=lora.alpha / lora.rank if lora else 0.0)
+        # Cast before it is gathered: half as much goes over the wire.
+        cast = ((name, tensor.to(dtype, copy=dtype != torch.float32)) for name, tensor in own)
+        for name, weight in full_tensors(cast, self._ranks):
             yield from revert_weight_conversion(self._model, {name: weight}).items()
 
     def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
-        """:meth:`named_weights` as contiguous bfloat16 copies on the CPU."""
-        for name, weight in self.named_weights():
-            yield name, weight.to(torch.bfloat16, copy=True).cpu().contiguous()
+        """:meth:`named_weights` as contiguous bfloat16 copies."""
+        for name, weight in self.named_weights(torch.bfloat16):
+            yield name, weight.contiguous()
 
     def named_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """Name in peft's files and contiguous float32 copy on the CPU of every adapter; nothing without LoRA."""
-        for name, tensor in adapter_tensors(self._model.named_parameters()):
-            yield name, tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in full_tensors(adapter_tensors(self._model.named_parameters()), self._ranks):
+            yield name, tensor.clone(memory_format=torch.contiguous_format)
 
     def save_model(self, folder: Path) -> None:
-        """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and :meth:`load` read.
+        """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and :meth:`load` read; rank 0 writes.
 
         It holds float32 weights; with LoRA the adapters alone and where the model lies that they belong to.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        files = dict(self.model_files)
         if self._config.lora is None:
-            self._model.save_pretrained(folder)
-            files = self.model_files
+            write_weights(folder, self.named_weights(torch.float32))
         else:
-            save_adapter(folder, dict(self.named_adapter()), self._config.lora, base=self._source.folder)
+            adapter = dict(self.named_adapter())
             # Beside config.json transformers would look for the model's weights here.
-            files = {name: content for name, content in self.model_files.items() if name != CONFIG_FILE}
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+            del files[CONFIG_FILE]
+            if adapter:
+                save_adapter(folder, adapter, self._config.lora, base=self._source.folder)
+        if self._ranks.is_main:
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+
+    def _named_states(self) -> dict[str, Tensor]:
+        """Parameters, tied ones once, and the buffers that belong to a checkpoint."""
+        own = {name for name, _ in (*self._model.named_parameters(), *self._model.named_buffers())}
+        return {name: tensor for name, tensor in self._model.state_dict().items() if name in own}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """``moment:parameter`` -> tensor of everything AdamW remembers; empty before the first update."""

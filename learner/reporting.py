@@ -31,6 +31,8 @@ class StepReport:
     batch: StepBatch
     result: StepResult
     step_s: float
+    mfu: float | None = None
+    """Share of the peak that the first rank's device reached; None where no peak is known."""
     publish_stall_s: float
     queue: QueueStats
     fleet: Sequence[Heartbeat]
@@ -74,6 +76,7 @@ class Reporter:
             **_staleness(report.batch, report.version - 1),
             **self._counts(report.batch),
             **_speed(report.batch, total_s),
+            **({} if report.mfu is None else {"speed/mfu": report.mfu}),
             **_depths(report.queue),
             **_fleet(report.fleet),
             "time/step_s": report.step_s,

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import group_confidence
-from lambdapo_async.packing import TrainingSequence, pack
+from lambdapo_async.packing import MicroBatch, TrainingSequence, pack
+from lambdapo_async.rank_balance import split_over_ranks
 from learner.ingest import ReceivedGroup
+from learner.parallel import ALONE, Ranks
 from learner.policy import Policy
 
 
@@ -23,18 +25,29 @@ def training_sequences(groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -
     ]
 
 
-def proximal_confidence(policy: Policy, groups: Sequence[ReceivedGroup], config: RunConfig) -> NDArray[np.float64]:
+def rank_share(sequences: Sequence[TrainingSequence], *, token_budget: int, ranks: Ranks) -> list[MicroBatch]:
+    """This rank's micro-batches of ``sequences``, which all ranks know; every rank gets as many."""
+    micro_batches = pack(sequences, token_budget=token_budget, multiple_of=ranks.world_size)
+    return split_over_ranks(micro_batches, ranks.world_size)[ranks.rank]
+
+
+def proximal_confidence(
+    policy: Policy, groups: Sequence[ReceivedGroup], config: RunConfig, ranks: Ranks = ALONE
+) -> NDArray[np.float64]:
     """[B, G] float64 confidence of each rollout under ``policy`` as it is now: one forward pass over all groups."""
     num_groups, group_size = len(groups), len(groups[0].group.rollouts)
     # Packing reorders: each rollout's number travels in the column that no forward pass reads (exact to 2^24).
     numbers_BG = torch.arange(num_groups * group_size).reshape(num_groups, group_size)
     logprobs: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * (num_groups * group_size)
-    for micro_batch in pack(training_sequences(groups, numbers_BG), token_budget=config.learner.micro_batch_tokens):
-        on_device = micro_batch.to(policy.device)
-        logprobs_K = policy.logprobs(on_device).cpu()[micro_batch.loss_mask_T]
-        numbers_K = micro_batch.advantages_T[micro_batch.loss_mask_T].long()
-        for number in set(numbers_K.tolist()):
-            logprobs[number] = logprobs_K[numbers_K == number].numpy()
+    sequences = training_sequences(groups, numbers_BG)
+    columns: list[Tensor] = []
+    for micro_batch in rank_share(sequences, token_budget=config.learner.micro_batch_tokens, ranks=ranks):
+        mask_T = micro_batch.loss_mask_T
+        columns += policy.logprobs(micro_batch.to(policy.device)).cpu()[mask_T], micro_batch.advantages_T[mask_T]
+    for collected in ranks.collect(columns):
+        for logprobs_K, numbers_K in zip(collected[::2], collected[1::2], strict=True):
+            for number in set(numbers_K.long().tolist()):
+                logprobs[number] = logprobs_K[numbers_K == number].numpy()
     kind = config.objective.advantage.confidence
     return np.stack([group_confidence([logprobs[n] for n in row], kind)[0] for row in numbers_BG.tolist()])
 

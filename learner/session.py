@@ -1,4 +1,7 @@
-"""Puts a learner together from its config, in the order that crash safety asks for, and runs it."""
+"""Puts a learner together from its config, in the order that crash safety asks for, and runs it.
+
+Under torchrun this is what rank 0 does; the other ranks are in ``learner.crew_member``.
+"""
 
 import contextlib
 import json
@@ -25,16 +28,19 @@ from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
 from lambdapo_async.tasks.registry import build_task
 from learner.batcher import Batcher
 from learner.checkpoint import Checkpoint, CheckpointStore, LearnerState
+from learner.crew import Crew
+from learner.crew_member import Origin, load_trainees, run_member
 from learner.evaluation import Evaluation
 from learner.ingest import Ingest
 from learner.learner import Learner, LearnerParts
+from learner.parallel import Ranks, join_ranks
 from learner.policy import Policy, pick_device
 from learner.publisher import Publisher
 from learner.reporting import Reporter
 from learner.run_identity import check_same_config, refuse_taken_id
 from learner.samples import SampleLog
 from learner.starter import ensure_starter
-from learner.trainer import Trainer
+from learner.trainer import ReferenceLogprobs, Trainer
 from learner.watermarks import Watermarks
 
 logger = logging.getLogger(__name__)
@@ -49,11 +55,23 @@ class Rows:
 
 
 def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -> None:
-    """Train the run until it is finished or SIGTERM suspends it."""
+    """Train the run until it is finished or SIGTERM suspends it; every rank that torchrun started calls this.
+
+    Args:
+        run_id, folder, resume: rank 0's count.
+    """
     if config.learner.num_threads is not None:
         torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
+    with join_ranks(pick_device(config.learner.device)) as ranks:
+        if ranks.is_main:
+            _lead(config, run_id, folder, ranks, resume=resume)
+        else:
+            run_member(config, ranks)
+
+
+def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume: bool) -> None:
     resolve_objective(config)  # imports what the user wrote
     task = build_task(config)
     for split in (task.train_rows(), task.heldout_rows()):  # unreadable files end it here, too
@@ -70,14 +88,17 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     )
     write_header(folder, run_id, config)
     # The fence comes first: whatever an older learner still does cannot reach what is loaded from here on.
-    checkpoints = CheckpointStore(folder / "checkpoints")
+    checkpoints = CheckpointStore(folder / "checkpoints", ranks)
     fence = checkpoints.take_fence()
     checkpoint = checkpoints.load_latest() if resume else None
-    policy = _load_policy(config, model_path, checkpoint)
+    origin = Origin(str(model_path), checkpoint)
+    origin.share(ranks)
+    policy, reference = load_trainees(config, origin, ranks)
+    _check_length(config, policy)
     rows = fitting_rows(task, _load_tokenizer(policy, folder), config)
     _publish_run(run, config, policy, rows, fence=fence)
     with contextlib.ExitStack() as resources:
-        start = _Start(run, run_id, config, folder, fence, checkpoints, checkpoint, policy, rows)
+        start = _Start(run, run_id, config, folder, fence, checkpoints, checkpoint, policy, reference, rows, ranks)
         learner = _assemble(start, resources)
         with _stop_on_signals(learner):
             learner.run()
@@ -108,7 +129,9 @@ class _Start:
     checkpoints: CheckpointStore
     checkpoint: Checkpoint | None
     policy: Policy
+    reference: ReferenceLogprobs | None
     rows: Rows
+    ranks: Ranks
 
 
 def _load_tokenizer(policy: Policy, folder: Path) -> Tokenizer:
@@ -121,23 +144,13 @@ def _load_tokenizer(policy: Policy, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _load_policy(config: RunConfig, model_path: str | Path, checkpoint: Checkpoint | None) -> Policy:
-    policy = Policy.load(
-        checkpoint.model_dir if checkpoint else model_path,
-        revision=None if checkpoint else config.model.revision,
-        config=config.learner,
-        temperature=config.sampling.temperature,
-        device=pick_device(config.learner.device),
-    )
+def _check_length(config: RunConfig, policy: Policy) -> None:
     if config.model.max_length > policy.max_positions:
         raise ConfigError(
             f"model.max_length = {config.model.max_length} exceeds the {policy.max_positions} positions of "
             f"{config.model.path}: lower it"
         )
-    if checkpoint is not None:
-        checkpoint.restore(policy)
     logger.info("policy with %.2f M parameters on %s", policy.num_parameters / 1e6, policy.device)
-    return policy
 
 
 def fitting_rows(task: Task, tokenizer: Tokenizer, config: RunConfig) -> Rows:
@@ -181,7 +194,7 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
     samples = resources.enter_context(
         SampleLog(start.folder / "samples.jsonl", start.rows.heldout, after_step=state.step)
     )
-    publisher = Publisher(run.weights, run_id=start.run_id, fence=start.fence)
+    publisher = Publisher(run.weights, run_id=start.run_id, fence=start.fence, ranks=start.ranks)
     resources.callback(publisher.close)
     ingest = Ingest(source, config, vocab_size=policy.vocab_size, newest_version=lambda: publisher.newest_version)
     resources.callback(ingest.close)
@@ -196,12 +209,13 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
         watermarks=Watermarks(state.watermarks),
         consumed=state.consumed,
         next_index=state.next_index,
+        ranks=start.ranks,
     )
     parts = LearnerParts(
         config=config,
         fence=start.fence,
         policy=policy,
-        trainer=Trainer(policy, config),
+        trainer=Trainer(policy, config, start.reference, start.ranks),
         batcher=batcher,
         evaluation=evaluation,
         publisher=publisher,
@@ -210,6 +224,7 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
         run_store=run.run_store,
         fleet=run.fleet,
         reporter=Reporter(metrics, samples, totals=state.totals),
+        crew=Crew(start.ranks),
     )
     version = _first_version(state, run.weights.head())
     return Learner(parts, step=state.step, version=version, resumed=start.checkpoint is not None)

@@ -16,10 +16,11 @@ from lambdapo_async.objective.presets import PolicyLossSpec
 from lambdapo_async.objective.regularisation import Regularisation, regularisation
 from lambdapo_async.objective.resolve import resolve_objective
 from lambdapo_async.objective.second_moment import solve_trust_region
-from lambdapo_async.packing import MicroBatch, pack
+from lambdapo_async.packing import MicroBatch
 from learner.ingest import ReceivedGroup
-from learner.policy import Policy
-from learner.sequences import proximal_confidence, training_sequences
+from learner.parallel import ALONE, Ranks
+from learner.policy import Policy, TokenStatistics
+from learner.sequences import proximal_confidence, rank_share, training_sequences
 
 ReferenceLogprobs = Callable[[MicroBatch], Tensor]
 """Micro-batch on the policy's device -> [T] float32 log-probabilities under a frozen reference, without gradient; what
@@ -42,6 +43,8 @@ class _Batch:
     """[T] log pi at the step's start; None where the loss does not read it, or pi is still that policy."""
     reference_T: Tensor | None
     """[T] log-probabilities under the reference; None without a KL term."""
+    token_share: float
+    """Its tokens over those of the whole update, prompts included; 0 for one without loss, a rank's filler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +52,9 @@ class _Minibatch:
     """What one optimizer update is made of."""
 
     batches: tuple[_Batch, ...]
+    """This rank's."""
     denominator: LossDenominator
-    num_tokens: int
-    """All tokens, prompts included."""
+    """Of all ranks' tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +73,25 @@ class _Tally:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Stay on the device: nothing is read back before the step has ended."""
-    diagnostics: TokenDiagnostics = field(default_factory=TokenDiagnostics)
+    columns: list[Tensor] = field(default_factory=list)
+    """Of each micro-batch four [K] float32 of its loss tokens: logprobs, behavior_logprobs, segment_ids, ages."""
     grad_norms: list[float] = field(default_factory=list)
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
 
+    def remember(self, statistics: TokenStatistics, columns: MicroBatch, *, version: int) -> None:
+        """Keep what the diagnostics are made of."""
+        mask_T, ages_T = columns.loss_mask_T, version - columns.token_versions_T
+        kept = (statistics.logprobs_T, columns.behavior_logprobs_T, columns.segment_ids_T, ages_T)
+        self.columns += [column_T[mask_T].float() for column_T in kept]
+
 
 class Trainer:
     """Trains a policy on the groups of one step at a time.
+
+    With several ranks each trains on its share of the same groups; all report the metrics of the whole.
 
     Args:
         policy: trained in place.
@@ -90,10 +102,12 @@ class Trainer:
         ConfigError: a dotted path that cannot be imported, or several updates from one batch without a trust region.
     """
 
-    def __init__(self, policy: Policy, config: RunConfig, reference: ReferenceLogprobs | None = None) -> None:
+    def __init__(
+        self, policy: Policy, config: RunConfig, reference: ReferenceLogprobs | None = None, ranks: Ranks = ALONE
+    ) -> None:
         if config.objective.kl.coefficient > 0 and reference is None:
             raise ValueError("objective.kl.coefficient > 0 needs a reference policy")
-        self._policy, self._config = policy, config
+        self._policy, self._config, self._ranks = policy, config, ranks
         self._reference = reference if config.objective.kl.coefficient > 0 else None
         self._spec = resolve_objective(config)
         self._num_updates = config.learner.minibatches * config.learner.epochs
@@ -113,8 +127,8 @@ class Trainer:
         for number, minibatch in enumerate(minibatches):
             self._update(minibatch, _Moment(version, number / self._num_updates), tally)
         metrics = {
-            **_loss_metrics(tally),
-            **tally.diagnostics.finalise(),
+            **self._loss_metrics(tally),
+            **_token_metrics(self._ranks.collect(tally.columns)),
             **group_diagnostics(rewards_BG, confidence_BG, advantages_BG),
             **_density_metrics(groups),
             "optim/grad_norm": max(tally.grad_norms),
@@ -126,7 +140,7 @@ class Trainer:
     def _confidence(self, groups: Sequence[ReceivedGroup]) -> Tensor:
         """[B, G] float64 s."""
         if self._config.objective.advantage.confidence_policy == "proximal":
-            return torch.tensor(proximal_confidence(self._policy, groups, self._config))
+            return torch.tensor(proximal_confidence(self._policy, groups, self._config, self._ranks))
         return torch.tensor(np.stack([received.confidence_G for received in groups]))
 
     def _minibatches(self, groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -> list[_Minibatch]:
@@ -136,32 +150,31 @@ class Trainer:
 
     def _minibatch(self, groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -> _Minibatch:
         sequences = training_sequences(groups, advantages_BG)
-        micro_batches = pack(sequences, token_budget=self._config.learner.micro_batch_tokens)
+        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+        mine = rank_share(sequences, token_budget=self._config.learner.micro_batch_tokens, ranks=self._ranks)
         denominator = LossDenominator(
             num_loss_tokens=sum(int(sequence.loss_mask.sum()) for sequence in sequences),
             num_sequences=len(sequences),
             max_tokens=self._config.sampling.max_tokens,
         )
-        return _Minibatch(
-            tuple(self._batch(each.to(self._policy.device)) for each in micro_batches),
-            denominator,
-            num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
-        )
+        return _Minibatch(tuple(self._batch(each, num_tokens) for each in mine), denominator)
 
-    def _batch(self, columns: MicroBatch) -> _Batch:
+    def _batch(self, micro_batch: MicroBatch, num_tokens: int) -> _Batch:
+        columns = micro_batch.to(self._policy.device)
         # With one update the proximal policy is the newest one: no extra forward pass.
         needs_proximal = self._spec.anchor == "proximal" and self._num_updates > 1
         return _Batch(
             columns,
             proximal_T=self._policy.logprobs(columns) if needs_proximal else None,
             reference_T=None if self._reference is None else self._reference(columns).detach(),
+            token_share=len(micro_batch.input_ids_T) / num_tokens if micro_batch.loss_mask_T.any() else 0.0,
         )
 
     def _update(self, minibatch: _Minibatch, moment: _Moment, tally: _Tally) -> None:
         """One optimizer update."""
         spec = self._solved(minibatch, moment)
         for batch in minibatch.batches:
-            tally.add(self._backward(batch, minibatch, spec, moment, tally.diagnostics))
+            self._backward(batch, minibatch.denominator, spec, moment, tally)
         tally.grad_norms.append(self._policy.step())
 
     def _solved(self, minibatch: _Minibatch, moment: _Moment) -> PolicyLossSpec:
@@ -174,7 +187,9 @@ class Trainer:
             logprobs_T = self._policy.logprobs(batch.columns)
             log_ratios.append((logprobs_T - self._anchor(batch, logprobs_T, moment))[mask_T])
             advantages.append(batch.columns.advantages_T[mask_T])
-        surrogate = solve_trust_region(self._spec.surrogate, torch.cat(log_ratios), torch.cat(advantages))
+        collected = self._ranks.collect([torch.cat(log_ratios).float(), torch.cat(advantages)])
+        log_ratio_K, advantages_K = (torch.cat(parts) for parts in zip(*collected, strict=True))
+        surrogate = solve_trust_region(self._spec.surrogate, log_ratio_K, advantages_K)
         return replace(self._spec, surrogate=surrogate)
 
     def _anchor(self, batch: _Batch, logprobs_T: Tensor, moment: _Moment) -> Tensor:
@@ -185,12 +200,12 @@ class Trainer:
     def _backward(
         self,
         batch: _Batch,
-        minibatch: _Minibatch,
+        denominator: LossDenominator,
         spec: PolicyLossSpec,
         moment: _Moment,
-        diagnostics: TokenDiagnostics,
-    ) -> dict[str, Tensor]:
-        """Add one micro-batch's gradient; returns the sums to report."""
+        tally: _Tally,
+    ) -> None:
+        """Add one micro-batch's gradient, and what is to be reported of it."""
         columns = batch.columns
         outcome: list[tuple[PolicyLoss, Regularisation]] = []
 
@@ -203,7 +218,7 @@ class Trainer:
                 columns.loss_mask_T,
                 columns.segment_ids_T,
                 spec=spec,
-                denominator=minibatch.denominator,
+                denominator=denominator,
             )
             extra = regularisation(
                 logprobs_T,
@@ -213,21 +228,26 @@ class Trainer:
                 columns.segment_ids_T,
                 config=self._config.objective,
                 reduce=spec.reduce,
-                denominator=minibatch.denominator,
+                denominator=denominator,
             )
             outcome.append((policy, extra))
             return policy.loss + extra.loss
 
-        token_share = len(columns.input_ids_T) / minibatch.num_tokens
-        statistics = self._policy.backward(columns, loss_of, token_share=token_share)
-        diagnostics.add(
-            statistics.logprobs_T,
-            columns.behavior_logprobs_T,
-            columns.loss_mask_T,
-            columns.segment_ids_T,
-            moment.version - columns.token_versions_T,
-        )
-        return _sums_of(*outcome[0], statistics.entropy_T, columns)
+        statistics = self._policy.backward(columns, loss_of, token_share=batch.token_share)
+        tally.add(_sums_of(*outcome[0], statistics.entropy_T, columns))
+        tally.remember(statistics, columns, version=moment.version)
+
+    def _loss_metrics(self, tally: _Tally) -> dict[str, float]:
+        """Sums over the step and the ranks -> losses per update, entropy and KL per token, shares of tokens."""
+        sums = self._ranks.add_up({name: float(value) for name, value in tally.sums.items()})
+        num_updates, tokens = len(tally.grad_norms), max(sums["tokens"], 1.0)
+        metrics = {"loss/policy": sums["loss"] / num_updates, "policy/entropy": sums["entropy"] / tokens}
+        if sums["regularisation"] != 0:
+            metrics["loss/regularisation"] = sums["regularisation"] / num_updates
+        if "kl" in sums:
+            metrics["kl/reference"] = sums["kl"] / tokens
+        shares = {name: value / tokens for name, value in sums.items() if name.startswith("event/")}
+        return {**metrics, **{name.replace("event/", "ratio/"): share for name, share in shares.items()}}
 
 
 def _sums_of(policy: PolicyLoss, extra: Regularisation, entropy_T: Tensor, columns: MicroBatch) -> dict[str, Tensor]:
@@ -244,17 +264,14 @@ def _sums_of(policy: PolicyLoss, extra: Regularisation, entropy_T: Tensor, colum
     }
 
 
-def _loss_metrics(tally: _Tally) -> dict[str, float]:
-    """Sums over the step -> losses per update, entropy and KL per token, shares of tokens."""
-    sums = {name: float(value) for name, value in tally.sums.items()}
-    num_updates, tokens = len(tally.grad_norms), max(sums["tokens"], 1.0)
-    metrics = {"loss/policy": sums["loss"] / num_updates, "policy/entropy": sums["entropy"] / tokens}
-    if sums["regularisation"] != 0:
-        metrics["loss/regularisation"] = sums["regularisation"] / num_updates
-    if "kl" in sums:
-        metrics["kl/reference"] = sums["kl"] / tokens
-    shares = {name: value / tokens for name, value in sums.items() if name.startswith("event/")}
-    return {**metrics, **{name.replace("event/", "ratio/"): share for name, share in shares.items()}}
+def _token_metrics(columns_of_ranks: Sequence[Sequence[Tensor]]) -> dict[str, float]:
+    """Diagnostics of the loss tokens of all ranks, from each rank's ``_Tally.columns``."""
+    diagnostics = TokenDiagnostics()
+    for columns in columns_of_ranks:
+        for logprobs_K, behavior_K, segments_K, ages_K in zip(*(columns[i::4] for i in range(4)), strict=True):
+            mask_K = torch.ones(len(logprobs_K), dtype=torch.bool)
+            diagnostics.add(logprobs_K, behavior_K, mask_K, segments_K.long(), ages_K.long())
+    return diagnostics.finalise()
 
 
 def _density_metrics(groups: Sequence[ReceivedGroup]) -> dict[str, float]:

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
 # The learner of a run:   scripts/launch_learner.sh configs/x.toml [--run-id ID] [--resume] [--set section.key=value]...
+# On several GPUs of this machine: LAMBDAPO_RANKS=4 scripts/launch_learner.sh ...
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ $# -eq 0 ]; then
   sed -n 's/^# //p' "$0" >&2
   exit 2
 fi
-exec "${LAMBDAPO_VENV:-$root/.venv}/bin/python" -m learner "$@"
+python="${LAMBDAPO_VENV:-$root/.venv}/bin/python"
+if [ "${LAMBDAPO_RANKS:-1}" -gt 1 ]; then
+  # A suspended learner first finishes its step and writes a checkpoint: torchrun's 30 s would kill it.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+  exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$LAMBDAPO_RANKS" -m learner "$@"
+fi
+exec "$python" -m learner "$@"

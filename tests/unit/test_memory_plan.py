@@ -43,6 +43,15 @@ def test_activations_are_within_a_factor_of_two(architecture, is_checkpointed) -
     assert plan.activations / 2 < saved_bytes(model) < plan.activations * 2
 
 
+def test_ranks_share_the_states_and_gather_a_part() -> None:
+    model = tiny_model(num_hidden_layers=8)
+    alone, shared = (plan_memory(model, config(), "cpu", world_size=size) for size in (1, 4))
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(shared, name) == getattr(alone, name) // 4
+    assert shared.activations == alone.activations
+    assert 0 == alone.gathered < shared.gathered < 2 * alone.weights
+
+
 def test_every_option_takes_memory_from_where_it_says() -> None:
     model = tiny_model()
     plain = plan_memory(model, config(), "cuda")

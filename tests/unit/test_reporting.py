@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from lambdapo_async.broker.interface import Descriptor, QueueStats
 from lambdapo_async.metrics import EVAL, EVENT, METRICS, STEP, MetricsLog, read_metrics
@@ -65,6 +67,14 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
     assert first.values["tokens/trained"] == 20
     undocumented = set(first.values) - set(METRICS) - {"reward/verifiable"}
     assert not undocumented
+
+
+@pytest.mark.parametrize("mfu", [None, 0.4])
+def test_mfu_is_told_where_it_is_known(tmp_path: Path, mfu: float | None) -> None:
+    with MetricsLog(tmp_path / "m.jsonl") as metrics, samples_in(tmp_path) as samples:
+        Reporter(metrics, samples, totals={}).step(replace(report(1), mfu=mfu))
+    (row,) = read_metrics(tmp_path / "m.jsonl")
+    assert row.values.get("speed/mfu") == mfu
 
 
 def test_an_alarm_is_an_event_when_it_begins(tmp_path: Path) -> None:
