@@ -99,7 +99,10 @@ class ActorCanary:
             self._failures += 1
             raise
         self._checks += 1
-        logger.debug("canary of version %d: %.2g nats", verdict.version, verdict.mean_gap)
+        logger.info(
+            "version %d: %.2g nats per token from the learner, %.2g at most",
+            verdict.version, verdict.mean_gap, verdict.max_gap,
+        )  # fmt: skip
         return verdict
 
     async def _verdict_of_one_version(self) -> CanaryVerdict:
@@ -108,7 +111,9 @@ class ActorCanary:
             checksum = self._checksum_of(canary.version)
             if checksum is not None:
                 canary.check_identity(self._identity, checksum=checksum)
-                scored = [await self._engine.score(row.prompt_ids, row.completion_ids) for row in canary.rows]
+                # Asked for together: new weights come before or after all of them, not in between.
+                scores = (self._engine.score(row.prompt_ids, row.completion_ids) for row in canary.rows)
+                scored = await asyncio.gather(*scores)
                 if self._engine.policy_version == canary.version:
                     return compare(canary, scored, dtype=self._engine.info.dtype)
             await asyncio.sleep(_POLL_S)  # new weights came in between: the next canary will fit

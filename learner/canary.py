@@ -14,11 +14,16 @@ from lambdapo_async.tasks.interface import Row
 from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
 from lambdapo_async.weights.canary import Canary, CanaryRow, ModelIdentity
 from lambdapo_async.weights.canary_store import CanaryStore
+from learner.crew import Crew
+from learner.parallel import ALONE
 
 PUBLISHED_DTYPE = "bfloat16"
 """Weights are published in it, so whatever the learner computes in, actors differ by at least its rounding."""
 ROWS_PER_SPLIT = 2
 MAX_COMPLETION_TOKENS = 128
+KEYFRAME_DISTANCE = 8
+"""Versions between keyframes with a canary of their own: large steps make every version a keyframe, and who needs the
+canary of a certain version asks."""
 
 
 class ScoringPolicy(Protocol):
@@ -58,14 +63,15 @@ def canary_sequences(
 def _sequences(
     rows: Sequence[Row], encoder: PromptEncoder, tokenizer: Tokenizer, longest: int
 ) -> Iterator[TrainingSequence]:
-    for number, row in enumerate(rows):
+    for row in rows:
         prompt_ids = encoder.encode(row)
         completion_ids = tokenizer.encode(row.solution or row.answer, add_special_tokens=False)[:longest]
         if completion_ids:
-            yield _sequence(f"canary:{number}", prompt_ids, completion_ids)
+            yield canary_sequence(prompt_ids, completion_ids)
 
 
-def _sequence(key: str, prompt_ids: list[int], completion_ids: list[int]) -> TrainingSequence:
+def canary_sequence(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> TrainingSequence:
+    """One row, its completion to be scored."""
     length = len(prompt_ids) + len(completion_ids)
     return TrainingSequence(
         token_ids=np.array([*prompt_ids, *completion_ids], np.int32),
@@ -73,12 +79,21 @@ def _sequence(key: str, prompt_ids: list[int], completion_ids: list[int]) -> Tra
         behavior_logprobs=np.zeros(length, np.float32),
         advantage=0.0,
         token_versions=np.zeros(length, np.int64),
-        group_key=key,
+        group_key="canary",
     )
 
 
+def score(policy: ScoringPolicy, sequence: TrainingSequence) -> list[float]:
+    """[C] log pi of the completion's tokens at temperature 1, in nats; on all ranks together."""
+    # One row at a time, as memory allows at any moment: four rows are nothing beside a step.
+    (micro_batch,) = pack([sequence], token_budget=len(sequence.token_ids))
+    logprobs_T = policy.logprobs(micro_batch.to(policy.device), temperature=1.0).cpu()
+    logprobs: list[float] = logprobs_T[micro_batch.loss_mask_T].clamp(max=0.0).tolist()
+    return logprobs
+
+
 class LearnerCanary:
-    """Publishes a canary at each new keyframe and whenever an actor asks. Not thread-safe: the learner's loop calls."""
+    """Publishes a canary at new keyframes and whenever an actor asks. Not thread-safe: the learner's loop calls."""
 
     def __init__(
         self,
@@ -88,14 +103,16 @@ class LearnerCanary:
         *,
         identity: ModelIdentity,
         fence: int,
+        crew: Crew = Crew(ALONE),  # noqa: B008 - frozen
     ) -> None:
         self._store, self._policy, self._identity, self._fence = store, policy, identity, fence
-        self._sequences = sequences
-        self._keyframe_version = -1
+        self._sequences, self._crew = sequences, crew
+        self._keyframe_version: int | None = None
 
     def is_due(self, keyframe_version: int) -> bool:
-        """Whether there is a keyframe without a canary yet, or somebody asked."""
-        return keyframe_version != self._keyframe_version or self._store.is_canary_asked()
+        """Whether a keyframe still needs a canary, or somebody asked."""
+        last = self._keyframe_version
+        return last is None or keyframe_version >= last + KEYFRAME_DISTANCE or self._store.is_canary_asked()
 
     def publish(self, version: int, checksum: str, *, keyframe_version: int) -> None:
         """Score the rows and publish what came out.
@@ -120,12 +137,9 @@ class LearnerCanary:
         self._keyframe_version = keyframe_version
 
     def _scored(self, sequence: TrainingSequence) -> CanaryRow:
-        # One row at a time, as memory allows at any moment: four rows are nothing beside a step.
-        (micro_batch,) = pack([sequence], token_budget=len(sequence.token_ids))
-        logprobs_T = self._policy.logprobs(micro_batch.to(self._policy.device), temperature=1.0).cpu()
         tokens, num_prompt = sequence.token_ids.tolist(), int((~sequence.loss_mask).sum())
+        prompt_ids, completion_ids = tokens[:num_prompt], tokens[num_prompt:]
+        self._crew.score(prompt_ids, completion_ids)
         return CanaryRow(
-            prompt_ids=tuple(tokens[:num_prompt]),
-            completion_ids=tuple(tokens[num_prompt:]),
-            logprobs=tuple(logprobs_T[micro_batch.loss_mask_T].clamp(max=0.0).tolist()),
+            prompt_ids=prompt_ids, completion_ids=completion_ids, logprobs=tuple(score(self._policy, sequence))
         )

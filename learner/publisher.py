@@ -93,6 +93,19 @@ class Publisher:
         finally:
             self._stall_s += time.monotonic() - started
 
+    @property
+    def keyframe_version(self) -> int:
+        """Newest keyframe that the store took; -1 before the first. Of the newest version only after :meth:`flush`."""
+        return self._mirror.keyframe_version
+
+    def checksum(self) -> str:
+        """Of the newest published state; to be asked after :meth:`flush` only.
+
+        Raises:
+            WeightsError: nothing was published yet.
+        """
+        return self._mirror.checksum()
+
     def take_stall_s(self) -> float:
         """Seconds that the caller waited for publishes since the last call of this."""
         stall_s, self._stall_s = self._stall_s, 0.0

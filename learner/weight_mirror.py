@@ -137,6 +137,17 @@ class WeightMirror:
         extent = extent.with_union(len(union.payload))
         return Release(state, (step, union), extent, share, time.perf_counter() - started)
 
+    @property
+    def keyframe_version(self) -> int:
+        """Newest keyframe at or before what the store took last; -1 before the first."""
+        return -1 if self._published is None else self._published.union.keyframe_version
+
+    def checksum(self) -> str:
+        """Of the version that the store took last; ``WeightsError`` before the first."""
+        if self._published is None:
+            raise WeightsError("nothing was published yet: there is no state to take a checksum of")
+        return self._published.state.checksum(self._pool)
+
     def advance(self, release: Release) -> None:
         """The store took ``release``."""
         last = self._published

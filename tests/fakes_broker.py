@@ -27,6 +27,7 @@ from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.manifest import NewFile, check_version, name_of
 from lambdapo_async.weights.retention import Retention
+from tests.fakes_canary import FakeCanaryStore
 
 SCHEMA = 1
 _POLL_S = 0.005
@@ -60,6 +61,10 @@ class FakeRedisRun:
     beats: dict[str, tuple[Heartbeat, float]] = field(default_factory=dict)
     weight_files: dict[Available, bytes] = field(default_factory=dict)
     head: int | None = None
+    canary: FakeCanaryStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.canary = FakeCanaryStore(self.check_fence)
 
     def take_over(self, fence: int, owner: str) -> None:
         stored = -1 if self.fence is None else self.fence
@@ -386,6 +391,7 @@ class FakeRun:
         self.run_store = FakeRunStore(self.shared, self._owner, run_id)
         self.fleet = FakeFleet(self.shared)
         self.weights = FakeWeightStore(self.shared)
+        self.canary = self.shared.canary
 
     def admission(self, actor_id: str) -> FakeAdmission:
         return FakeAdmission(self.shared, actor_id)

@@ -1,20 +1,26 @@
 """The canary's place in memory, held to the same tests as Redis."""
 
+from collections.abc import Callable
+
 from lambdapo_async.errors import FencedError
+
+
+def _belongs_to_1(fence: int) -> None:
+    if fence != 1:
+        raise FencedError("another learner owns the run now (fence 1)")
 
 
 class FakeCanaryStore:
     """``canary_store.CanaryStore``"""
 
-    def __init__(self, *, fence: int = 1) -> None:
-        self._fence = fence
+    def __init__(self, check_fence: Callable[[int], None] = _belongs_to_1) -> None:
+        self._check_fence = check_fence
         self._record: bytes | None = None
         self._is_asked = False
         self.wishes = 0
 
     def put_canary(self, record: bytes, *, fence: int) -> None:
-        if fence != self._fence:
-            raise FencedError(f"another learner owns the run now (fence {self._fence})")
+        self._check_fence(fence)
         self._record, self._is_asked = record, False
 
     def canary(self) -> bytes | None:

@@ -15,6 +15,7 @@ from lambdapo_async.broker.run_store import RedisRunStore
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerUnavailable, BrokerUnreachableError
 from lambdapo_async.keys import RunKeys
+from lambdapo_async.weights.canary_store import RedisCanaryStore
 from lambdapo_async.weights.redis_store import RedisWeightStore
 
 _FIRST_CONTACT_S = 5.0
@@ -37,6 +38,7 @@ class RedisRun:
         self.run_store = RedisRunStore(self._broker, self.keys, self._ownership)
         self.fleet = RedisFleet(self._broker, self.keys)
         self.weights = RedisWeightStore(self._broker, self.keys, WeightsConfig())
+        self.canary = RedisCanaryStore(self._broker, self.keys)
 
     def check_reachable(self) -> None:
         """Wait five seconds at most for a first answer: a person is waiting, and the URL may be wrong.

@@ -171,5 +171,8 @@ class ActorConfig(Section):
     mirror: Literal["ram", "disk"] = "ram"
     """Where an actor keeps its copy of the newest weights, as large as the published ones: ``ram`` is /dev/shm,
     ``disk`` the folder that TMPDIR names."""
+    canary_minutes: PositiveFloat = 10.0
+    """Minutes between two comparisons of an actor's log-probabilities with the learner's; the first comes before it
+    samples anything."""
     drain_s: PositiveFloat = 30.0
     """After SIGTERM unfinished groups get this long before their leases are handed back."""

@@ -161,6 +161,26 @@ def test_a_publish_is_reported_once(store: Store, publisher: Publisher) -> None:
     assert first["weights/bytes"] == len(store.published[0][1][0].payload) > second["weights/bytes"] > 0
 
 
+def test_what_is_out_has_a_checksum_and_a_keyframe(store: Store, publisher: Publisher) -> None:
+    weights = Weights()
+    assert publisher.keyframe_version == -1
+    with pytest.raises(WeightsError, match="nothing was published"):
+        publisher.checksum()
+    with ThreadPoolExecutor(1) as pool:
+        for version in (3, 4):
+            weights.value = version
+            publisher.publish(version, weights, consumed=0)
+            publisher.flush()
+            assert publisher.checksum() == State.of_torch(version, dict(weights.named_bf16())).checksum(pool)
+            assert publisher.keyframe_version == 3
+    store.error, weights.value = WeightsError("full disk"), 9.0
+    publisher.publish(5, weights, consumed=0)
+    before = publisher.checksum()
+    with pytest.raises(WeightsError):
+        publisher.flush()
+    assert publisher.checksum() == before
+
+
 def test_versions_go_out_in_order_and_waiting_is_counted(store: Store, publisher: Publisher) -> None:
     assert publisher.take_stall_s() == 0.0
     for version in range(5):
