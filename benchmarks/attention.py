@@ -7,10 +7,10 @@ from types import ModuleType
 import torch
 
 from benchmarks.model_shapes import ModelShape
+from lambdapo_async.packed_layout import PackedLayout
 from learner.attention_kernels import (
     FLASH_PACKAGES,
     Backend,
-    PackedLayout,
     Scores,
     choose_backend,
     installed_module,
@@ -34,17 +34,16 @@ def available_backends() -> list[Backend]:
     return list({backend.name: backend for backend in (*chosen, varlen, sdpa)}.values())
 
 
-def attention_tflops(backend: Backend, lengths: list[int], shape: ModelShape) -> list[float]:
-    """10^12 FLOP/s of each forward and backward of one layer over documents of these lengths, in bfloat16."""
+def attention_tflops(backend: Backend, layout: PackedLayout, shape: ModelShape) -> list[float]:
+    """10^12 FLOP/s of each forward and backward of one layer over a micro-batch, in bfloat16."""
     torch.manual_seed(0)
     heads = (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
     states = [
-        torch.randn(sum(lengths), count, shape.head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(layout.num_tokens, count, shape.head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for count in heads
     ]
-    marks = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-    layout, scores = PackedLayout(marks, max(lengths)), Scores(shape.head_dim**-0.5)
-    flops = 6 * shape.num_attention_heads * shape.head_dim * sum(length * length for length in lengths)
+    flops = 6 * shape.num_attention_heads * shape.head_dim * layout.squares
+    layout, scores = layout.to(torch.device("cuda")), Scores(shape.head_dim**-0.5)
     return [flops / _seconds(backend, states, layout, scores) / 1e12 for _ in range(WARM_UP + REPEATS)][WARM_UP:]
 
 

@@ -152,7 +152,8 @@ def packing_fill(plan: Plan, scale: int) -> dict[str, float]:
         tokens = PACKED_MICRO_BATCHES * plan.micro_batch_tokens
         groups = draw_groups(name, seed=1, num_tokens=tokens, group_size=GROUP_SIZE, scale=scale)
         packed = pack(plan.workload(groups).sequences, token_budget=plan.micro_batch_tokens)
-        fill[name] = round(_num_tokens(groups) / (len(packed) * plan.micro_batch_tokens), 4)
+        held = sum(len(each.input_ids_T) for each in packed)
+        fill[name] = round(held / (len(packed) * plan.micro_batch_tokens), 4)
     return fill
 
 
@@ -166,7 +167,7 @@ def attention_backends(plan: Plan) -> dict[str, dict[str, dict[str, float]]]:
     }
     return {
         batch: {
-            backend.name: spread(attention_tflops(backend, packed.cu_seqlens.diff().tolist(), plan.shape))
+            backend.name: spread(attention_tflops(backend, packed.layout, plan.shape))
             for backend in available_backends()
         }
         for batch, packed in first.items()
@@ -188,7 +189,7 @@ def measure(device: Literal["cpu", "cuda"], shape: str, rounds: int, steps: int,
     }
     # One micro-batch of eight documents, nearly all of whose tokens need the output layer.
     wide = {"vocabulary": [GroupLengths(8, (sizes.wide_tokens // GROUP_SIZE - 8,) * GROUP_SIZE)]}
-    peers = [peer for peer in PEERS if peer != "trl" or find_spec("trl") is not None]
+    peers = [peer for peer in PEERS if not peer.startswith("trl") or find_spec("trl") is not None]
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
         plan = _plan(SHAPES[shape], folder / "model", device, threads, sizes.micro_batch_tokens, steps, batches)

@@ -8,9 +8,15 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-LABELS = {"ours": "lambdapo-async", "trl": "TRL GRPO", "padded": "transformers, padded", "naive": "packed, all logits"}
-COLOURS = {"ours": "#1f6feb", "trl": "#d29922", "padded": "#8c959f", "naive": "#d0d7de"}
-WIDTH = 0.2
+LABELS = {
+    "ours": "lambdapo-async",
+    "trl": "TRL GRPO",
+    "trl_vllm": "TRL GRPO, from vLLM",
+    "padded": "transformers, padded",
+    "naive": "packed, all logits",
+}
+COLOURS = {"ours": "#1f6feb", "trl": "#d29922", "trl_vllm": "#9e6a03", "padded": "#8c959f", "naive": "#d0d7de"}
+WIDTH = 0.16
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -31,7 +37,7 @@ def _bars(axes: Axes, batches: Mapping[str, Any], quantity: str, label: str) -> 
     for position, batch in enumerate(batches.values()):
         for number, (peer, measured) in enumerate(batch["peers"].items()):
             if quantity in measured:
-                _bar(axes, position + (number - 1.5) * WIDTH, peer, measured[quantity], labelled=position == 0)
+                _bar(axes, position + (number - 2) * WIDTH, peer, measured[quantity], labelled=position == 0)
     axes.set_xticks(range(len(batches)), list(batches), fontsize=8)
     axes.set_ylabel(label, fontsize=8)
     axes.tick_params(axis="y", labelsize=7)

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import msgpack
@@ -250,12 +251,14 @@ def measure(steps: int, repeats: int) -> dict[str, list[Rates]]:
         overrides = bench_overrides(steps, ROOT / "outputs" / "bench", url)
         config = load_config(CONFIG, overrides, environ={})
         model_dir = ensure_starter(config, build_task(config))
+        rates, recorded = actor_alone(config, model_dir, folder, steps)
+        results["actor alone"].append(rates)
         for _ in range(repeats):
-            rates, recorded = actor_alone(config, model_dir, folder, steps)
-            results["actor alone"].append(rates)
             feeds = {"learner alone": offer_recorded(recorded, config), "pipeline": real_actor(config, folder)}
             for name, feed in feeds.items():
                 results[name].append(learner_run(config, overrides, folder, name.replace(" ", "_"), feed))
+            rates, recorded = actor_alone(config, model_dir, folder, steps)
+            results["actor alone"].append(rates)
             typer.echo({name: round(rates[-1].completions_per_s, 1) for name, rates in results.items()})
     return results
 
@@ -268,11 +271,15 @@ def summary(results: dict[str, list[Rates]]) -> dict[str, object]:
         }
         for name, rates in results.items()
     }
-    shares = [
-        together.completions_per_s / min(actor.completions_per_s, learner.completions_per_s)
-        for actor, learner, together in zip(*results.values(), strict=True)
-    ]
-    return {**rows, "pipeline / min(actor, learner)": spread(shares)}
+    return {**rows, "pipeline / min(actor, learner)": spread(list(shares(results)))}
+
+
+def shares(results: dict[str, list[Rates]]) -> Iterator[float]:
+    """Pipeline over the slower side, which is the busy actor: it is measured before and after each pipeline, because
+    the speed of a machine drifts."""
+    around = pairwise(one.completions_per_s for one in results["actor alone"])
+    for actor, learner, together in zip(around, results["learner alone"], results["pipeline"], strict=True):
+        yield together.completions_per_s / min(statistics.fmean(actor), learner.completions_per_s)
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:

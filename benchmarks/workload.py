@@ -11,7 +11,7 @@ from benchmarks.lengths import GroupLengths
 from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import estimate_advantages
-from lambdapo_async.packing import TrainingSequence
+from lambdapo_async.packing import TrainingSequence, pack
 from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing, VersionSpan
 from learner.ingest import ReceivedGroup
 from learner.sequences import training_sequences
@@ -32,8 +32,12 @@ class Workload:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, padding not counted."""
+        """Real tokens, padding not counted, a prompt once per completion."""
         return sum(self.lengths)
+
+    def packed_tokens(self, token_budget: int) -> int:
+        """Tokens of our micro-batches, where completions share prompts."""
+        return sum(len(each.input_ids_T) for each in pack(self.sequences, token_budget=token_budget))
 
     @property
     def num_loss_tokens(self) -> int:

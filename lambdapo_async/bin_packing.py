@@ -1,12 +1,12 @@
-"""Lengths -> the fewest bins of bounded size, their work alike.
+"""Rollouts that share prompts -> the fewest bins of bounded size, in little time.
 
-n lengths, longest first, in whole tokens. A bin is the list of positions it holds in that order.
+All lengths are in whole tokens. A prompt takes its room once in each bin that holds a rollout of its family.
 """
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,93 +16,182 @@ LINEAR_TOKENS = 12 * 1024
 LARGEST_SHARE = 16
 """The bound of :func:`fewest_bins` looks at lengths over 1/2, 1/3, ... 1/17 of a bin."""
 
-Bins = list[list[int]]
+
+class Family(NamedTuple):
+    """Rollouts of one prompt."""
+
+    prompt: int
+    members: tuple[int, ...]
+    """The completions' lengths, longest first."""
+
+    @property
+    def num_tokens(self) -> int:
+        """With the prompt once."""
+        return self.prompt + sum(self.members)
 
 
-def work(lengths: Sequence[int]) -> int:
-    """Forward and backward of documents, in units that compare: per token its matrices plus all it attends to."""
-    return sum([length * (length + LINEAR_TOKENS) for length in lengths])
+class Piece(NamedTuple):
+    """Rollouts of one family in one bin."""
+
+    family: int
+    members: tuple[int, ...]
+    """Positions in ``Family.members``, ascending."""
 
 
-def fewest_bins(lengths: Sequence[int], capacity: int) -> int:
+Bins = list[list[Piece]]
+
+
+def work(prompt: int, completions: Sequence[int]) -> int:
+    """Forward and backward of a prompt with its completions, in units that compare.
+
+    Per token its matrices plus all it attends to; a document of L tokens costs ``work(L, ())``.
+    """
+    attended = prompt**2 + sum([(prompt + own) ** 2 - prompt**2 for own in completions])
+    return (prompt + sum(completions)) * LINEAR_TOKENS + attended
+
+
+def fewest_bins(families: Sequence[Family], capacity: int) -> int:
     """A number of bins that no packing can go below."""
-    lengths_n = np.asarray(lengths)
-    by_tokens = math.ceil(int(lengths_n.sum()) / capacity)
+    by_tokens = math.ceil(sum(family.num_tokens for family in families) / capacity)
+    alone = [len(family.members) == 1 for family in families]
+    lengths_n = np.array([c + only * f.prompt for f, only in zip(families, alone, strict=True) for c in f.members])
     # At most m lengths over 1 / (m + 1) of the capacity share a bin.
     by_count = (math.ceil(int((lengths_n * (m + 1) > capacity).sum()) / m) for m in range(1, 1 + LARGEST_SHARE))
     return max(by_tokens, *by_count)
 
 
-def partition(lengths: Sequence[int], capacity: int, *, multiple_of: int = 1) -> Bins:
-    """Every position in one bin of at most ``capacity`` tokens; as few bins as found, then the least work in the worst.
+def partition(families: Sequence[Family], capacity: int, *, multiple_of: int = 1) -> Bins:
+    """Every rollout in one bin of at most ``capacity`` tokens: as few bins as found, then the least time.
 
-    Two greedy rules, each good where the other fails: best fit fills bins of mixed lengths to the brim, an even
-    spread keeps lengths just over a share of the capacity from wasting the rest. Takes O(n log n).
+    Three greedy rules, each good where the others fail: best fit of whole families repeats no prompt, best fit that
+    cuts families fills bins to the brim, an even spread keeps lengths just over a share of the capacity from wasting
+    the rest.
 
     Args:
-        lengths: in descending order, none above ``capacity``.
+        families: none with a rollout, prompt included, above ``capacity``.
         capacity: tokens of a bin.
-        multiple_of: the number of bins is rounded up to a multiple where there are enough lengths to do so.
+        multiple_of: the number of bins is rounded up to a multiple where there are enough rollouts to do so.
 
     Returns:
         No empty bin; costliest first, so that what does not fit in memory fails at once.
     """
-    if not lengths:
+    if not families:
         return []
-    least = fewest_bins(lengths, capacity)
-    candidates = [best_fit(lengths, capacity), spread(lengths, capacity, least)]
+    least = fewest_bins(families, capacity)
+    candidates = [
+        best_fit(families, capacity, cut=False),
+        best_fit(families, capacity, cut=True),
+        spread(families, capacity, least),
+    ]
     count = min(len(bins) for bins in candidates)
-    rounded = min(len(lengths), math.ceil(count / multiple_of) * multiple_of)
+    rounded = min(sum(len(each.members) for each in families), math.ceil(count / multiple_of) * multiple_of)
     if rounded > least:
-        candidates.append(spread(lengths, capacity, rounded))
+        candidates.append(spread(families, capacity, rounded))
 
-    def work_of(bin_: list[int]) -> int:
-        return work([lengths[position] for position in bin_])
+    def work_of(bin_: list[Piece]) -> int:
+        return sum([work(families[f].prompt, [families[f].members[each] for each in members]) for f, members in bin_])
 
-    def badness(bins: Bins) -> tuple[int, int, int]:
-        # Of bins that fill as many rounds, more bins are better: a round is as long with a bin missing.
-        return math.ceil(len(bins) / multiple_of), -len(bins), max(map(work_of, bins))
+    def badness(bins: Bins) -> tuple[int, int, int, int]:
+        # Of bins that fill as many rounds, more bins are better: a round is as long with a bin missing. A round takes
+        # as long as its costliest bin.
+        works = sorted(map(work_of, bins), reverse=True)
+        return math.ceil(len(bins) / multiple_of), -len(bins), sum(works[::multiple_of]), works[0]
 
     best: Bins = min(candidates, key=badness)
     return sorted(best, key=work_of, reverse=True)
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> Bins:
-    """Each length into the fullest bin that takes it."""
-    bins: Bins = []
-    rooms: list[tuple[int, int]] = []  # (room, bin), ascending; bins that nothing fits into are left out
-    for position, length in enumerate(lengths):
-        at = bisect_left(rooms, (length, 0))
-        if at == len(rooms):
-            bins.append([])
-            room, index = capacity, len(bins) - 1
-        else:
-            room, index = rooms.pop(at)
-        bins[index].append(position)
-        if room - length >= lengths[-1]:
-            insort(rooms, (room - length, index))
-    return bins
+def best_fit(families: Sequence[Family], capacity: int, *, cut: bool) -> Bins:
+    """Each family into the fullest bin that takes it; with ``cut``, what fits of it before a new bin is opened."""
+    bins = _Bins(families, capacity)
+    bins.pour(capacity, by_work=False, cut=cut)
+    return bins.filled()
 
 
-def spread(lengths: Sequence[int], capacity: int, count: int) -> Bins:
-    """Each length into the bin with the least work that takes it; ``count`` bins, more only when none does."""
-    bins: Bins = [[] for _ in range(count)]
-    rooms = [capacity] * count
-    ready = [(0, index) for index in range(count)]
-    full: list[tuple[int, int, int]] = []  # (-room, work, bin) of bins that wait for something short enough
-    heapify(ready)
-    for position, length in enumerate(lengths):
-        while full and -full[0][0] >= length:
-            heappush(ready, heappop(full)[1:])
-        while ready and rooms[ready[0][1]] < length:
-            done, index = heappop(ready)
-            heappush(full, (-rooms[index], done, index))
-        if not ready:
-            ready.append((0, len(bins)))
-            bins.append([])
-            rooms.append(capacity)
-        done, index = ready[0]
-        heapreplace(ready, (done + length * (length + LINEAR_TOKENS), index))
-        bins[index].append(position)
-        rooms[index] -= length
-    return bins
+def spread(families: Sequence[Family], capacity: int, count: int) -> Bins:
+    """Each family into the bin with the least work that takes it; ``count`` bins, more only when none does."""
+    bins = _Bins(families, capacity, count)
+    tokens = sum(family.num_tokens for family in families)
+    bins.pour(min(capacity, max(1, tokens // count)), by_work=True, cut=True)
+    return bins.filled()
+
+
+class _Bins:
+    """Bins being filled."""
+
+    def __init__(self, families: Sequence[Family], capacity: int, count: int = 0) -> None:
+        self._families, self._capacity = families, capacity
+        most = count + sum(len(family.members) for family in families)
+        self._rooms, self._works = np.full(most, capacity), np.zeros(most, np.int64)
+        self._pieces: Bins = [[] for _ in range(count)]
+
+    def pour(self, limit: int, *, by_work: bool, cut: bool) -> None:
+        """Place every family, the largest first, in pieces of at most ``limit`` tokens or of one rollout."""
+        waiting: list[tuple[int, Piece]] = []
+        for number, family in enumerate(self._families):
+            piece = Piece(number, tuple(range(len(family.members))))
+            while piece.members:
+                part, piece = self._cut(piece, limit)
+                if not part.members:  # a single rollout is larger
+                    part, piece = Piece(number, piece.members[:1]), Piece(number, piece.members[1:])
+                waiting.append((-self._size(part), part))
+        heapify(waiting)
+        while waiting:
+            size, piece = heappop(waiting)
+            index = self._choose(-size, by_work=by_work)
+            rest = Piece(piece.family, ())
+            if index is None:
+                index, piece, rest = self._place_for_part(piece, cut=cut)
+            self._put(index, piece)
+            if rest.members:
+                heappush(waiting, (-self._size(rest), rest))
+
+    def filled(self) -> Bins:
+        """The bins with anything in them, each family in one piece."""
+        merged: Bins = []
+        for pieces in filter(None, self._pieces):
+            members: dict[int, list[int]] = {}
+            for piece in pieces:
+                members.setdefault(piece.family, []).extend(piece.members)
+            merged.append([Piece(family, tuple(sorted(each))) for family, each in members.items()])
+        return merged
+
+    def _choose(self, size: int, *, by_work: bool) -> int | None:
+        """The idlest or the fullest bin with room for ``size``; None where no bin has any."""
+        fitting = np.flatnonzero(self._rooms[: len(self._pieces)] >= size)
+        if not len(fitting):
+            return None
+        cost = self._works if by_work else self._rooms
+        return int(fitting[cost[fitting].argmin()])
+
+    def _place_for_part(self, piece: Piece, *, cut: bool) -> tuple[int, Piece, Piece]:
+        """(bin, what goes there, the rest) of a piece that fits nowhere as it is."""
+        if cut and self._pieces:
+            roomiest = int(self._rooms[: len(self._pieces)].argmax())
+            part, rest = self._cut(piece, int(self._rooms[roomiest]))
+            if part.members:
+                return roomiest, part, rest
+        self._pieces.append([])
+        return len(self._pieces) - 1, *self._cut(piece, self._capacity)
+
+    def _cut(self, piece: Piece, room: int) -> tuple[Piece, Piece]:
+        """What fits into ``room``, the longest rollouts first, and what does not."""
+        family = self._families[piece.family]
+        room -= family.prompt
+        part: list[int] = []
+        for member in piece.members:
+            if family.members[member] <= room:
+                part.append(member)
+                room -= family.members[member]
+        rest = [member for member in piece.members if member not in part]
+        return Piece(piece.family, tuple(part)), Piece(piece.family, tuple(rest))
+
+    def _put(self, index: int, piece: Piece) -> None:
+        family = self._families[piece.family]
+        self._pieces[index].append(piece)
+        self._rooms[index] -= self._size(piece)
+        self._works[index] += work(family.prompt, [family.members[member] for member in piece.members])
+
+    def _size(self, piece: Piece) -> int:
+        family = self._families[piece.family]
+        return family.prompt + sum([family.members[member] for member in piece.members])

@@ -1,10 +1,10 @@
-"""Sequences -> micro-batches of at most ``token_budget`` tokens, without padding.
+"""Sequences -> micro-batches of at most ``token_budget`` tokens, without padding and with shared prompts only once.
 
-T = tokens of a micro-batch, N = its documents, L = tokens of one sequence. Every per-token column describes the token
-at its own position t: ``logprobs_T[t]`` = log pi(token t | the tokens before it in its document).
+T = tokens of a micro-batch, L = tokens of one sequence. Every per-token column describes the token at its own position
+t: ``logprobs_T[t]`` = log pi(token t | the tokens before it in its rollout).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lambdapo_async.bin_packing import partition
+from lambdapo_async.bin_packing import Family, partition
+from lambdapo_async.packed_layout import PackedLayout, Segment, packed_layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,19 +39,24 @@ class TrainingSequence:
         if len(self.token_ids) == 0 or self.loss_mask[0]:
             raise ValueError(f"group {self.group_key}: a sequence needs a first token without loss")
 
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first with loss; all where none has."""
+        return int(self.loss_mask.argmax()) or len(self.token_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
-    """Documents side by side; attention must not cross ``cu_seqlens``."""
+    """Rollouts side by side, those of one prompt behind a single copy of it; attention follows ``layout``."""
 
     input_ids_T: Tensor
     """int64"""
     position_ids_T: Tensor
-    """int64, from 0 in every document."""
-    cu_seqlens: Tensor
-    """[N + 1] int32 document boundaries, from 0 to T."""
-    max_seqlen: int
-    """Tokens of the longest document."""
+    """int64 position in the token's rollout."""
+    predictor_T: Tensor
+    """int64 token whose hidden state predicts this one: the one before it in its rollout; itself where it is first."""
+    layout: PackedLayout
+    """What each token attends to."""
     loss_mask_T: Tensor
     """bool"""
     behavior_logprobs_T: Tensor
@@ -60,15 +66,15 @@ class MicroBatch:
     token_versions_T: Tensor
     """int64"""
     segment_ids_T: Tensor
-    """int64 number of the token's document, 0..N-1."""
+    """int64 number of the token's rollout, from 0; that of the first for a prompt that several share."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``."""
         return MicroBatch(
             input_ids_T=self.input_ids_T.to(device),
             position_ids_T=self.position_ids_T.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            max_seqlen=self.max_seqlen,
+            predictor_T=self.predictor_T.to(device),
+            layout=self.layout.to(device),
             loss_mask_T=self.loss_mask_T.to(device),
             behavior_logprobs_T=self.behavior_logprobs_T.to(device),
             advantages_T=self.advantages_T.to(device),
@@ -77,11 +83,25 @@ class MicroBatch:
         )
 
 
-def pack(sequences: Sequence[TrainingSequence], *, token_budget: int, multiple_of: int = 1) -> list[MicroBatch]:
-    """The fewest micro-batches found, alike in attention and matrix work; see ``bin_packing``.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Tokens of one rollout that lie together in a micro-batch."""
 
-    Deterministic in the set of groups: the order they arrive in changes no bit of any micro-batch, as long as the
-    sequences of one group keep theirs. Documents lie longest first, those of equal length side by side.
+    sequence: TrainingSequence
+    rollout: int
+    """Its number in the micro-batch."""
+    rows: range
+    """Positions in the sequence."""
+    prompt: "_Part | None" = None
+    """What they continue."""
+
+
+def pack(sequences: Sequence[TrainingSequence], *, token_budget: int, multiple_of: int = 1) -> list[MicroBatch]:
+    """The fewest micro-batches found, in little and even work; see ``bin_packing``.
+
+    Rollouts of one prompt lie behind a single copy of it, which all of them attend to; those that do not fit into one
+    micro-batch repeat it in the next. Deterministic in the set of groups: the order they arrive in changes no bit of
+    any micro-batch, as long as the sequences of one group keep theirs.
 
     Args:
         sequences: whole groups.
@@ -91,32 +111,76 @@ def pack(sequences: Sequence[TrainingSequence], *, token_budget: int, multiple_o
     Raises:
         ValueError: a sequence is longer than ``token_budget``.
     """
-    ordered = sorted(sequences, key=lambda each: (-len(each.token_ids), each.group_key))
-    lengths = [len(each.token_ids) for each in ordered]
-    if lengths and lengths[0] > token_budget:
+    longest = max(sequences, key=lambda each: len(each.token_ids), default=None)
+    if longest is not None and len(longest.token_ids) > token_budget:
         raise ValueError(
-            f"a sequence of group {ordered[0].group_key} has {lengths[0]} tokens, more than the micro-batch budget of "
-            f"{token_budget}: raise learner.micro_batch_tokens or lower model.max_length"
+            f"a sequence of group {longest.group_key} has {len(longest.token_ids)} tokens, more than the micro-batch "
+            f"budget of {token_budget}: raise learner.micro_batch_tokens or lower model.max_length"
         )
-    bins = partition(lengths, token_budget, multiple_of=multiple_of)
-    return [_micro_batch([ordered[position] for position in positions]) for positions in bins]
+    families = _families(sequences)
+    bins = partition([_lengths(family) for family in families], token_budget, multiple_of=multiple_of)
+    return [_micro_batch([[families[f][each] for each in members] for f, members in bin_]) for bin_ in bins]
 
 
-def _micro_batch(documents: Sequence[TrainingSequence]) -> MicroBatch:
-    lengths_N = np.array([len(document.token_ids) for document in documents])
-    ends_N = lengths_N.cumsum()
-    advantages_N = np.array([document.advantage for document in documents], np.float32)
+def _families(sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
+    """Sequences with the same prompt, the longest first."""
+    families: dict[bytes, list[TrainingSequence]] = {}
+    for sequence in sorted(sequences, key=lambda each: (-len(each.token_ids), each.group_key)):
+        families.setdefault(sequence.token_ids[: sequence.prompt_length].tobytes(), []).append(sequence)
+    return sorted(families.values(), key=lambda family: (-_lengths(family).num_tokens, family[0].group_key))
+
+
+def _lengths(family: Sequence[TrainingSequence]) -> Family:
+    prompt = family[0].prompt_length
+    return Family(prompt, tuple(len(member.token_ids) - prompt for member in family))
+
+
+def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
+    """Rollouts of each prompt -> documents and prompts, then completions; alike ones lie side by side."""
+    parts = _parts(pieces)
+    lengths = [len(part.rows) for part in parts]
+    starts = dict(zip(parts, np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
+    segments = [Segment(len(part.rows), _tokens_of(part.prompt, starts)) for part in parts]
+    predictor_T = np.arange(sum(lengths)) - 1
+    predictor_T[list(starts.values())] = [
+        segment.prompt[-1] if segment.prompt else start
+        for segment, start in zip(segments, starts.values(), strict=True)
+    ]
+    advantages = np.array([part.sequence.advantage for part in parts], np.float32)
+    cut = [(part.sequence, slice(part.rows.start, part.rows.stop)) for part in parts]
     return MicroBatch(
-        input_ids_T=_column([document.token_ids for document in documents], np.int64),
-        position_ids_T=torch.from_numpy(np.arange(ends_N[-1]) - np.repeat(ends_N - lengths_N, lengths_N)),
-        cu_seqlens=_column([np.zeros(1), ends_N], np.int32),
-        max_seqlen=int(lengths_N.max()),
-        loss_mask_T=_column([document.loss_mask for document in documents], np.bool_),
-        behavior_logprobs_T=_column([document.behavior_logprobs for document in documents], np.float32),
-        advantages_T=torch.from_numpy(np.repeat(advantages_N, lengths_N)),
-        token_versions_T=_column([document.token_versions for document in documents], np.int64),
-        segment_ids_T=torch.from_numpy(np.repeat(np.arange(len(documents)), lengths_N)),
+        input_ids_T=_column([sequence.token_ids[rows] for sequence, rows in cut], np.int64),
+        position_ids_T=_column([np.array(part.rows) for part in parts], np.int64),
+        predictor_T=torch.from_numpy(predictor_T),
+        layout=packed_layout(segments),
+        loss_mask_T=_column([sequence.loss_mask[rows] for sequence, rows in cut], np.bool_),
+        behavior_logprobs_T=_column([sequence.behavior_logprobs[rows] for sequence, rows in cut], np.float32),
+        advantages_T=torch.from_numpy(np.repeat(advantages, lengths)),
+        token_versions_T=_column([sequence.token_versions[rows] for sequence, rows in cut], np.int64),
+        segment_ids_T=torch.from_numpy(np.repeat([part.rollout for part in parts], lengths)),
     )
+
+
+def _parts(pieces: Sequence[Sequence[TrainingSequence]]) -> list[_Part]:
+    """What lies in a micro-batch, in order; a completion without tokens does not."""
+    whole: list[_Part] = []
+    completions: list[_Part] = []
+    for first, *others in pieces:
+        rollout, end = len(whole) + len(completions), first.prompt_length
+        if not others:
+            whole.append(_Part(first, rollout, range(len(first.token_ids))))
+            continue
+        whole.append(prompt := _Part(first, rollout, range(end)))
+        for number, each in enumerate((first, *others), rollout):
+            completions.append(_Part(each, number, range(end, len(each.token_ids)), prompt))
+    whole.sort(key=lambda part: -len(part.rows))
+    completions.sort(key=lambda part: (-len(part.rows), -part.rows.start))
+    return [part for part in (*whole, *completions) if part.rows]
+
+
+def _tokens_of(part: _Part | None, starts: Mapping[_Part, int]) -> range:
+    """Where a part lies in the micro-batch."""
+    return range(0) if part is None else range(starts[part], starts[part] + len(part.rows))
 
 
 def _column(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> Tensor:

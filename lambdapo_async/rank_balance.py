@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lambdapo_async.bin_packing import work
+from lambdapo_async.bin_packing import LINEAR_TOKENS
+from lambdapo_async.packed_layout import Segment, packed_layout
 from lambdapo_async.packing import MicroBatch
 
 
@@ -41,8 +42,7 @@ def split_over_ranks(micro_batches: Sequence[MicroBatch], world_size: int) -> li
 
 def work_of(micro_batch: MicroBatch) -> int:
     """What a micro-batch costs, in the units of ``bin_packing.work``."""
-    lengths: list[int] = micro_batch.cu_seqlens.diff().tolist()
-    return work(lengths)
+    return len(micro_batch.input_ids_T) * LINEAR_TOKENS + micro_batch.layout.squares
 
 
 def filler() -> MicroBatch:
@@ -51,8 +51,8 @@ def filler() -> MicroBatch:
     return MicroBatch(
         input_ids_T=zero,
         position_ids_T=zero,
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-        max_seqlen=1,
+        predictor_T=zero,
+        layout=packed_layout([Segment(1)]),
         loss_mask_T=torch.zeros(1, dtype=torch.bool),
         behavior_logprobs_T=torch.zeros(1),
         advantages_T=torch.zeros(1),

@@ -1,31 +1,36 @@
 """Packed causal attention behind one name of transformers' attention interface.
 
 T packed tokens, H query heads, H_kv key and value heads, D head size. A model runs unpatched with ``input_ids``
-[1, T], ``position_ids`` [1, T] that restart per document, and ``layout=PackedLayout(...)``, which transformers
-hands down to every attention layer.
+[1, T], ``position_ids`` [1, T] that restart per rollout, and ``layout=PackedLayout(...)``, which transformers hands
+down to every attention layer.
 """
 
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from lambdapo_async.errors import UserError
-from learner.attention_kernels import Backend, Kernel, PackedLayout, Scores, choose_backend
+from lambdapo_async.packed_layout import PackedLayout
+from learner.attention_kernels import Backend, Kernel, Scores, choose_backend
+from learner.context_parallel import sharded_backend
 
 __all__ = ["PackedLayout", "register_attention", "select_attention"]
 
 
-def select_attention(device: torch.device) -> str:
+def select_attention(device: torch.device, context: dist.ProcessGroup | None = None) -> str:
     """Register the best kernel for ``device``; returns the name for ``attn_implementation``.
 
     A CUDA device takes the newest flash-attn package that runs on it (a broken installation raises its own
     ImportError), else torch's varlen kernel; a CPU, or a GPU older than Ampere, takes SDPA document by document.
+    Ranks of ``context`` each hold a part of the tokens.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return register_attention(choose_backend(capability))
+    backend = choose_backend(capability)
+    return register_attention(backend if context is None else sharded_backend(backend, context))
 
 
 def register_attention(backend: Backend) -> str:
@@ -64,7 +69,7 @@ def _attention_layer(  # noqa: PLR0913 - the signature is transformers'
             f"{type(module).__name__} caps its attention scores at {softcap}, which {backend.name} cannot: "
             "train on a GPU with flash-attn installed, or choose a model without soft cap"
         )
-    window = sliding_window if sliding_window is not None and sliding_window < layout.max_seqlen else None
+    window = sliding_window if sliding_window is not None and sliding_window < layout.max_keys else None
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
     # Under autocast a norm with float32 weights leaves query and key in float32; the kernels want one type.
     query_THD, key_THD, value_THD = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))

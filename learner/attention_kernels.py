@@ -1,21 +1,22 @@
-"""Causal attention over packed documents: one signature, one function per implementation.
+"""Causal attention over packed segments: one signature, one function per implementation.
 
-T packed tokens of N documents, H query heads, H_kv key and value heads, D head size. Documents never see each
-other and no [T, T] mask is ever built.
+T packed tokens in N segments with K keys, H query heads, H_kv key and value heads, D head size. Documents never see
+each other and no [T, T] mask is ever built; see ``lambdapo_async.packed_layout``.
 """
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
-from itertools import groupby
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
+
+from lambdapo_async.packed_layout import PackedLayout
 
 Capability = tuple[int, int]
 """CUDA compute capability: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell."""
@@ -24,33 +25,13 @@ VARLEN_CAPABILITY: Capability = (8, 0)
 """Oldest GPU that torch's varlen kernel runs on."""
 
 
-@dataclass(frozen=True)
-class PackedLayout:
-    """Where each document lies in a micro-batch; made once, read by every layer."""
-
-    cu_seqlens: Tensor
-    """[N + 1] int32 first token of each document, then T."""
-    max_seqlen: int
-
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """(documents, tokens of each) of neighbours of equal length: (3, 3, 2) is ((2, 3), (1, 2))."""
-        lengths: list[int] = self.cu_seqlens.diff().tolist()
-        return tuple((len(list(run)), length) for length, run in groupby(lengths))
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """T."""
-        return int(self.cu_seqlens[-1])
-
-
 @dataclass(frozen=True, slots=True)
 class Scores:
     """How attention scores come from query . key."""
 
     scale: float
     window: int | None = None
-    """Newest tokens of its document that a token sees, itself included; None is all."""
+    """Newest tokens before it that a token sees, itself included; None is all."""
     softcap: float | None = None
     """c in c * tanh(score / c), after scaling; None is no cap."""
 
@@ -71,48 +52,75 @@ class Backend:
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
-    """torch's SDPA, one call per run of documents of equal length: views, without padding or gathering.
+    """torch's SDPA, one call per run of segments alike: views, without padding.
 
-    A window shorter than the documents costs a boolean mask of one document; shapes as in ``Kernel``.
+    Fewer queries than keys, or a window shorter than the keys, cost a boolean mask of one segment; shapes as in
+    ``Kernel``.
     """
-    sizes = [documents * length for documents, length in layout.runs]
-    queries, keys, values = (torch.split(states, sizes) for states in (query, key, value))
+    queries = torch.split(query, [segments * tokens for segments, tokens, _ in layout.runs])
+    sizes = [segments * keys for segments, _, keys in layout.runs]
+    keys, values = (torch.split(gathered(states, layout), sizes) for states in (key, value))
     runs = zip(layout.runs, queries, keys, values, strict=True)
     return torch.cat([_sdpa_run(shape, query, key, value, scores) for shape, query, key, value in runs])
 
 
-def _sdpa_run(shape: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-    """[documents * length, H, D] attention of documents of equal length."""
-    length = shape[1]
-    windowed = scores.window is not None and scores.window < length
+def _sdpa_run(shape: tuple[int, int, int], query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """[segments * tokens, H, D] attention of segments alike."""
+    segments, tokens, keys = shape
+    is_causal = tokens == keys and (scores.window is None or scores.window >= keys)
 
     def batched(states: Tensor) -> Tensor:
-        return states.view(*shape, *states.shape[1:]).transpose(1, 2)
+        return states.view(segments, -1, *states.shape[1:]).transpose(1, 2)
 
     output_nHLD = functional.scaled_dot_product_attention(
         batched(query),
         batched(key),
         batched(value),
-        attn_mask=_band(length, scores.window, query.device) if windowed else None,
-        is_causal=not windowed,
+        attn_mask=None if is_causal else _band(tokens, keys, scores.window, query.device),
+        is_causal=is_causal,
         scale=scores.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output_nHLD.transpose(1, 2).flatten(0, 1)
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[length, length] bool: query (row) sees key (column)."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position
-    return (distance >= 0) & (distance < (window or length))
+def _band(tokens: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[tokens, keys] bool: query (row) sees key (column); the last query lies at the last key."""
+    position = torch.arange(keys, device=device)
+    distance = position[keys - tokens :, None] - position
+    return (distance >= 0) & (distance < (window or keys))
+
+
+def gathered(states: Tensor, layout: PackedLayout) -> Tensor:
+    """[T, H_kv, D] keys or values of the tokens -> [K, H_kv, D] of the segments; views where no prompt is shared."""
+    if layout.shared is None:
+        return states
+    rows: Tensor = _Gather.apply(states, layout.shared.index_K)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class _Gather(torch.autograd.Function):
+    """Rows by number; the gradients of a row that was taken several times are added in float32 at least."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, states: Tensor, index_K: Tensor) -> Tensor:
+        ctx.save_for_backward(index_K)
+        ctx.num_rows = len(states)  # type: ignore[attr-defined]
+        return states.index_select(0, index_K)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        (index_K,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        total = wide.new_zeros(ctx.num_rows, *gradient.shape[1:]).index_add_(0, index_K, wide)  # type: ignore[attr-defined]
+        return total.to(gradient.dtype), None
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
-    """torch's own FlashAttention over packed documents; shapes as in ``Kernel``."""
-    marks, longest = layout.cu_seqlens, layout.max_seqlen
+    """torch's own FlashAttention over packed segments; shapes as in ``Kernel``."""
     output = varlen_attn(
-        query, key, value, marks, marks, longest, longest,
+        query, gathered(key, layout), gathered(value, layout),
+        layout.cu_seqlens, layout.key_marks, layout.max_seqlen, layout.max_keys,
         scale=scores.scale,
         window_size=(-1 if scores.window is None else scores.window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -132,12 +140,12 @@ def flash_attention(flash_attn_varlen_func: Callable[..., object], *, unbounded:
     def kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
         result = flash_attn_varlen_func(
             query,
-            key,
-            value,
+            gathered(key, layout),
+            gathered(value, layout),
             cu_seqlens_q=layout.cu_seqlens,
-            cu_seqlens_k=layout.cu_seqlens,
+            cu_seqlens_k=layout.key_marks,
             max_seqlen_q=layout.max_seqlen,
-            max_seqlen_k=layout.max_seqlen,
+            max_seqlen_k=layout.max_keys,
             softmax_scale=scores.scale,
             causal=True,
             window_size=(unbounded if scores.window is None else scores.window - 1, 0),

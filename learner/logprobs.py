@@ -1,50 +1,66 @@
 """log pi of the tokens that carry loss, without the logits of the others.
 
-T packed tokens, S of them with loss, E hidden size.
+T packed tokens, t of them on this rank, S with loss, E hidden size.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lambdapo_async.packing import MicroBatch
-from learner.attention import PackedLayout
+from learner.context_parallel import add_parts, own_tokens, shard_tokens
 from learner.projection import CHUNK_LOGITS, project
 
 
-def packed_logprobs(model: PreTrainedModel, micro_batch: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
+def packed_logprobs(
+    model: PreTrainedModel, micro_batch: MicroBatch, *, temperature: float, context: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each packed token under the model, and the entropy it was drawn with.
 
-    Logits at t - 1 predict token t, divided by the temperature as the sampler divides them, normalised in
+    The logits that predict a token are divided by the temperature as the sampler divides them, normalised in
     float32. Only positions before a loss token reach the output layer: prompts cost no logits.
 
     Args:
         model: a causal language model in evaluation mode, its attention chosen by ``select_attention``; its own
             parameters whole (see :class:`LogprobModel`).
-        micro_batch: a document's first token has no loss, for nothing predicts it.
+        micro_batch: a rollout's first token has no loss, for nothing predicts it.
         temperature: of the behavior policy's softmax.
+        context: ranks that share the tokens; all call this, with attention from ``sharded_backend``.
 
     Returns:
-        ``logprobs_T`` and ``entropy_T`` in nats, both float32, with gradient, and 0 where ``loss_mask_T`` is False.
+        ``logprobs_T`` and ``entropy_T`` in nats, both float32, with gradient, and 0 where ``loss_mask_T`` is False;
+        of all T tokens on every rank.
     """
-    layout = PackedLayout(micro_batch.cu_seqlens, micro_batch.max_seqlen)
-    hidden_TE = model.get_decoder()(
-        input_ids=micro_batch.input_ids_T[None],
-        position_ids=micro_batch.position_ids_T[None],
+    ids_t, positions_t = micro_batch.input_ids_T, micro_batch.position_ids_T
+    own = slice(0, len(ids_t))
+    if context is not None:
+        own = own_tokens(len(ids_t), context)
+        ids_t, positions_t = shard_tokens(ids_t, context), shard_tokens(positions_t, context)
+    hidden_tE = model.get_decoder()(
+        input_ids=ids_t[None],
+        position_ids=positions_t[None],
         use_cache=False,
-        layout=layout,
+        layout=micro_batch.layout,
     ).last_hidden_state[0]
-    index_S = micro_batch.loss_mask_T.nonzero()[:, 0]
+    # A rank predicts what comes after its tokens, be it another rank's.
+    predictor_T = micro_batch.predictor_T
+    is_own_T = (predictor_T >= own.start) & (predictor_T < own.stop)
+    index_S = (micro_batch.loss_mask_T & is_own_T).nonzero()[:, 0]
     logprobs_S, entropy_S = project(
         model.get_output_embeddings(),
-        hidden_TE.index_select(0, index_S - 1),
+        hidden_tE.index_select(0, predictor_T.index_select(0, index_S) - own.start),
         micro_batch.input_ids_T.index_select(0, index_S),
         temperature=temperature / logit_scale(model),
         soft_cap=soft_cap(model),
-        chunk_logits=CHUNK_LOGITS[hidden_TE.device.type],
+        chunk_logits=CHUNK_LOGITS[hidden_tE.device.type],
     )
     zeros_T = torch.zeros_like(micro_batch.behavior_logprobs_T)
-    return zeros_T.index_copy(0, index_S, logprobs_S), zeros_T.index_copy(0, index_S, entropy_S)
+    logprobs_T, entropy_T = (zeros_T.index_copy(0, index_S, found_S) for found_S in (logprobs_S, entropy_S))
+    if context is None:
+        return logprobs_T, entropy_T
+    logprobs_T, entropy_T = add_parts(torch.stack([logprobs_T, entropy_T]), context)
+    return logprobs_T, entropy_T
 
 
 def logit_scale(model: PreTrainedModel) -> float:
@@ -69,12 +85,12 @@ class LogprobModel(nn.Module):
     and its backward pass run. ``model.named_parameters()`` keeps its names.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
+    def __init__(self, model: PreTrainedModel, *, temperature: float, context: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.model = model
-        self._temperature = temperature
+        self._temperature, self._context = temperature, context
 
     def forward(self, micro_batch: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         """``logprobs_T`` and ``entropy_T`` of :func:`packed_logprobs`; None is the run's temperature."""
         chosen = self._temperature if temperature is None else temperature
-        return packed_logprobs(self.model, micro_batch, temperature=chosen)
+        return packed_logprobs(self.model, micro_batch, temperature=chosen, context=self._context)

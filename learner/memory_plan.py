@@ -87,7 +87,12 @@ def read_shape(folder: Path) -> PreTrainedModel:
 
 
 def plan_memory(
-    model: PreTrainedModel, learner: LearnerConfig, device: DeviceKind, *, world_size: int = 1
+    model: PreTrainedModel,
+    learner: LearnerConfig,
+    device: DeviceKind,
+    *,
+    world_size: int = 1,
+    context_size: int = 1,
 ) -> MemoryPlan:
     """Add up what training a model needs.
 
@@ -95,6 +100,7 @@ def plan_memory(
         model: on any device, without adapters.
         device: on ``cuda`` matrices are computed in bfloat16.
         world_size: ranks that share weights, gradients and optimizer; the plan is one rank's.
+        context_size: those of them that share the tokens of a micro-batch.
     """
     compute = BFLOAT16 if device == "cuda" else FLOAT32
     num_weights, num_matrix = _count(model)
@@ -106,10 +112,11 @@ def plan_memory(
         targets = target_linears(model, learner.lora).values()
         num_trained = sum(learner.lora.rank * (layer.in_features + layer.out_features) for layer in targets)
         weights, compute_copy = num_weights * compute + num_trained * FLOAT32, 0
-    all_layers = _activation_bytes_per_token(model, compute) * learner.micro_batch_tokens
+    num_tokens = -(-learner.micro_batch_tokens // context_size)
+    all_layers = _activation_bytes_per_token(model, compute) * num_tokens
     text = model.config.get_text_config()
-    inputs = (text.num_hidden_layers + END_BUFFERS) * text.hidden_size * FLOAT32 * learner.micro_batch_tokens
-    num_logits = min(learner.micro_batch_tokens * text.vocab_size, CHUNK_LOGITS[device])
+    inputs = (text.num_hidden_layers + END_BUFFERS) * text.hidden_size * FLOAT32 * num_tokens
+    num_logits = min(num_tokens * text.vocab_size, CHUNK_LOGITS[device])
     return MemoryPlan(
         weights=weights // world_size,
         compute_copy=compute_copy,

@@ -11,6 +11,7 @@ from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
 from learner.activations import enable_checkpointing
 from learner.attention import select_attention
+from learner.context_parallel import check_heads
 from learner.lora import add_adapters, load_adapter, merge_folder
 from learner.memory_plan import DeviceKind, check_fits, free_memory, plan_memory, read_shape
 from learner.model_folder import ModelSource
@@ -40,14 +41,16 @@ def load_model(
     if source.adapter is not None and config.lora is None:
         raise ConfigError(f"{source.adapter} holds LoRA adapters: set learner.lora to go on with them")
     _check_ranks(config, ranks)
-    _check_memory(source, config, device, ranks)
+    described = _described(source)
+    check_heads(described, ranks.context_size)
+    _check_memory(described, config, device, ranks)
     # Frozen weights are read as they are computed with: a master is for what small updates must not get lost in.
     frozen_on_gpu = config.lora is not None and device.type == "cuda"
     home = _home(device, ranks)
     model = _read(source, torch.bfloat16 if frozen_on_gpu else torch.float32, home)
     with autocast(home):
         _prepare(model, source, config)
-    return _bound_for(device, model)
+    return _bound_for(device, ranks, model)
 
 
 def load_frozen_model(source: ModelSource, device: torch.device, ranks: Ranks = ALONE) -> PreTrainedModel:
@@ -60,7 +63,7 @@ def load_frozen_model(source: ModelSource, device: torch.device, ranks: Ranks = 
     if source.adapter is not None:
         merge_folder(model, source.adapter)
     model.requires_grad_(False)
-    return _bound_for(device, model)
+    return _bound_for(device, ranks, model)
 
 
 def _home(device: torch.device, ranks: Ranks) -> torch.device:
@@ -68,10 +71,10 @@ def _home(device: torch.device, ranks: Ranks) -> torch.device:
     return device if ranks.is_alone else torch.device("cpu")
 
 
-def _bound_for(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
-    """The model with the attention of the device that it will run on."""
-    if model.device.type != device.type:
-        model.set_attn_implementation(select_attention(device))
+def _bound_for(device: torch.device, ranks: Ranks, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the attention of the device, and of the part of each sequence, that it will run on."""
+    if model.device.type != device.type or ranks.context is not None:
+        model.set_attn_implementation(select_attention(device, ranks.context))
     return model
 
 
@@ -90,9 +93,9 @@ def _check_ranks(config: LearnerConfig, ranks: Ranks) -> None:
         )
 
 
-def _check_memory(source: ModelSource, config: LearnerConfig, device: torch.device, ranks: Ranks) -> None:
+def _check_memory(described: PreTrainedModel, config: LearnerConfig, device: torch.device, ranks: Ranks) -> None:
     kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
-    plan = plan_memory(_described(source), config, kind, world_size=ranks.world_size)
+    plan = plan_memory(described, config, kind, world_size=ranks.world_size, context_size=ranks.context_size)
     logger.info("memory plan: %s", plan.describe())
     check_fits(plan, kind, device_free=free_memory(kind), host_free=free_memory("cpu"))
 

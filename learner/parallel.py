@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -37,6 +37,8 @@ class Ranks:
     """One dimension over all ranks, on the device they train on; None for a process alone."""
     messages: dist.ProcessGroup | None = None
     """CPU group of messages and checkpoints; None for a process alone."""
+    context: dist.ProcessGroup | None = None
+    """The neighbours that share each sequence with this rank; None where each rank has its own."""
     _last_message: float = field(default_factory=time.monotonic, init=False)
 
     @property
@@ -48,6 +50,21 @@ class Ranks:
     def is_alone(self) -> bool:
         """Whether there is nobody to share with."""
         return self.world_size == 1
+
+    @property
+    def context_size(self) -> int:
+        """Ranks that share a sequence."""
+        return 1 if self.context is None else self.context.size()
+
+    @property
+    def num_shares(self) -> int:
+        """Parts that a step's micro-batches are split into."""
+        return self.world_size // self.context_size
+
+    @property
+    def share_index(self) -> int:
+        """The part that this rank trains on, from 0; that of its context neighbours, too."""
+        return self.rank // self.context_size
 
     def send(self, message: bytes) -> None:
         """Rank 0: hand ``message`` to every other rank; returns once they took it.
@@ -95,33 +112,40 @@ class Ranks:
         return message
 
     def add_up(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """On all ranks: each name's sum over the ranks, in float64; every rank passes the same names."""
+        """On all ranks: each name's sum over the shares, in float64; every rank passes the same names.
+
+        Ranks with one share pass the same numbers, of which the first rank's count.
+        """
         if self.is_alone:
             return dict(sums)
         names = sorted(sums)
-        total = torch.tensor([sums[name] for name in names], dtype=torch.float64)
+        counts = self.rank % self.context_size == 0
+        total = torch.tensor([sums[name] * counts for name in names], dtype=torch.float64)
         with _naming_a_lost_rank():
             dist.all_reduce(total, group=self.messages)
         return dict(zip(names, total.tolist(), strict=True))
 
     def collect(self, columns: Sequence[Tensor]) -> list[list[Tensor]]:
-        """On all ranks: every rank's ``columns``, by rank; each rank passes equally many.
+        """On all ranks: every share's ``columns``, in order; each rank passes equally many.
+
+        Ranks with one share pass the same columns, of which the first rank's are taken.
 
         Args:
             columns: [any length] float32, without gradient.
 
         Returns:
-            ``world_size`` lists of CPU tensors, the same on every rank.
+            ``num_shares`` lists of CPU tensors, the same on every rank.
         """
         if self.is_alone:
             return [[column.cpu() for column in columns]]
         lengths = self._gather(torch.tensor([len(column) for column in columns]))
         longest = max(int(each.sum()) for each in lengths)
         packed = torch.cat([*(column.cpu() for column in columns), torch.zeros(longest)])[:longest]
-        return [
+        gathered = [
             list(torch.split(each[: int(sizes.sum())], sizes.tolist()))
             for each, sizes in zip(self._gather(packed), lengths, strict=True)
         ]
+        return gathered[:: self.context_size]
 
     def wait_for_all(self) -> None:
         """On all ranks: return when every rank has come here."""
@@ -144,18 +168,20 @@ ALONE = Ranks()
 
 
 @contextmanager
-def join_ranks(device: torch.device) -> Iterator[Ranks]:
+def join_ranks(device: torch.device, *, context_size: int = 1) -> Iterator[Ranks]:
     """Meet the other ranks that torchrun started; without torchrun, or with one process, nothing is opened.
 
     Args:
         device: what the ranks train on; each takes the CUDA device of its ``LOCAL_RANK``.
+        context_size: ``learner.context_parallel``.
 
     Raises:
-        ConfigError: torchrun started more processes here than there are CUDA devices.
+        ConfigError: torchrun started more processes here than there are CUDA devices, or a number that
+            ``context_size`` does not divide.
         RankLostError: not all ranks came within ``COLLECTIVE_TIMEOUT_S``.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield share_sequences(ALONE, context_size)
         return
     if device.type == "cuda":
         _take_device(int(os.environ["LOCAL_RANK"]))
@@ -164,9 +190,29 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         messages = dist.new_group(backend="gloo", timeout=timedelta(seconds=MESSAGE_TIMEOUT_S))
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    yield Ranks(dist.get_rank(), dist.get_world_size(), mesh, messages)
+        ranks = share_sequences(Ranks(dist.get_rank(), dist.get_world_size(), mesh, messages), context_size)
+    yield ranks
     # Only after success: once a rank is lost this would wait for it, and the end of the process closes all anyway.
     dist.destroy_process_group()
+
+
+def share_sequences(ranks: Ranks, context_size: int) -> Ranks:
+    """On all ranks: the same ranks, of which ``context_size`` neighbours each share their sequences.
+
+    Raises:
+        ConfigError: the ranks cannot be divided so.
+    """
+    if ranks.world_size % context_size:
+        raise ConfigError(
+            f"learner.context_parallel = {context_size} does not divide the {ranks.world_size} rank(s) of this "
+            f"learner: start it under torchrun with a multiple of {context_size}, as LAMBDAPO_RANKS={context_size} "
+            "scripts/launch_learner.sh does, or lower learner.context_parallel"
+        )
+    if context_size == 1:
+        return ranks
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    group, _ = dist.new_subgroups(context_size, timeout=timeout)  # type: ignore[no-untyped-call]
+    return replace(ranks, context=group)
 
 
 def _take_device(local_rank: int) -> None:

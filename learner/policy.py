@@ -57,7 +57,8 @@ class Policy:
     adapters and the path of the model that they belong to.
 
     With several ranks each holds a slice of every parameter. What runs the model, updates it, or walks through its
-    parameters is then called on all ranks together, with as many micro-batches on each.
+    parameters is then called on all ranks together, with as many micro-batches on each; ranks that share sequences
+    (``Ranks.context``) pass the same micro-batches and get the same results.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Policy:
         self._model, self._ranks = model, ranks
         self._source, self._config = source, config
         self._flops = ModelFlops.of(model)
-        self._forward = LogprobModel(model, temperature=temperature)
+        self._forward = LogprobModel(model, temperature=temperature, context=ranks.context)
         shard(self._forward, model, ranks)
         # Tied weights appear once, under the name that comes first in the model.
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -175,7 +176,7 @@ class Policy:
         if self._router_loss is not None:
             loss = loss + self._config.router_aux_coef * token_share * self._router_loss.take()
         torch.autograd.backward(loss)
-        self.num_flops += self._flops.training(micro_batch)
+        self.num_flops += self._flops.training(micro_batch) / self._ranks.context_size
         return TokenStatistics(logprobs_T.detach(), entropy_T.detach())
 
     def step(self) -> float:

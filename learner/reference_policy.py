@@ -25,7 +25,7 @@ class ReferencePolicy:
     """
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, device: torch.device, ranks: Ranks) -> None:
-        self._forward = LogprobModel(model, temperature=temperature)
+        self._forward = LogprobModel(model, temperature=temperature, context=ranks.context)
         self._device = device
         shard(self._forward, model, ranks)
 

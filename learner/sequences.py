@@ -25,10 +25,10 @@ def training_sequences(groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -
     ]
 
 
-def rank_share(sequences: Sequence[TrainingSequence], *, token_budget: int, ranks: Ranks) -> list[MicroBatch]:
-    """This rank's micro-batches of ``sequences``, which all ranks know; every rank gets as many."""
-    micro_batches = pack(sequences, token_budget=token_budget, multiple_of=ranks.world_size)
-    return split_over_ranks(micro_batches, ranks.world_size)[ranks.rank]
+def rank_shares(sequences: Sequence[TrainingSequence], *, token_budget: int, num_shares: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each share, of equal number; every rank knows ``sequences``, so all split them alike."""
+    micro_batches = pack(sequences, token_budget=token_budget, multiple_of=num_shares)
+    return split_over_ranks(micro_batches, num_shares)
 
 
 def proximal_confidence(
@@ -41,7 +41,8 @@ def proximal_confidence(
     logprobs: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * (num_groups * group_size)
     sequences = training_sequences(groups, numbers_BG)
     columns: list[Tensor] = []
-    for micro_batch in rank_share(sequences, token_budget=config.learner.micro_batch_tokens, ranks=ranks):
+    shares = rank_shares(sequences, token_budget=config.learner.micro_batch_tokens, num_shares=ranks.num_shares)
+    for micro_batch in shares[ranks.share_index]:
         mask_T = micro_batch.loss_mask_T
         columns += policy.logprobs(micro_batch.to(policy.device)).cpu()[mask_T], micro_batch.advantages_T[mask_T]
     for collected in ranks.collect(columns):

@@ -67,7 +67,8 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
         torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
-    with join_ranks(pick_device(config.learner.device)) as ranks:
+    device = pick_device(config.learner.device)
+    with join_ranks(device, context_size=config.learner.context_parallel) as ranks:
         if ranks.is_main:
             _lead(config, run_id, folder, ranks, resume=resume)
         else:

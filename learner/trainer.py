@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from lambdapo_async.packing import MicroBatch
 from learner.ingest import ReceivedGroup
 from learner.parallel import ALONE, Ranks
 from learner.policy import Policy, TokenStatistics
-from learner.sequences import proximal_confidence, rank_share, training_sequences
+from learner.sequences import proximal_confidence, rank_shares, training_sequences
 
 ReferenceLogprobs = Callable[[MicroBatch], Tensor]
 """Micro-batch on the policy's device -> [T] float32 log-probabilities under a frozen reference, without gradient; what
@@ -44,7 +45,7 @@ class _Batch:
     reference_T: Tensor | None
     """[T] log-probabilities under the reference; None without a KL term."""
     token_share: float
-    """Its tokens over those of the whole update, prompts included; 0 for one without loss, a rank's filler."""
+    """Its tokens over those of the whole update; 0 for one without loss, a share's filler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,9 @@ class _Minibatch:
     """What one optimizer update is made of."""
 
     batches: tuple[_Batch, ...]
-    """This rank's."""
+    """This rank's share."""
     denominator: LossDenominator
-    """Of all ranks' tokens."""
+    """Of all shares' tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ class _Tally:
 class Trainer:
     """Trains a policy on the groups of one step at a time.
 
-    With several ranks each trains on its share of the same groups; all report the metrics of the whole.
+    With several ranks each trains on its share of the same groups, or a share's ranks on a part of each sequence; all
+    report the metrics of the whole.
 
     Args:
         policy: trained in place.
@@ -150,14 +152,15 @@ class Trainer:
 
     def _minibatch(self, groups: Sequence[ReceivedGroup], advantages_BG: Tensor) -> _Minibatch:
         sequences = training_sequences(groups, advantages_BG)
-        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
-        mine = rank_share(sequences, token_budget=self._config.learner.micro_batch_tokens, ranks=self._ranks)
+        budget = self._config.learner.micro_batch_tokens
+        shares = rank_shares(sequences, token_budget=budget, num_shares=self._ranks.num_shares)
+        num_tokens = sum(len(each.input_ids_T) for each in chain.from_iterable(shares) if each.loss_mask_T.any())
         denominator = LossDenominator(
             num_loss_tokens=sum(int(sequence.loss_mask.sum()) for sequence in sequences),
             num_sequences=len(sequences),
             max_tokens=self._config.sampling.max_tokens,
         )
-        return _Minibatch(tuple(self._batch(each, num_tokens) for each in mine), denominator)
+        return _Minibatch(tuple(self._batch(each, num_tokens) for each in shares[self._ranks.share_index]), denominator)
 
     def _batch(self, micro_batch: MicroBatch, num_tokens: int) -> _Batch:
         columns = micro_batch.to(self._policy.device)
@@ -238,7 +241,7 @@ class Trainer:
         tally.remember(statistics, columns, version=moment.version)
 
     def _loss_metrics(self, tally: _Tally) -> dict[str, float]:
-        """Sums over the step and the ranks -> losses per update, entropy and KL per token, shares of tokens."""
+        """Sums over the step and the shares -> losses per update, entropy and KL per token, shares of tokens."""
         sums = self._ranks.add_up({name: float(value) for name, value in tally.sums.items()})
         num_updates, tokens = len(tally.grad_norms), max(sums["tokens"], 1.0)
         metrics = {"loss/policy": sums["loss"] / num_updates, "policy/entropy": sums["entropy"] / tokens}
@@ -264,10 +267,10 @@ def _sums_of(policy: PolicyLoss, extra: Regularisation, entropy_T: Tensor, colum
     }
 
 
-def _token_metrics(columns_of_ranks: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    """Diagnostics of the loss tokens of all ranks, from each rank's ``_Tally.columns``."""
+def _token_metrics(columns_of_shares: Sequence[Sequence[Tensor]]) -> dict[str, float]:
+    """Diagnostics of the loss tokens of all shares, from each share's ``_Tally.columns``."""
     diagnostics = TokenDiagnostics()
-    for columns in columns_of_ranks:
+    for columns in columns_of_shares:
         for logprobs_K, behavior_K, segments_K, ages_K in zip(*(columns[i::4] for i in range(4)), strict=True):
             mask_K = torch.ones(len(logprobs_K), dtype=torch.bool)
             diagnostics.add(logprobs_K, behavior_K, mask_K, segments_K.long(), ages_K.long())

@@ -56,8 +56,8 @@ class BigramPolicy:
         return float(self.gradients[-1].norm())
 
     def _forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """A document's first token follows the last of another: its value is wrong, and masked."""
+        """A rollout's first token follows itself: its value is wrong, and masked."""
         ids_T, table = micro_batch.input_ids_T, self.table()
-        previous_T = ids_T.roll(1)
+        previous_T = ids_T[micro_batch.predictor_T]
         entropy_V = -(table.exp() * table).sum(dim=1)
         return table[previous_T, ids_T], entropy_V[previous_T]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config, set_seed
 
+from lambdapo_async.packed_layout import PackedLayout, Segment, packed_layout
 from lambdapo_async.packing import MicroBatch
-from learner.attention import PackedLayout, select_attention
+from learner.attention import select_attention
 
 Architecture = Literal["qwen3", "llama"]
 VOCAB = 61
@@ -54,8 +55,8 @@ def micro_batch(lengths: Sequence[int], *, prompt: int = 2, seed: int = 0, ids: 
     return MicroBatch(
         input_ids_T=drawn_T if ids is None else ids,
         position_ids_T=positions_T,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        max_seqlen=max(lengths),
+        predictor_T=torch.arange(total) - (positions_T > 0).long(),
+        layout=packed_layout([Segment(length) for length in lengths]),
         loss_mask_T=positions_T >= max(1, prompt),
         behavior_logprobs_T=-torch.rand(total, generator=generator),
         advantages_T=torch.randn(total, generator=generator),
@@ -66,4 +67,4 @@ def micro_batch(lengths: Sequence[int], *, prompt: int = 2, seed: int = 0, ids: 
 
 def layout_of(batch: MicroBatch) -> PackedLayout:
     """What the attention layers are told."""
-    return PackedLayout(batch.cu_seqlens, batch.max_seqlen)
+    return batch.layout

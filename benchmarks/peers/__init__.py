@@ -7,8 +7,8 @@ from benchmarks.peers.interface import Peer, Setting
 from benchmarks.peers.naive import build_naive
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.padded import build_padded
-from benchmarks.peers.trl_grpo import TrlGrpo
+from benchmarks.peers.trl_grpo import TrlGrpo, TrlGrpoFromVllm
 
 PEERS: Mapping[str, Callable[[Setting], Peer]] = MappingProxyType(
-    {"ours": Ours, "trl": TrlGrpo, "padded": build_padded, "naive": build_naive}
+    {"ours": Ours, "trl": TrlGrpo, "trl_vllm": TrlGrpoFromVllm, "padded": build_padded, "naive": build_naive}
 )

@@ -27,4 +27,4 @@ class Peer(Protocol):
         """Groups in memory -> updated weights; returns the gradient norm before clipping."""
 
     def num_slots(self, workload: Workload) -> int:
-        """Positions that the layers compute for ``workload``, padding included."""
+        """Positions that the layers compute for ``workload``, padding included and a shared prompt once."""

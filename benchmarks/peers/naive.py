@@ -6,16 +6,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.peers.interface import Peer, Setting
-from benchmarks.peers.plain_loop import PlainLoop, autocast, cispo, token_logprobs
+from benchmarks.peers.plain_loop import PlainLoop, autocast, cispo
 from benchmarks.workload import Workload
 from lambdapo_async.packing import pack
-from learner.attention import PackedLayout, select_attention
+from learner.attention import select_attention
 
 
 def build_naive(setting: Setting) -> Peer:
     """What leaving logits out of memory is worth, everything else equal."""
     attention = select_attention(setting.device)
-    return PlainLoop(setting, attention=attention, losses=_losses, slots=lambda workload: workload.num_tokens)
+    budget = setting.config.learner.micro_batch_tokens
+    return PlainLoop(setting, attention=attention, losses=_losses, slots=lambda each: each.packed_tokens(budget))
 
 
 def _losses(model: PreTrainedModel, workload: Workload, setting: Setting) -> Iterator[Tensor]:
@@ -26,12 +27,12 @@ def _losses(model: PreTrainedModel, workload: Workload, setting: Setting) -> Ite
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.position_ids_T[None],
                 use_cache=False,
-                layout=PackedLayout(batch.cu_seqlens, batch.max_seqlen),
+                layout=batch.layout,
             ).logits[0]
         yield cispo(
-            token_logprobs(logits_TV[:-1], batch.input_ids_T[1:]),
-            batch.behavior_logprobs_T[1:],
-            batch.advantages_T[1:],
-            batch.loss_mask_T[1:],
+            logits_TV.float().log_softmax(dim=-1)[batch.predictor_T, batch.input_ids_T],
+            batch.behavior_logprobs_T,
+            batch.advantages_T,
+            batch.loss_mask_T,
             num_loss_tokens=workload.num_loss_tokens,
         )

@@ -18,11 +18,12 @@ class Ours:
             device=setting.device,
         )
         self._trainer = Trainer(policy, setting.config)
+        self._budget = setting.config.learner.micro_batch_tokens
 
     def step(self, workload: Workload) -> float:
         """One whole ``Trainer.step``."""
         return self._trainer.step(workload.groups, version=0).metrics["optim/grad_norm"]
 
     def num_slots(self, workload: Workload) -> int:
-        """No padding."""
-        return workload.num_tokens
+        """No padding, and prompts only once."""
+        return workload.packed_tokens(self._budget)

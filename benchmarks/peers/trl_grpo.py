@@ -2,9 +2,10 @@
 
 ``_generate_and_score_completions`` pads the prompts of a whole step on the left and its completions on the right,
 shuffles the rows and splits them into micro-batches of equal size; that is done here with TRL's own functions. Left out
-in TRL's favour: generation, rewards, advantages, and the extra forward for the old log-probabilities when vLLM samples.
-Settings that are faster than the defaults here: no gradient checkpointing, float32 on a CPU, fused AdamW, micro-batches
-as large as the token budget allows. docs/benchmarks.md says what else was looked at.
+in TRL's favour: generation, rewards, advantages, and in :class:`TrlGrpo` the forward pass for the old log-probabilities
+that it takes when vLLM samples; :class:`TrlGrpoFromVllm` has it. Settings that are faster than the defaults here: no
+gradient checkpointing, float32 on a CPU, fused AdamW, micro-batches as large as the token budget allows.
+docs/benchmarks.md says what else was looked at.
 """
 
 import tempfile
@@ -63,11 +64,18 @@ class TrlGrpo:
         return len(prompts) * (max(prompts) + max(completions))
 
     def _micro_batches(self, workload: Workload) -> list[dict[str, Any]]:
+        """The batch of a step, shuffled and split as TRL does."""
         from trl.trainer.utils import (  # type: ignore[import-not-found, unused-ignore]
-            pad,
             shuffle_sequence_dict,
             split_tensor_dict,
         )
+
+        batch = shuffle_sequence_dict(self._batch(workload))
+        return split_tensor_dict(batch, self._num_micro_batches(workload))  # type: ignore[no-any-return]
+
+    def _batch(self, workload: Workload) -> dict[str, Any]:
+        """All rows of a step."""
+        from trl.trainer.utils import pad  # type: ignore[import-not-found, unused-ignore]
 
         def padded(columns: list[NDArray[Any]], side: str) -> Tensor:
             padded_BL: Tensor = pad([torch.from_numpy(column) for column in columns], padding_side=side)
@@ -76,7 +84,7 @@ class TrlGrpo:
         sequences = workload.sequences
         prompts = [sequence.token_ids[~sequence.loss_mask].astype(np.int64) for sequence in sequences]
         completions = [sequence.token_ids[sequence.loss_mask].astype(np.int64) for sequence in sequences]
-        batch = {
+        return {
             "prompt_ids": padded(prompts, "left"),
             "prompt_mask": padded([np.ones_like(prompt) for prompt in prompts], "left"),
             "completion_ids": padded(completions, "right"),
@@ -85,7 +93,6 @@ class TrlGrpo:
             "old_per_token_logps": padded([one.behavior_logprobs[one.loss_mask] for one in sequences], "right"),
             "num_items_in_batch": torch.tensor(workload.num_loss_tokens, device=self._setting.device),
         }
-        return split_tensor_dict(shuffle_sequence_dict(batch), self._num_micro_batches(workload))  # type: ignore[no-any-return]
 
     def _num_micro_batches(self, workload: Workload) -> int:
         """The fewest of equal size within the token budget; one row each where not even two fit."""
@@ -96,6 +103,35 @@ class TrlGrpo:
             if num_rows % number == 0 and self.num_slots(workload) <= number * budget
         )
         return next(fitting, num_rows)
+
+
+class TrlGrpoFromVllm(TrlGrpo):
+    """The same with vLLM's samples: old log-probabilities by TRL's own forward pass, vLLM's for its correction.
+
+    As in ``_generate_and_score_completions`` with ``vllm_importance_sampling_correction``, which is on by default: over
+    all rows, padded to the longest of the step, as many at a time as a micro-batch has, before they are shuffled. The
+    weight of pi_old over mu is truncated at our cap (``token_truncate``), so that the gradient stays ours.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._trainer.use_vllm = True  # not in the settings, which would start vLLM
+
+    def _batch(self, workload: Workload) -> dict[str, Any]:
+        batch = super()._batch(workload)
+        behavior_BC = batch.pop("old_per_token_logps")
+        prompt_mask, completion_mask = batch["prompt_mask"], batch["completion_mask"]
+        with torch.no_grad():
+            old_BC, _, _ = self._trainer._get_per_token_logps_and_entropies(
+                self._trainer.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([prompt_mask, completion_mask], dim=1),
+                completion_mask.shape[1],
+                batch_size=len(completion_mask) // self._num_micro_batches(workload),
+            )
+        weights_BC = ((old_BC - behavior_BC) * completion_mask).exp().clamp(max=RATIO_CAP)
+        corrected = {"sampling_per_token_logps": behavior_BC, "importance_sampling_ratio": weights_BC}
+        return {**batch, "old_per_token_logps": old_BC, **corrected}
 
 
 def _arguments(setting: Setting, folder: str) -> Any:

@@ -43,6 +43,8 @@ class LearnerConfig(Section):
     """Passes over a step's groups."""
     micro_batch_tokens: PositiveInt = 16_384
     """Token budget of one forward and backward."""
+    context_parallel: PositiveInt = 1
+    """Ranks that share each sequence (arXiv:2309.14509); must divide the ranks and the model's heads."""
     lora: LoraConfig | None = None
     """Train adapters only; None trains every weight."""
     router_aux_coef: float = Field(0.0, ge=0.0)
@@ -76,5 +78,14 @@ class LearnerConfig(Section):
         if self.activation_offload and not self.activation_checkpointing:
             raise ValueError(
                 "activation_offload moves what activation_checkpointing keeps: set activation_checkpointing = true, too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_context(self) -> Self:
+        if self.context_parallel > 1 and self.router_aux_coef:
+            raise ValueError(
+                "router_aux_coef balances the routers over whole micro-batches, of which no rank has all tokens with "
+                f"context_parallel = {self.context_parallel}: set one of them to its default"
             )
         return self

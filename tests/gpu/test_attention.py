@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.attention import PackedLayout, select_attention
+from lambdapo_async.packed_layout import PackedLayout, Segment, packed_layout
+from learner.attention import select_attention
 from learner.attention_kernels import (
     FLASH_PACKAGES,
     Backend,
@@ -14,12 +15,15 @@ from learner.attention_kernels import (
     sdpa_attention,
     varlen_attention,
 )
-from tests.tiny_models import layout_of, micro_batch
 from tests.unit.test_attention import naive_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+CUDA = torch.device("cuda")
 LENGTHS = (5, 1, 130, 2, 64, 333)
+SEGMENTS = (Segment(130), Segment(64), Segment(200, range(130)), Segment(1, range(130)), Segment(140, range(130, 194)))
+"""535 tokens as well, two prompts with completions longer and shorter than they are."""
+LAYOUTS = {"documents": packed_layout([Segment(each) for each in LENGTHS]), "shared": packed_layout(SEGMENTS)}
 NAMES = ["lambdapo_varlen", *(package.name for package in FLASH_PACKAGES)]
 
 
@@ -42,10 +46,12 @@ def states(kv_heads: int, size: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("window", [None, 1, 17, 200])
 @pytest.mark.parametrize(("kv_heads", "size"), [(2, 64), (8, 64), (4, 128), (8, 32)])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_kernels_equal_sdpa_forward_and_gradient(name: str, kv_heads: int, size: int, window: int | None) -> None:
-    batch = micro_batch(LENGTHS)
-    layout, scores = PackedLayout(batch.cu_seqlens.cuda(), batch.max_seqlen), Scores(size**-0.5, window)
+def test_kernels_equal_sdpa_forward_and_gradient(
+    name: str, layout: PackedLayout, kv_heads: int, size: int, window: int | None
+) -> None:
+    layout, scores = layout.to(CUDA), Scores(size**-0.5, window)
     results = []
     for kernel, dtype in ((backend_of(name).kernel, torch.bfloat16), (sdpa_attention, torch.float32)):
         inputs = [tensor.to(dtype).requires_grad_() for tensor in states(kv_heads, size)]
@@ -58,8 +64,8 @@ def test_kernels_equal_sdpa_forward_and_gradient(name: str, kv_heads: int, size:
 
 @pytest.mark.parametrize("name", [package.name for package in FLASH_PACKAGES])
 def test_soft_caps_equal_the_naive_formula(name: str) -> None:
-    batch, scores = micro_batch((9, 30)), Scores(1.0, 11, 2.0)
-    layout = PackedLayout(batch.cu_seqlens.cuda(), batch.max_seqlen)
+    scores = Scores(1.0, 11, 2.0)
+    layout = packed_layout([Segment(9), Segment(17, range(9)), Segment(13, range(9))]).to(CUDA)
     results = []
     for kernel, dtype in ((backend_of(name).kernel, torch.bfloat16), (naive_attention, torch.float32)):
         inputs = [tensor[:39].to(dtype).requires_grad_() for tensor in states(2, 64)]
@@ -71,10 +77,10 @@ def test_soft_caps_equal_the_naive_formula(name: str) -> None:
 
 
 def test_a_gpu_of_ampere_or_newer_takes_a_packed_kernel() -> None:
-    assert select_attention(torch.device("cuda")) in NAMES
+    assert select_attention(CUDA) in NAMES
 
 
 def test_the_layout_waits_for_no_gpu_on_the_packed_path() -> None:
-    layout = layout_of(micro_batch(LENGTHS).to(torch.device("cuda")))
+    layout = LAYOUTS["shared"].to(CUDA)
     varlen_attention(*states(8, 64), layout, Scores(0.125))
-    assert vars(layout).keys() == {"cu_seqlens", "max_seqlen"}
+    assert vars(layout).keys() == {"cu_seqlens", "max_seqlen", "shared"}

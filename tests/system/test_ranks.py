@@ -22,7 +22,7 @@ from learner.character_tokenizer import build_tokenizer
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew import Crew, take_orders
 from learner.crew_member import CrewMember, Origin, load_trainees
-from learner.parallel import ALONE, Ranks
+from learner.parallel import ALONE, Ranks, share_sequences
 from learner.trainer import Trainer
 from tests.fakes_canary import FakeCanaryStore
 from tests.processes import Process
@@ -90,16 +90,33 @@ def train_variants(ranks: Ranks, model: Path) -> dict[str, Outcome]:
     return outcomes
 
 
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    model = tiny_model_folder(tmp_path / "model")
-    first, second = run_ranks(tmp_path, 2, train_variants, model)
-    expected = train_variants(ALONE, model)
+def train_variants_in_context(ranks: Ranks, model: Path, context_size: int) -> dict[str, Outcome]:
+    """The same, neighbours sharing each sequence."""
+    return train_variants(share_sequences(ranks, context_size), model)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def trained_alone(model: Path) -> dict[str, Outcome]:
+    return train_variants(ALONE, model)
+
+
+@pytest.mark.parametrize(("world_size", "context_size"), [(2, 1), (2, 2), (4, 2)])
+def test_ranks_train_as_one(
+    tmp_path: Path, model: Path, trained_alone: dict[str, Outcome], world_size: int, context_size: int
+) -> None:
+    first, *others = run_ranks(tmp_path, world_size, train_variants_in_context, model, context_size)
     assert isinstance(first, dict)
-    assert isinstance(second, dict)
-    for name, outcome in expected.items():
-        assert second[name]["weights"] == {}, "rank 0 alone gathers"
-        assert second[name]["metrics"] == first[name]["metrics"]
-        assert second[name]["scored"] == first[name]["scored"] == pytest.approx(outcome["scored"], abs=1e-3)
+    for name, outcome in trained_alone.items():
+        for other in others:
+            assert isinstance(other, dict)
+            assert other[name]["weights"] == {}, "rank 0 alone gathers"
+            assert other[name]["metrics"] == first[name]["metrics"]
+            assert other[name]["scored"] == first[name]["scored"] == pytest.approx(outcome["scored"], abs=1e-3)
         torch.testing.assert_close(
             first[name]["metrics"],
             outcome["metrics"],
@@ -153,11 +170,6 @@ def resume(ranks: Ranks, folder: Path) -> Outcome:
     assert origin.checkpoint.state == STATE
     assert team.policy.num_updates == 2
     return {"norms": [team.step(number)["optim/grad_norm"] for number in (2, 3)], "weights": team.weights()}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +320,7 @@ def weights_after(folder: Path, step: int) -> dict[str, Tensor]:
 
 @pytest.mark.system
 @pytest.mark.timeout(400)
-def test_a_run_of_two_ranks_is_that_of_one_and_resumes_on_one(tmp_path: Path, redis_url: str) -> None:
+def test_a_run_of_two_ranks_is_that_of_one_and_resumes_in_context_and_on_one(tmp_path: Path, redis_url: str) -> None:
     tokenizer = build_tokenizer(64)
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -322,12 +334,16 @@ def test_a_run_of_two_ranks_is_that_of_one_and_resumes_on_one(tmp_path: Path, re
 
     with acting(redis_url, "two-ranks", config):
         learn(2, tmp_path / "two.log", *arguments("two-ranks"))
-        learn(1, tmp_path / "resumed.log", *arguments("two-ranks", "--resume", "--set", "learner.num_steps=4"))
+        context = ("--set", "learner.context_parallel=2")
+        learn(
+            2, tmp_path / "context.log", *arguments("two-ranks", "--resume", "--set", "learner.num_steps=4", *context)
+        )
+        learn(1, tmp_path / "resumed.log", *arguments("two-ranks", "--resume", "--set", "learner.num_steps=5"))
     with acting(redis_url, "one-rank", config):
-        learn(1, tmp_path / "one.log", *arguments("one-rank", "--set", "learner.num_steps=4"))
+        learn(1, tmp_path / "one.log", *arguments("one-rank", "--set", "learner.num_steps=5"))
     start_of, one, two = (tmp_path / name for name in ("model", "one-rank", "two-ranks"))
     begun = load_file(start_of / "model.safetensors")
-    for step in (3, 4):
+    for step in (3, 4, 5):
         expected, found = weights_after(one, step), weights_after(two, step)
         assert not torch.equal(expected["model.norm.weight"], begun["model.norm.weight"])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

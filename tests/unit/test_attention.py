@@ -19,12 +19,14 @@ from transformers import (
 )
 
 from lambdapo_async.errors import ConfigError, UserError
-from learner.attention import PackedLayout, register_attention, select_attention
+from lambdapo_async.packed_layout import PackedLayout, Segment, SharedKeys, packed_layout
+from learner.attention import register_attention, select_attention
 from learner.attention_kernels import (
     Backend,
     Kernel,
     Scores,
     choose_backend,
+    gathered,
     installed_module,
     sdpa_attention,
     varlen_attention,
@@ -33,21 +35,32 @@ from learner.packing_check import check_packing
 from tests.tiny_models import SIZES, Architecture, layout_of, micro_batch, tiny_model
 
 LENGTHS = (5, 1, 13, 13, 2, 8)
+SHARED = packed_layout(
+    [
+        *(Segment(length) for length in (9, 4, 4)),
+        *(Segment(6, range(9, 13)), Segment(6, range(13, 17)), Segment(6, range(9)), Segment(2, range(9)), Segment(1)),
+    ]
+)
+"""38 tokens: prompts of 9, 4 and 4 with completions, the last two twice as long as those, and a document at the end."""
+LAYOUTS = {"documents": packed_layout([Segment(length) for length in LENGTHS]), "shared": SHARED}
 BLACKWELL, HOPPER, AMPERE, TURING = (10, 0), (9, 0), (8, 0), (7, 5)
 
 
 def naive_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
-    """One document, one head, one query at a time."""
+    """One segment, one head, one query at a time."""
     share = query.shape[1] // key.shape[1]
     output = torch.zeros_like(query)
-    for begin, end in pairwise(layout.cu_seqlens.tolist()):
+    tokens_K = torch.arange(layout.num_tokens) if layout.shared is None else layout.shared.index_K
+    bounds = zip(pairwise(layout.cu_seqlens.tolist()), pairwise(layout.key_marks.tolist()), strict=True)
+    for (begin, end), (first, last) in bounds:
         for t in range(begin, end):
-            first = begin if scores.window is None else max(begin, t + 1 - scores.window)
+            seen = tokens_K[first : last - end + t + 1]
+            seen = seen if scores.window is None else seen[-scores.window :]
             for head in range(query.shape[1]):
-                score = key[first : t + 1, head // share] @ query[t, head] * scores.scale
+                score = key[seen, head // share] @ query[t, head] * scores.scale
                 if scores.softcap is not None:
                     score = scores.softcap * (score / scores.softcap).tanh()
-                output[t, head] = score.softmax(0) @ value[first : t + 1, head // share]
+                output[t, head] = score.softmax(0) @ value[seen, head // share]
     return output
 
 
@@ -63,12 +76,15 @@ def forward_and_gradients(kernel: Kernel, inputs: list[Tensor], layout: PackedLa
     return [output, *torch.autograd.grad(output, inputs, upstream)]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("window", [None, 1, 3, 13, 50])
 @pytest.mark.parametrize(("kv_heads", "size"), [(1, 8), (2, 6), (4, 17)])
-def test_sdpa_equals_one_query_at_a_time_forward_and_gradient(kv_heads: int, size: int, window: int | None) -> None:
-    layout, scores = layout_of(micro_batch(LENGTHS)), Scores(0.3, window)
+def test_sdpa_equals_one_query_at_a_time_forward_and_gradient(
+    kv_heads: int, size: int, window: int | None, layout: PackedLayout
+) -> None:
+    scores = Scores(0.3, window)
     found, expected = (
-        forward_and_gradients(kernel, states(LENGTHS, kv_heads, size), layout, scores)
+        forward_and_gradients(kernel, states((layout.num_tokens,), kv_heads, size), layout, scores)
         for kernel in (sdpa_attention, naive_attention)
     )
     torch.testing.assert_close(found, expected)
@@ -84,8 +100,29 @@ def test_a_document_is_the_same_to_the_last_bit_in_any_company(window: int | Non
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30))
 def test_runs_are_the_documents_in_order(lengths: list[int]) -> None:
     runs = layout_of(micro_batch(lengths)).runs
-    assert [length for documents, length in runs for _ in range(documents)] == lengths
-    assert all(one != other for (_, one), (_, other) in pairwise(runs))
+    assert [(tokens, keys) for segments, tokens, keys in runs for _ in range(segments)] == [(n, n) for n in lengths]
+    assert all(one != other for (_, *one), (_, *other) in pairwise(runs))
+
+
+def test_a_layout_tells_each_segments_keys() -> None:
+    layout = packed_layout([Segment(3), Segment(2), Segment(2, range(3)), Segment(1, range(3, 5))])
+    assert layout.runs == ((1, 3, 3), (1, 2, 2), (1, 2, 5), (1, 1, 3))
+    assert (layout.num_tokens, layout.max_seqlen, layout.max_keys) == (8, 3, 5)
+    assert layout.shared is not None
+    assert layout.shared.index_K.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 3, 4, 7]
+    assert layout.squares == 3**2 + 2**2 + (5**2 - 3**2) + (3**2 - 2**2)
+    assert packed_layout([Segment(3), Segment(2)]).shared is None
+
+
+def test_gradients_of_a_shared_prompt_are_added_in_float32() -> None:
+    """1 + 256 small ones: in bfloat16 each alone would be rounded away."""
+    layout = packed_layout([Segment(1), *[Segment(1, range(1))] * 257])
+    states_THD = torch.zeros(258, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.full((515, 1, 1), 2.0**-9, dtype=torch.bfloat16)
+    upstream[0] = 1.0
+    (gradient,) = torch.autograd.grad(gathered(states_THD, layout), states_THD, upstream)
+    assert gradient.dtype == torch.bfloat16
+    assert float(gradient[0, 0, 0]) == 1.5
 
 
 def run(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
@@ -204,6 +241,23 @@ def test_check_packing_refuses_attention_across_documents() -> None:
         check_packing(model)
 
 
+def test_check_packing_refuses_tokens_that_mix_with_their_neighbours() -> None:
+    """As convolutions and recurrences do, if only within documents: a second completion follows the first there."""
+    model = tiny_model("llama")
+    decode = model.model.forward
+
+    def decode_with_neighbours(*, layout: PackedLayout, **inputs: object) -> object:
+        output = decode(layout=layout, **inputs)
+        before = output.last_hidden_state.roll(1, dims=1)
+        before[:, layout.cu_seqlens[:3].clamp(max=before.shape[1] - 1).long()] = 0  # not across documents
+        output.last_hidden_state = output.last_hidden_state + before
+        return output
+
+    model.model.forward = decode_with_neighbours
+    with pytest.raises(ConfigError, match="cannot be trained on packed sequences"):
+        check_packing(model)
+
+
 def test_check_packing_refuses_an_output_layer_that_scales() -> None:
     model = tiny_model("llama")
     forward = model.forward
@@ -246,7 +300,7 @@ def flash4(  # the parameters of flash-attn-4 4.0 up to softcap
     softcap: float = 0.0,
 ) -> tuple[Tensor, None]:
     assert window_size[0] is None or window_size[0] >= 0  # it takes -1 for a bound
-    layout = packed_layout(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    layout = layout_given(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return naive_attention(q, k, v, layout, scores_of(softmax_scale, window_size[0], softcap)), None
 
 
@@ -270,7 +324,7 @@ def flash3(  # the parameters of flash-attn-3 up to softcap
     attention_chunk: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    layout = packed_layout(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    layout = layout_given(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     left = None if window_size[0] == -1 else window_size[0]
     return naive_attention(q, k, v, layout, scores_of(softmax_scale, left, softcap))
 
@@ -290,12 +344,12 @@ def flash2(  # the parameters of flash-attn 2.8 up to softcap
     softcap: float = 0.0,
 ) -> Tensor:
     assert dropout_p == 0
-    layout = packed_layout(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    layout = layout_given(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     left = None if window_size[0] == -1 else window_size[0]
     return naive_attention(q, k, v, layout, scores_of(softmax_scale, left, softcap))
 
 
-def packed_layout(
+def layout_given(
     causal: bool,
     window_size: tuple[int | None, int | None],
     cu_seqlens_q: Tensor | None,
@@ -307,9 +361,10 @@ def packed_layout(
     assert window_size[1] == 0
     assert cu_seqlens_q is not None
     assert max_seqlen_q is not None
-    assert cu_seqlens_q is cu_seqlens_k
-    assert max_seqlen_q == max_seqlen_k
-    return PackedLayout(cu_seqlens_q, max_seqlen_q)
+    assert cu_seqlens_k is not None
+    assert max_seqlen_k == cu_seqlens_k.diff().max()
+    keys = SharedKeys(cu_seqlens_k, max_seqlen_k, torch.arange(int(cu_seqlens_k[-1])))
+    return PackedLayout(cu_seqlens_q, max_seqlen_q, keys)
 
 
 def scores_of(scale: float | None, left: int | None, softcap: float) -> Scores:
@@ -330,13 +385,15 @@ def packages(**functions: Callable[..., object]) -> Callable[[str], ModuleType |
 
 @pytest.mark.parametrize("function", [flash4, flash3, flash2], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, 3), Scores(0.3, None, 0.7), Scores(0.3, 1, 0.7)])
-def test_every_flash_attn_is_called_with_its_own_signature(function: Callable[..., object], scores: Scores) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_flash_attn_is_called_with_its_own_signature(
+    function: Callable[..., object], scores: Scores, layout: PackedLayout
+) -> None:
     backend = choose_backend(HOPPER, packages(**{function.__name__: function}))
     assert backend.name == f"lambdapo_{function.__name__}"
     assert backend.softcap
-    layout = layout_of(micro_batch(LENGTHS))
     found, expected = (
-        forward_and_gradients(kernel, states(LENGTHS, 2, 8), layout, scores)
+        forward_and_gradients(kernel, states((layout.num_tokens,), 2, 8), layout, scores)
         for kernel in (backend.kernel, naive_attention)
     )
     torch.testing.assert_close(found, expected)

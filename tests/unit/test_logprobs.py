@@ -1,6 +1,8 @@
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,12 +10,15 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GraniteConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
 )
 
-from lambdapo_async.packing import MicroBatch
+from lambdapo_async.packing import MicroBatch, TrainingSequence, pack
 from learner.attention import select_attention
 from learner.logprobs import LogprobModel, logit_scale, packed_logprobs, soft_cap
 from learner.parallel import Ranks
@@ -113,6 +118,59 @@ def test_a_micro_batch_without_loss_gives_zeros_and_no_gradient() -> None:
     (logprobs_T + entropy_T).sum().backward()
     assert (logprobs_T == 0).all()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def group(prompt: int, completions: Sequence[int], *, key: str) -> list[TrainingSequence]:
+    rng = np.random.default_rng(prompt)
+    prompt_ids = rng.integers(VOCAB, size=prompt)
+    return [
+        TrainingSequence(
+            token_ids=np.concatenate([prompt_ids, rng.integers(VOCAB, size=own)]).astype(np.int32),
+            loss_mask=np.arange(prompt + own) >= prompt,
+            behavior_logprobs=np.zeros(prompt + own, np.float32),
+            advantage=float(number),
+            token_versions=np.zeros(prompt + own, np.int64),
+            group_key=key,
+        )
+        for number, own in enumerate(completions)
+    ]
+
+
+def weighted(model: PreTrainedModel, batches: list[MicroBatch]) -> tuple[dict[tuple[float, int], Tensor], Tensor]:
+    """(advantage, length) of each rollout -> its logprobs and entropies, and a sum of all that knows their order."""
+    found, total = {}, torch.zeros(())
+    for batch in batches:
+        logprobs_T, entropy_T = packed_logprobs(model, batch, temperature=0.7)
+        for segment in batch.segment_ids_T[batch.loss_mask_T].unique():
+            own_T = batch.loss_mask_T & (batch.segment_ids_T == segment)
+            values = torch.stack([logprobs_T[own_T], entropy_T[own_T]])
+            total = total + (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum()
+            found[float(batch.advantages_T[own_T][0]), values.shape[1]] = values
+    return found, total
+
+
+@pytest.mark.parametrize("token_budget", [400, 70])
+@pytest.mark.parametrize("kind", [Qwen3Config, MistralConfig, Gemma3TextConfig], ids=lambda kind: kind.model_type)
+def test_a_shared_prompt_changes_neither_values_nor_gradients(kind: type[PreTrainedConfig], token_budget: int) -> None:
+    """Ragged groups, one of a single rollout, with a window shorter than the prompt; at 70 tokens groups are cut."""
+    config = kind(**SIZES, **({} if kind is Qwen3Config else {"sliding_window": 6}))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=select_attention(torch.device("cpu")))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    sequences = [*group(11, (7, 20, 1, 9), key="a"), *group(6, (12,), key="b"), *group(19, (23, 24, 25, 26), key="c")]
+    shared = pack(sequences, token_budget=token_budget)
+    alone = [batch for each in sequences for batch in pack([each], token_budget=token_budget)]
+    assert sum(len(each.input_ids_T) for each in shared) < sum(len(each.input_ids_T) for each in alone)
+    assert (len(shared) > 2) == (token_budget == 70)
+    results = []
+    for batches in (shared, alone):
+        found, total = weighted(model, batches)
+        gradients = torch.autograd.grad(total, [*model.parameters()])
+        results.append((found, gradients))
+    assert len(results[0][0]) == len(sequences)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_are_never_projected() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from lambdapo_async.errors import ConfigError
 from lambdapo_async.packing import MicroBatch
 from learner.activations import enable_checkpointing
 from learner.logprobs import LogprobModel
-from learner.parallel import Ranks, join_ranks
+from learner.parallel import ALONE, Ranks, join_ranks, share_sequences
 from learner.sharding import full_tensors, shard, whole_tensor
 from tests.ranks import alone, run_ranks
 from tests.tiny_models import Architecture, micro_batch, tiny_model
@@ -112,6 +113,28 @@ def test_messages_arrive_whole_and_in_order(tmp_path: Path) -> None:
     columns = [[[0.0, 1.0, 2.0], []], [[1.0], [1.0] * 4]]
     heard = run_ranks(tmp_path, 2, talk, 4096)
     assert heard == [["from 0", sums, columns], ["first", True, "from 0", sums, columns]]
+
+
+def meet_in_pairs(ranks: Ranks) -> list[object]:
+    """What four ranks, two and two of which share sequences, know of each other."""
+    paired = share_sequences(ranks, 2)
+    assert paired.context is not None
+    assert paired.context.rank() == ranks.rank % 2
+    sums = paired.add_up({"tokens": 10.0 ** (ranks.rank // 2)})
+    columns = [[column.tolist() for column in each] for each in paired.collect([torch.ones(1 + ranks.rank // 2)])]
+    return [paired.num_shares, paired.share_index, sums, columns]
+
+
+def test_ranks_that_share_sequences_count_once(tmp_path: Path) -> None:
+    for rank, known in enumerate(run_ranks(tmp_path, 4, meet_in_pairs)):
+        assert known == [2, rank // 2, {"tokens": 11.0}, [[[1.0]], [[1.0, 1.0]]]]
+
+
+@pytest.mark.parametrize("ranks", [ALONE, Ranks(world_size=3)])
+def test_ranks_that_cannot_be_paired_are_an_error(ranks: Ranks) -> None:
+    message = rf"learner.context_parallel = 2 does not divide the {ranks.world_size} rank\(s\)"
+    with pytest.raises(ConfigError, match=message):
+        share_sequences(ranks, 2)
 
 
 def test_a_process_alone_opens_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
