@@ -9,6 +9,7 @@ import socket
 import time
 from dataclasses import dataclass
 
+from actors.canary import ActorCanary
 from actors.engine import Completion, InferenceEngine
 from actors.follower import WeightFollower
 from actors.meter import EngineMeter
@@ -34,6 +35,7 @@ class ActorParts:
     config: RunConfig
     engine: InferenceEngine
     follower: WeightFollower
+    canary: ActorCanary
     prompts: LeasedPrompts
     scorer: Scorer
     outbox: Outbox
@@ -79,6 +81,7 @@ class Actor:
         async with asyncio.TaskGroup() as loops:
             background = [
                 loops.create_task(self._parts.follower.follow(), name="follow_weights"),
+                loops.create_task(self._parts.canary.watch(), name="watch_canary"),
                 loops.create_task(self._beat(), name="beat"),
             ]
             await self._sample()
@@ -105,7 +108,7 @@ class Actor:
 
     async def _lease(self, free: int) -> tuple[Lease, ...]:
         # A prompt leased while newer weights are on their way would be answered by the old ones.
-        if free == 0 or self._parts.follower.is_behind:
+        if free == 0 or self._parts.follower.is_behind or not self._parts.canary.is_admitted:
             return ()
         return await asyncio.to_thread(self._parts.admission.lease, free)
 
@@ -218,12 +221,11 @@ class Actor:
         parts = self._parts
         tokens_per_s, idle_share = self._meter.beat()
         info = parts.engine.info
-        sampling = parts.engine.policy_version >= 0
         return Heartbeat(
             actor_id=parts.actor_id,
             host=socket.gethostname()[:256],
             pid=os.getpid(),
-            state="draining" if self._draining.is_set() else "sampling" if sampling else "starting",
+            state="draining" if self._draining.is_set() else "sampling" if parts.canary.is_admitted else "starting",
             device=info.device,
             dtype=info.dtype,
             engine=info.name,
@@ -235,9 +237,8 @@ class Actor:
             tokens_per_s=tokens_per_s,
             idle_share=idle_share,
             counters={
-                "weight_updates": parts.follower.updates,
-                "weight_fetch_s": parts.follower.fetch_s,
-                "weight_pause_s": parts.follower.pause_s,
+                **parts.follower.counters(),
+                **parts.canary.counters(),
                 "groups_late": parts.outbox.late,
                 "outbox_restarts": parts.outbox.restarts,
                 "leases_lost": self._lost_leases,

@@ -1,6 +1,6 @@
 """The seam between an actor and whatever samples for it: vLLM in production, a scripted engine in tests."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,10 +51,32 @@ class InferenceEngine(Protocol):
             EngineError: the engine is dead, or the prompt does not fit.
         """
 
-    async def load_weights(self, version: int, path: Path) -> float:
+    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> LogProbs:
+        """Log-probabilities of a given completion, under one version of the weights; an update waits meanwhile.
+
+        At temperature 1 and without truncation, whatever the run samples with: engines score what is given, other than
+        what they sample, before either, and one token's value cannot be rescaled without those of the whole vocabulary.
+
+        Args:
+            prompt_ids: [P] token ids.
+            completion_ids: [C] token ids, at least one.
+
+        Returns:
+            [C] float32 log pi.
+
+        Raises:
+            EngineError: the engine is dead or without weights, or prompt and completion do not fit.
+        """
+
+    async def load_weights(self, version: int, path: Path, *, changed: Set[str] | None = None) -> float:
         """Swap in the safetensors file at ``path``; running requests are kept and go on under ``version``.
 
         The file is validated (names, shapes, dtypes, finite) before anything is changed.
+
+        Args:
+            version: what the file holds.
+            path: the whole state; nobody may write to it meanwhile, and nothing of it is kept.
+            changed: tensors that may differ from the version loaded last; None is all of them.
 
         Returns:
             Seconds in which no token was sampled.

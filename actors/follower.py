@@ -1,74 +1,140 @@
-"""Keeps the engine on the newest weights: wait, fetch, verify, swap."""
+"""Keeps the engine on the newest weights: wait, catch up beside the sampling, swap."""
 
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from actors.engine import InferenceEngine
+from actors.mirror import Mirror
 from lambdapo_async.broker.interface import WeightStore
+from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import WeightsError
-from lambdapo_async.weights.safetensors_file import verify_payload
+from lambdapo_async.weights.catch_up import Available, plan_catch_up
 
 logger = logging.getLogger(__name__)
 
 _WAIT_S = 1.0
+_HOLD_S = 1.0
 _FAILURES_BEFORE_GIVING_UP = 2
+_BEATS_OF_GRACE = 2
 
 
 class WeightFollower:
     """Follows the head; a version is adopted whole or not at all."""
 
-    def __init__(self, store: WeightStore, engine: InferenceEngine, *, run_id: str, folder: Path) -> None:
+    def __init__(
+        self, store: WeightStore, engine: InferenceEngine, *, run_id: str, folder: Path, config: RunConfig
+    ) -> None:
+        """``folder`` gets the mirror; ``staleness.max_staleness`` and ``broker.heartbeat_s`` are used."""
         self._store, self._engine = store, engine
-        self._run_id, self._folder = run_id, folder
-        self._failures = 0
-        self.is_behind = True
-        """Whether newer weights than the engine's are known of; True before the first."""
+        self.mirror = Mirror(folder, run_id=run_id)
+        """What the engine loads from."""
+        self._never_behind = config.staleness.max_staleness == 0
+        self._grace_s = _BEATS_OF_GRACE * config.broker.heartbeat_s
+        self._behind_since: float | None = None
+        self._loading = self._failed = False
+        self._checksum: str | None = None
+        self._failures_in_a_row = 0
+        self._updates = self._failures = self._keyframes = 0
+        self._num_files = self._chain_length = self._num_bytes = 0
+        self._fetch_s = self._pause_s = 0.0
         self.changed = asyncio.Event()
         """Set at every adopted version; whoever waits for it clears it."""
-        self.updates = 0
-        self.fetch_s = self.pause_s = 0.0
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a prompt leased now should rather wait for newer weights.
+
+        They are a moment away on a fast link, and on a slow one the engine must not starve meanwhile; unless the run
+        allows no staleness at all.
+        """
+        if self._engine.policy_version < 0 or self._loading or self._failed:
+            return True
+        if self._behind_since is None:
+            return False
+        return self._never_behind or time.monotonic() - self._behind_since < _HOLD_S
+
+    def checksum_of(self, version: int) -> str | None:
+        """``xxh3_128:<hex>`` of the state the engine was given as ``version``; None if it samples under another."""
+        return self._checksum if version == self._engine.policy_version else None
+
+    def counters(self) -> Mapping[str, float]:
+        """For the heartbeat: totals since the start, except for ``weight_chain``."""
+        return {
+            "weight_updates": self._updates,
+            "weight_failures": self._failures,
+            "weights_failed": float(self._failed),  # no way to the newest weights was found, twice in a row
+            "weight_keyframes": self._keyframes,
+            "weight_files": self._num_files,
+            "weight_chain": self._chain_length,  # files of the last update
+            "weight_bytes": self._num_bytes,
+            "weight_fetch_s": self._fetch_s,
+            "weight_decode_s": self.mirror.decode_s,
+            "weight_apply_s": self.mirror.apply_s,
+            "weight_pause_s": self._pause_s,
+        }
 
     async def follow(self) -> None:
         """Adopt every newest version, until cancelled.
 
         consumes: weight heads    waits for: a head above the engine's version    unblocks: sampling
+
+        Raises:
+            WeightsError: twice in a row the weights were not to be had; the last beats have said so.
+            EngineError: a swap failed; the engine is dead.
         """
         while True:
             head = await asyncio.to_thread(self._store.wait_newer, self._engine.policy_version, timeout_s=_WAIT_S)
             if head is not None:
-                self.is_behind = True
                 await self._adopt_or_count(head)
 
-    async def _adopt_or_count(self, version: int) -> None:
+    async def _adopt_or_count(self, head: int) -> None:
         try:
-            await self._adopt(version)
+            await self._adopt(head)
         except WeightsError as error:
-            # One failure may be a version deleted under our hands; twice in a row the weights are not to be had.
+            # One failure may be a file deleted under our hands; twice in a row the weights are not to be had.
+            self.mirror.drop()
             self._failures += 1
-            logger.warning("version %d was not adopted (%d in a row): %s", version, self._failures, error)
-            if self._failures >= _FAILURES_BEFORE_GIVING_UP:
+            self._failures_in_a_row += 1
+            logger.warning("version %d was not adopted (%d in a row): %s", head, self._failures_in_a_row, error)
+            if self._failures_in_a_row >= _FAILURES_BEFORE_GIVING_UP:
+                self._failed = True
+                await asyncio.sleep(self._grace_s)
                 raise
         else:
-            self._failures = 0
+            self._failures_in_a_row = 0
 
-    async def _adopt(self, version: int) -> None:
-        started = time.monotonic()
-        path = await asyncio.to_thread(self._fetch, version)
-        self.fetch_s += time.monotonic() - started
+    async def _adopt(self, head: int) -> None:
+        if self._behind_since is None:
+            self._behind_since = time.monotonic()
+        await asyncio.to_thread(self._catch_up, head)
+        self._loading = True
         try:
-            self.pause_s += await self._engine.load_weights(version, path)
+            self._pause_s += await self._engine.load_weights(head, self.mirror.path, changed=self.mirror.changed)
         finally:
-            path.unlink(missing_ok=True)
-        self.updates += 1
-        self.is_behind = False
+            self._loading = False
+        self.mirror.mark_loaded()
+        self._checksum = self.mirror.checksum
+        self._updates += 1
+        self._behind_since = None
         self.changed.set()
-        logger.debug("sampling under version %d", version)
+        logger.debug("sampling under version %d", head)
 
-    def _fetch(self, version: int) -> Path:
-        payload = self._store.fetch(version)
-        verify_payload(payload, run_id=self._run_id, version=version)
-        path = self._folder / f"weights-{version}.safetensors"
-        path.write_bytes(payload)
-        return path
+    def _catch_up(self, head: int) -> None:
+        """Bring the mirror to ``head``, with the fewest bytes; in a thread, beside the sampling."""
+        plan = plan_catch_up(self._store.files(), at=self.mirror.version, head=head)
+        for file in plan.files:
+            payload = self._fetch(file)
+            self.mirror.advance(file, payload)
+        self._chain_length = len(plan.files)
+
+    def _fetch(self, file: Available) -> bytes:
+        started = time.monotonic()
+        payload = self._store.fetch(file)
+        self._fetch_s += time.monotonic() - started
+        self._num_bytes += len(payload)
+        self._num_files += 1
+        self._keyframes += file.base_version is None
+        return payload

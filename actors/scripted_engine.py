@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from itertools import groupby
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from actors.requests import NO_WEIGHTS, check_request
 from actors.weights_file import Layout, check_finite, check_same, read_layout
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError
-from lambdapo_async.rollout import FinishReason, VersionSpan
+from lambdapo_async.rollout import FinishReason, LogProbs, VersionSpan
 
 Script = Callable[[int, Sequence[int]], NDArray[np.float64]]
 """(policy version, [P + t] tokens so far) -> [V] float64 logits of the next token; must be deterministic."""
@@ -145,13 +145,23 @@ class ScriptedEngine:
         elif len(sample.token_ids) == sampling.max_tokens:
             sample.finish_reason = "length"
 
-    async def load_weights(self, version: int, path: Path) -> float:
+    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> LogProbs:
+        """See :meth:`actors.engine.InferenceEngine.score`."""
+        self._check_alive()
+        check_request(prompt_ids, size=1, max_tokens=len(completion_ids), max_length=self._max_length - 1)
+        if self._policy_version < 0:
+            raise EngineError(NO_WEIGHTS)
+        contexts = ([*prompt_ids, *completion_ids[:num_tokens]] for num_tokens in range(len(completion_ids)))
+        logprobs = [_log_softmax(self._script(self._policy_version, context)) for context in contexts]
+        return np.array([row[token] for row, token in zip(logprobs, completion_ids, strict=True)], np.float32)
+
+    async def load_weights(self, version: int, path: Path, *, changed: Set[str] | None = None) -> float:
         """See :meth:`actors.engine.InferenceEngine.load_weights`; the first file sets the layout of all others."""
         self._check_alive()
         started = time.monotonic()
         layout = read_layout(path)
         check_same(path, layout, layout if self._layout is None else self._layout)
-        check_finite(path)
+        check_finite(path, layout)
         self._layout, self._policy_version = layout, version
         return time.monotonic() - started
 

@@ -5,10 +5,13 @@ import contextlib
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.actor import Actor, ActorParts
+from actors.between_groups import BetweenGroups
+from actors.canary import ActorCanary
 from actors.engine import InferenceEngine
 from actors.follower import WeightFollower
 from actors.outbox import Outbox
@@ -21,6 +24,7 @@ from lambdapo_async.config.load import parse_published
 from lambdapo_async.errors import BrokerError, ConfigError
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
+from lambdapo_async.weights.canary import ModelIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +54,8 @@ def read_run(url: str, run_id: str, overrides: Sequence[str]) -> tuple[RedisRun,
 
 def join_run(run: RedisRun, config: RunConfig, *, run_id: str, actor_id: str) -> None:
     """Sample for the run until it ends or SIGTERM asks us to drain."""
-    with scratch_folder() as scratch:
+    parent = Path(tempfile.gettempdir()) if config.actor.mirror == "disk" else None
+    with scratch_folder(parent) as scratch:
         asyncio.run(_join_run(run, config, run_id=run_id, actor_id=actor_id, scratch=scratch))
 
 
@@ -62,7 +67,8 @@ async def _join_run(run: RedisRun, config: RunConfig, *, run_id: str, actor_id: 
     with contextlib.closing(Scorer(config)) as scorer:
         engine = await VllmEngine.start(model_folder, config=config, scratch=scratch)
         try:
-            actor = Actor(_assemble(run, config, run_id, actor_id, engine=engine, scorer=scorer, scratch=scratch))
+            sampler = BetweenGroups(engine) if config.actor.update_mode == "between_groups" else engine
+            actor = Actor(_assemble(run, config, run_id, actor_id, engine=sampler, scorer=scorer, scratch=scratch))
             _drain_on_signals(actor)
             logger.info("actor %s samples for run %s", actor_id, run_id)
             await actor.run()
@@ -84,11 +90,21 @@ def _assemble(
 
     tokenizer = AutoTokenizer.from_pretrained(scratch / "model")
     encoder = PromptEncoder(tokenizer, build_task(config), config)
+    follower = WeightFollower(run.weights, engine, run_id=run_id, folder=scratch, config=config)
+    canary = ActorCanary(
+        run.canary,
+        engine,
+        ModelIdentity.of({file.name: file.read_bytes() for file in (scratch / "model").iterdir()}),
+        checksum_of=follower.checksum_of,
+        every_s=60 * config.actor.canary_minutes,
+        timeout_s=config.learner.data_timeout_s,
+    )
     return ActorParts(
         actor_id=actor_id,
         config=config,
         engine=engine,
-        follower=WeightFollower(run.weights, engine, run_id=run_id, folder=scratch),
+        follower=follower,
+        canary=canary,
         prompts=LeasedPrompts(run.run_store, encoder, tokenizer, config),
         scorer=scorer,
         outbox=Outbox(

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Self
 
@@ -27,12 +27,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.engine import Completion, EngineInfo
 from actors.requests import NO_WEIGHTS, check_request
-from actors.weights_file import Layout, check_finite, check_names, check_same, read_layout
+from actors.weights_file import Layout, check_finite, check_names, check_same, in_layers_of, read_layout
 from lambdapo_async.config import RunConfig
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
 from lambdapo_async.parent_death import forked_children_end_with_us
-from lambdapo_async.rollout import FINISH_REASONS, VersionSpan
+from lambdapo_async.rollout import FINISH_REASONS, LogProbs, VersionSpan
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class VllmEngine:
     def __init__(self, llm: AsyncLLM, model_dir: Path, config: RunConfig) -> None:
         self._llm = llm
         self._max_length = config.model.max_length
+        self._stale_kv = config.actor.stale_kv
         self._shapes = _parameter_shapes(model_dir)
         self._layout: Layout | None = None
         self._policy_version = -1
@@ -125,11 +126,26 @@ class VllmEngine:
         output = await self._generate([int(token) for token in prompt_ids], params)
         return tuple(_completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index))
 
+    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> LogProbs:
+        """See :meth:`actors.engine.InferenceEngine.score`."""
+        self._check_alive()
+        check_request(prompt_ids, size=1, max_tokens=len(completion_ids), max_length=self._max_length - 1)
+        if self._policy_version < 0:
+            raise EngineError(NO_WEIGHTS)
+        # vLLM's prompt log-probabilities skip the sampler and with it the temperature; the one token more is a must.
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        ids = [int(token) for token in (*prompt_ids, *completion_ids)]
+        async with self._swapping:
+            output = await self._generate(ids, params)
+        return np.array(output.prompt_logprobs.logprobs[len(prompt_ids) - 1 :], np.float32)  # the first token has none
+
     async def _generate(self, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
         request_id = uuid.uuid4().hex
+        # A cache that outlives an update must not serve those who come after it.
+        prompt = tokens_input(prompt_ids, cache_salt=f"v{self._policy_version}" if self._stale_kv else None)
         self._running.add(request_id)
         try:
-            outputs = [output async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id)]
+            outputs = [output async for output in self._llm.generate(prompt, params, request_id)]
         except VLLMError as error:
             raise EngineError(f"vLLM failed on a prompt of {len(prompt_ids)} tokens: {error!r}") from error
         finally:
@@ -139,15 +155,14 @@ class VllmEngine:
             raise EngineError(f"vLLM ended a request of {params.n} samples without its completions")
         return outputs[-1]
 
-    async def load_weights(self, version: int, path: Path) -> float:
+    async def load_weights(self, version: int, path: Path, *, changed: Set[str] | None = None) -> float:
         """See :meth:`actors.engine.InferenceEngine.load_weights`."""
         async with self._swapping:
             self._check_alive()
-            layout = await asyncio.to_thread(self._validate, path)
-            started = time.monotonic()
-            await self._swap(version, path)
+            layout, names = await asyncio.to_thread(self._validate, path, changed)
+            pause_s = await self._swap(version, path, names)
             self._layout, self._policy_version = layout, version
-            return time.monotonic() - started
+            return pause_s
 
     async def abort_all(self) -> None:
         """See :meth:`actors.engine.InferenceEngine.abort_all`."""
@@ -158,15 +173,16 @@ class VllmEngine:
         """End the engine's process; idempotent."""
         await self._die("it was shut down")
 
-    def _validate(self, path: Path) -> Layout:
-        """The file's layout; ``WeightsError`` unless the model can take it whole."""
+    def _validate(self, path: Path, changed: Set[str] | None) -> tuple[Layout, list[str]]:
+        """The file's layout and the tensors to load; ``WeightsError`` unless the model can take it whole."""
         layout = read_layout(path)
         if self._layout is not None:
             check_same(path, layout, self._layout)
         else:
             self._check_first(path, layout)
-        check_finite(path)
-        return layout
+        names = list(layout) if changed is None or self._layout is None else in_layers_of(changed, layout)
+        check_finite(path, names)
+        return layout, names
 
     def _check_first(self, path: Path, layout: Layout) -> None:
         """Later files are held against the first one, the first one against the model's own parameters."""
@@ -177,27 +193,31 @@ class VllmEngine:
                     f"{path}: {name} is {list(tensor.shape)}, this model's is {list(self._shapes[name])}"
                 )
 
-    async def _swap(self, version: int, path: Path) -> None:
+    async def _swap(self, version: int, path: Path, names: list[str]) -> float:
         """Change the weights between two steps of the engine; a swap that does not end well kills the engine."""
         try:
             async with asyncio.timeout(_SWAP_TIMEOUT_S):
-                await self._apply(version, path)
+                return await self._apply(version, path, names)
         except BaseException as error:  # a cancellation in the middle leaves the model half loaded, too
             await self._die(f"swapping in version {version} failed: {error!r}")
             if isinstance(error, Exception):  # vLLM raises bare ones here
                 raise EngineError(str(self._death)) from error
             raise
 
-    async def _apply(self, version: int, path: Path) -> None:
+    async def _apply(self, version: int, path: Path, names: list[str]) -> float:
         # "keep" freezes running requests (the default aborts them); clear_cache has their contexts computed anew, so
         # that later tokens are exactly the new policy's. AsyncLLM.pause_generation does this and then sleeps 20 ms for
         # the order of its outputs; ours do not need it: the engine's process tags each token with its version.
-        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-        untouched = await self._llm.collective_rpc("swap_weights", args=(str(path),))
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=not self._stale_kv)
+        paused = time.monotonic()  # until here the last step sampled its tokens
+        untouched, _ = await asyncio.gather(
+            self._llm.collective_rpc("swap_weights", args=(str(path), names)),
+            self._llm.update_weight_version(str(version)),
+        )
         if any(untouched):
             raise EngineError(f"version {version} left parameters without weights: {untouched[0][:5]}")
-        await self._llm.update_weight_version(str(version))
         await self._llm.resume_generation()
+        return time.monotonic() - paused
 
     async def _die(self, reason: str) -> None:
         if self._death is None:

@@ -1,6 +1,7 @@
 """What a safetensors file must look like before an engine may load it."""
 
-from collections.abc import Mapping, Set
+import re
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,10 +65,10 @@ def check_names(path: Path, layout: Layout, expected: Set[str]) -> None:
         raise WeightsError(f"{path}: {'; '.join(problems)}")
 
 
-def check_finite(path: Path) -> None:
-    """``WeightsError`` if any value is NaN or infinite; reads the file once, without copying it."""
+def check_finite(path: Path, names: Iterable[str]) -> None:
+    """``WeightsError`` if a value of these tensors is NaN or infinite; reads them once, without copying."""
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
+        for name in names:
             tensor = file.get_tensor(name)
             if tensor.numel() == 0:
                 continue
@@ -75,6 +76,22 @@ def check_finite(path: Path) -> None:
             low, high = torch.aminmax(tensor)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise WeightsError(f"{path}: {name} is not finite: values in [{low.item()}, {high.item()}]")
+
+
+def layer_of(name: str) -> str:
+    """What must be loaded whole: ``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``, else the tensor itself.
+
+    Engines fuse tensors of one layer (query, key and value; gate and up; experts), never of two, and a fused tensor of
+    which only a part is loaded has garbage for the rest.
+    """
+    numbered = re.match(r".*?\.\d+(?=\.)", name)
+    return numbered[0] if numbered else name
+
+
+def in_layers_of(changed: Set[str], names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that share a layer with a changed one, in their order."""
+    layers = {layer_of(name) for name in changed}
+    return [name for name in names if layer_of(name) in layers]
 
 
 def _few(items: list[str]) -> str:

@@ -33,7 +33,10 @@ from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueStatus,
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig, load_config
 from lambdapo_async.metrics import STEP, read_metrics
+from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
+from lambdapo_async.weights.canary import ModelIdentity
+from learner.canary import LearnerCanary, canary_sequences
 from learner.policy import Policy
 from learner.publisher import Publisher
 from learner.session import fitting_rows
@@ -111,14 +114,21 @@ class Consumer:
         policy = Policy.load(
             model_dir, revision=None, config=config.learner, temperature=1.0, device=torch.device("cpu")
         )
-        rows = fitting_rows(build_task(config), AutoTokenizer.from_pretrained(model_dir), config)
+        task, tokenizer = build_task(config), AutoTokenizer.from_pretrained(model_dir)
+        rows = fitting_rows(task, tokenizer, config)
         self.run.run_store.create(json.dumps(config.published()).encode(), policy.model_files, fence=1)
         self.run.run_store.put_rows("train", [row.as_map() for row in rows.train])
         self.run.run_store.put_rows("heldout", [row.as_map() for row in rows.heldout])
         self.source = self.run.source(1, RunLimits.of(config))
         self.source.initialise(watermarks={}, consumed=0, next_index=0)
-        publisher = Publisher(self.run.weights, run_id=run_id, fence=1)
+        publisher = Publisher(self.run.weights_for(config.weights), run_id=run_id, fence=1, config=config.weights)
         publisher.publish(0, policy, consumed=0)
+        publisher.flush()
+        scored = canary_sequences(
+            [rows.train], PromptEncoder(tokenizer, task, config), tokenizer, max_tokens=config.sampling.max_tokens
+        )
+        canary = LearnerCanary(self.run.canary, policy, scored, identity=ModelIdentity.of(policy.model_files), fence=1)
+        canary.publish(0, publisher.checksum(), keyframe_version=0)
         publisher.close()
         self.run.run_store.set_phase("running", fence=1)
         self.consumed = 0

@@ -99,13 +99,19 @@ class RunKeys:
         """Stream: quarantined groups, the newest ones."""
         return self._key("dead")
 
-    def weights_chunk(self, version: int, index: int) -> bytes:
-        """String: one piece of a version."""
-        return self._key(f"w:{version}:{index}")
+    def weights_chunk(self, name: str, index: int) -> bytes:
+        """String: one piece of a weight file."""
+        return self._key(f"w:{name}:{index}")
 
-    def weights_manifest(self, version: int) -> bytes:
-        """String: sizes and checksums of a version (msgpack)."""
-        return self._key(f"w:{version}:m")
+    @property
+    def weights_begun(self) -> bytes:
+        """Hash: every weight file that is not deleted -> sizes, checksums and place (msgpack)."""
+        return self._key("w:begun")
+
+    @property
+    def weights_files(self) -> bytes:
+        """Hash: every weight file that may be fetched -> what it leads from and to (msgpack)."""
+        return self._key("w:files")
 
     @property
     def weights_head(self) -> bytes:
@@ -118,11 +124,16 @@ class RunKeys:
         return self._key("w:log")
 
     @property
-    def weights_versions(self) -> bytes:
-        """Sorted set: every version begun -> its number of chunks, negative once it may not be read any more."""
-        return self._key("w:vers")
+    def weights_readers(self) -> bytes:
+        """Sorted set: ``file|reader`` -> expiry in milliseconds of server time."""
+        return self._key("w:readers")
 
     @property
-    def weights_readers(self) -> bytes:
-        """Sorted set: ``version|reader`` -> expiry in milliseconds of server time."""
-        return self._key("w:readers")
+    def weights_canary(self) -> bytes:
+        """String: the learner's log-probabilities of fixed completions (msgpack)."""
+        return self._key("w:canary")
+
+    @property
+    def weights_canary_wish(self) -> bytes:
+        """String: there while somebody waits for a canary of the present version."""
+        return self._key("w:canary_wish")

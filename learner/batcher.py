@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,8 @@ _MOST_DISCARDED_STEPS = 50
 """Steps' worth of discarded groups after which a step gives up."""
 _TAKE_S = 0.5
 """Longest wait for one delivery; between two the loop looks whether it should stop."""
+_IDLE_S = 0.02
+"""From this wait on the learner has time for others: what it does for them delays no group that is already there."""
 
 
 @dataclass(slots=True)
@@ -77,10 +80,16 @@ class Batcher:
         self.next_index = next_index
         """Training indices below it were leased in the surviving history."""
 
-    def next_batch(self, version: int, *, stopping: threading.Event) -> StepBatch | None:
+    def next_batch(
+        self, version: int, *, stopping: threading.Event, while_idle: Callable[[], None]
+    ) -> StepBatch | None:
         """Wait for the groups of one step; None once ``stopping`` is set.
 
         consumes: deliveries    waits for: ``groups_per_step`` groups with a signal    unblocks: a step
+
+        Args:
+            version: of the policy that will be trained on them.
+            while_idle: called again and again while no group is there: what actors wait for before they sample.
 
         Raises:
             BrokerUnavailable: no group came for ``learner.data_timeout_s``.
@@ -92,6 +101,8 @@ class Batcher:
                 return None
             received, waited_s = self._take()
             batch.wait_s += waited_s
+            if waited_s >= _IDLE_S:
+                while_idle()
             if received is not None:
                 self._sort(received, batch, version)
             if received is not None or waited_s < _TAKE_S:

@@ -15,7 +15,7 @@ from lambdapo_async.rollout import RolloutGroup
 from lambdapo_async.wire import decode_group, encode_group
 from learner.parallel import Ranks
 
-_TRAIN, _PUBLISH, _SAVE, _FINISH = "train", "publish", "save", "finish"
+_TRAIN, _PUBLISH, _SCORE, _SAVE, _FINISH = "train", "publish", "score", "save", "finish"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,10 @@ class Crew:
     def publish(self) -> None:
         """Join the gathering of all parameters."""
         self._order(_PUBLISH)
+
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> None:
+        """Join the forward pass of one row of the canary."""
+        self._order(_SCORE, list(prompt_ids), list(completion_ids))
 
     def save(self, folder: Path) -> None:
         """Write a share of a checkpoint into ``folder``, which exists on storage that all ranks see."""
@@ -55,6 +59,9 @@ class Duties(Protocol):
     def publish(self) -> None:
         """Join the gathering of all parameters."""
 
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> None:
+        """Join the forward pass of one row of the canary."""
+
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint."""
 
@@ -75,6 +82,8 @@ def take_orders(ranks: Ranks, duties: Duties, *, vocab_size: int) -> None:
                 duties.train(groups, version=version)
             case "publish", []:
                 duties.publish()
+            case "score", [prompt_ids, completion_ids]:
+                duties.score(prompt_ids, completion_ids)
             case "save", [folder]:
                 duties.save(Path(folder))
             case "finish", []:

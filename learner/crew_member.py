@@ -10,6 +10,7 @@ from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import group_confidence
 from lambdapo_async.rollout import RolloutGroup
+from learner.canary import canary_sequence, score
 from learner.checkpoint import Checkpoint, write_share
 from learner.crew import take_orders
 from learner.ingest import ReceivedGroup
@@ -80,6 +81,10 @@ class CrewMember:
         """Join the gathering of all parameters; rank 0 gets them."""
         for _ in self._policy.named_bf16():
             pass
+
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> None:
+        """Run the forward pass of one row of the canary; rank 0 has the same numbers."""
+        score(self._policy, canary_sequence(prompt_ids, completion_ids))
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint."""

@@ -9,6 +9,7 @@ from lambdapo_async.broker.interface import Fleet, QueueStats, RolloutSource, Ru
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import BrokerUnavailable
 from learner.batcher import Batcher, StepBatch
+from learner.canary import LearnerCanary
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew import Crew
 from learner.evaluation import Evaluation, EvaluationResult
@@ -33,6 +34,7 @@ class LearnerParts:
     batcher: Batcher
     evaluation: Evaluation
     publisher: Publisher
+    canary: LearnerCanary
     checkpoints: CheckpointStore
     source: RolloutSource
     run_store: RunStore
@@ -64,7 +66,9 @@ class Learner:
         """
         self._open_run()
         while not self._is_over():
-            batch = self._parts.batcher.next_batch(self._version, stopping=self._stopping)
+            batch = self._parts.batcher.next_batch(
+                self._version, stopping=self._stopping, while_idle=self._serve_canary
+            )
             if batch is None:
                 break
             started, flops_before = time.monotonic(), self._parts.policy.num_flops
@@ -92,6 +96,7 @@ class Learner:
         """The first version goes out before any actor may sample, and a checkpoint before anything can be lost."""
         self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
         self._parts.publisher.flush()
+        self._serve_canary()
         self._parts.run_store.set_phase("running", fence=self._parts.fence)
         self._checkpoint()
         logger.info("step %d: version %d is out, the run is open", self._step, self._version)
@@ -100,6 +105,17 @@ class Learner:
     def _publish(self) -> None:
         self._version += 1
         self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
+        self._serve_canary()
+
+    def _serve_canary(self) -> None:
+        """Score for the actors, if it is due: they may wait for it before they sample.
+
+        Only while the policy is the version published last, so never between an update and its publication.
+        """
+        publisher, canary = self._parts.publisher, self._parts.canary
+        if canary.is_due(publisher.keyframe_version):
+            publisher.flush()
+            canary.publish(self._version, publisher.checksum(), keyframe_version=publisher.keyframe_version)
 
     def _record(self, batch: StepBatch, result: StepResult, queue: QueueStats, *, step_s: float, flops: float) -> None:
         report = StepReport(
@@ -110,6 +126,7 @@ class Learner:
             step_s=step_s,
             mfu=utilisation(flops, step_s, self._parts.policy.device),
             publish_stall_s=self._parts.publisher.take_stall_s(),
+            weights=self._parts.publisher.take_report(),
             queue=queue,
             fleet=self._parts.fleet.members(),
         )
@@ -187,4 +204,5 @@ class Learner:
                     f"the last evaluation was not answered for {self._config.learner.data_timeout_s:g} s"
                 )
             self._parts.batcher.serve_evaluation()
+            self._serve_canary()
         self._take_evaluations()

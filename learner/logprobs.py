@@ -90,6 +90,7 @@ class LogprobModel(nn.Module):
         self.model = model
         self._temperature, self._context = temperature, context
 
-    def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """``logprobs_T`` and ``entropy_T`` of :func:`packed_logprobs`."""
-        return packed_logprobs(self.model, micro_batch, temperature=self._temperature, context=self._context)
+    def forward(self, micro_batch: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
+        """``logprobs_T`` and ``entropy_T`` of :func:`packed_logprobs`; None is the run's temperature."""
+        chosen = self._temperature if temperature is None else temperature
+        return packed_logprobs(self.model, micro_batch, temperature=chosen, context=self._context)

@@ -152,10 +152,14 @@ class Policy:
                 return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
     @torch.no_grad()
-    def logprobs(self, micro_batch: MicroBatch) -> Tensor:
-        """[T] float32 log pi of each token, 0 where there is no loss; without gradient."""
+    def logprobs(self, micro_batch: MicroBatch, *, temperature: float | None = None) -> Tensor:
+        """[T] float32 log pi of each token, 0 where there is no loss; without gradient.
+
+        Args:
+            temperature: what the logits are divided by; None is the run's.
+        """
         with autocast(self.device):
-            logprobs_T: Tensor = self._forward(micro_batch)[0]
+            logprobs_T: Tensor = self._forward(micro_batch, temperature)[0]
         return logprobs_T
 
     def backward(self, micro_batch: MicroBatch, loss_fn: LossFn, *, token_share: float = 1.0) -> TokenStatistics:

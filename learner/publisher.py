@@ -9,13 +9,16 @@ from typing import Protocol
 from torch import Tensor
 
 from lambdapo_async.broker.interface import WeightStore
+from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import WeightsError
-from lambdapo_async.weights.safetensors_file import encode_full
+from lambdapo_async.weights.state import State
 from learner.crew import Crew
 from learner.parallel import ALONE, Ranks
+from learner.weight_mirror import Release, WeightMirror
 
 PUBLISH_DEADLINE_S = 600.0
 """Seconds that one publish may take before the step that waits for it gives up."""
+_ENCODERS = 4  # threads: numpy, xxhash and zstd let go of the GIL
 
 
 class Snapshottable(Protocol):
@@ -28,8 +31,10 @@ class Snapshottable(Protocol):
 class Publisher:
     """Publishes on one background thread; a step waits only while the previous publish still runs.
 
-    An error of the thread is raised by the next call. Not thread-safe: one caller, on rank 0; the gathering happens
-    in its thread, for no collective may run beside another.
+    Each version goes out as the difference from the last one that the store took (see ``WeightMirror``). An error of
+    the thread is raised by the next call, and the version it concerned is not repeated: the next one starts from what
+    the store's head proves to be out. Not thread-safe: one caller, on rank 0; the gathering happens in its thread,
+    for no collective may run beside another.
     """
 
     def __init__(
@@ -38,16 +43,19 @@ class Publisher:
         *,
         run_id: str,
         fence: int,
+        config: WeightsConfig = WeightsConfig(),  # noqa: B008 - frozen
         ranks: Ranks = ALONE,
         deadline_s: float = PUBLISH_DEADLINE_S,
     ) -> None:
         self._store = store
         self._crew = Crew(ranks)
-        self._run_id = run_id
         self._fence = fence
         self._deadline_s = deadline_s
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publisher")
-        self._running: Future[None] | None = None
+        self._encoders = ThreadPoolExecutor(max_workers=_ENCODERS, thread_name_prefix="encoder")
+        self._mirror = WeightMirror(run_id=run_id, config=config, pool=self._encoders)
+        self._running: Future[Mapping[str, float]] | None = None
+        self._report: Mapping[str, float] = {}
         self._stall_s = 0.0
         head = store.head()
         self.newest_version = -1 if head is None else head
@@ -67,8 +75,8 @@ class Publisher:
         self.flush()
         self.newest_version = version
         self._crew.publish()
-        tensors = dict(policy.named_bf16())
-        self._running = self._thread.submit(self._send, version, tensors, consumed)
+        state = State.of_torch(version, dict(policy.named_bf16()))
+        self._running = self._thread.submit(self._send, state, consumed)
 
     def flush(self) -> None:
         """Wait until nothing is being published; raises what went wrong."""
@@ -77,7 +85,7 @@ class Publisher:
             return
         started = time.monotonic()
         try:
-            running.result(timeout=self._deadline_s)
+            self._report = running.result(timeout=self._deadline_s)
         except FutureTimeoutError as error:
             raise WeightsError(
                 f"publishing took over {self._deadline_s:g} s: the store is too slow or unreachable"
@@ -85,18 +93,51 @@ class Publisher:
         finally:
             self._stall_s += time.monotonic() - started
 
+    @property
+    def keyframe_version(self) -> int:
+        """Newest keyframe that the store took; -1 before the first. Of the newest version only after :meth:`flush`."""
+        return self._mirror.keyframe_version
+
+    def checksum(self) -> str:
+        """Of the newest published state; to be asked after :meth:`flush` only.
+
+        Raises:
+            WeightsError: nothing was published yet.
+        """
+        return self._mirror.checksum()
+
     def take_stall_s(self) -> float:
         """Seconds that the caller waited for publishes since the last call of this."""
         stall_s, self._stall_s = self._stall_s, 0.0
         return stall_s
 
+    def take_report(self) -> Mapping[str, float]:
+        """``weights/*`` metrics of the last publish that a call waited for; empty if they were taken already."""
+        report, self._report = self._report, {}
+        return report
+
     def close(self) -> None:
-        """Flush and end the thread; the thread is asked to end even when the flush fails."""
+        """Flush and end the threads; they are asked to end even when the flush fails."""
         try:
             self.flush()
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+            self._encoders.shutdown(wait=False)
 
-    def _send(self, version: int, tensors: Mapping[str, Tensor], consumed: int) -> None:
-        payload = encode_full(tensors, run_id=self._run_id, version=version)
-        self._store.publish(version, payload, consumed=consumed, fence=self._fence)
+    def _send(self, state: State, consumed: int) -> Mapping[str, float]:
+        release = self._mirror.prepare(state, head=self._store.head())
+        started = time.perf_counter()
+        self._store.publish(state.version, release.files, consumed=consumed, fence=self._fence)
+        self._mirror.advance(release)  # only now: a difference from what readers never got is worth nothing
+        return _metrics(release, publish_s=time.perf_counter() - started)
+
+
+def _metrics(release: Release, *, publish_s: float) -> Mapping[str, float]:
+    return {
+        "weights/bytes": float(release.num_bytes),
+        "weights/keyframe": float(release.is_keyframe),
+        "weights/union": float(release.has_union),
+        "weights/changed": release.changed_share,
+        "weights/encode_s": release.encode_s,
+        "weights/publish_s": publish_s,
+    }

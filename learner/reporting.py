@@ -34,6 +34,8 @@ class StepReport:
     mfu: float | None = None
     """Share of the peak that the first rank's device reached; None where no peak is known."""
     publish_stall_s: float
+    weights: Mapping[str, float]
+    """``weights/*`` of the last publication that has ended; empty if it was reported already."""
     queue: QueueStats
     fleet: Sequence[Heartbeat]
 
@@ -77,6 +79,7 @@ class Reporter:
             **self._counts(report.batch),
             **_speed(report.batch, total_s),
             **({} if report.mfu is None else {"speed/mfu": report.mfu}),
+            **report.weights,
             **_depths(report.queue),
             **_fleet(report.fleet),
             "time/step_s": report.step_s,

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,11 +22,14 @@ from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, TaskError
 from lambdapo_async.metrics import EVAL, MetricsLog, read_metrics
 from lambdapo_async.objective.resolve import resolve_objective
+from lambdapo_async.packing import TrainingSequence
 from lambdapo_async.report.run_folder import write_header
 from lambdapo_async.tasks.interface import Row, Task
 from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
 from lambdapo_async.tasks.registry import build_task
+from lambdapo_async.weights.canary import ModelIdentity
 from learner.batcher import Batcher
+from learner.canary import LearnerCanary, canary_sequences
 from learner.checkpoint import Checkpoint, CheckpointStore, LearnerState
 from learner.crew import Crew
 from learner.crew_member import Origin, load_trainees, run_member
@@ -96,10 +99,15 @@ def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume:
     origin.share(ranks)
     policy, reference = load_trainees(config, origin, ranks)
     _check_length(config, policy)
-    rows = fitting_rows(task, _load_tokenizer(policy, folder), config)
+    tokenizer = _load_tokenizer(policy, folder)
+    rows = fitting_rows(task, tokenizer, config)
     _publish_run(run, config, policy, rows, fence=fence)
+    encoder, splits = PromptEncoder(tokenizer, task, config), (rows.train, rows.heldout)
+    scored = canary_sequences(splits, encoder, tokenizer, max_tokens=config.sampling.max_tokens)
     with contextlib.ExitStack() as resources:
-        start = _Start(run, run_id, config, folder, fence, checkpoints, checkpoint, policy, reference, rows, ranks)
+        start = _Start(
+            run, run_id, config, folder, fence, checkpoints, checkpoint, policy, reference, rows, scored, ranks
+        )
         learner = _assemble(start, resources)
         with _stop_on_signals(learner):
             learner.run()
@@ -132,6 +140,8 @@ class _Start:
     policy: Policy
     reference: ReferenceLogprobs | None
     rows: Rows
+    scored: Sequence[TrainingSequence]
+    """What actors are held to (learner.canary)."""
     ranks: Ranks
 
 
@@ -195,7 +205,8 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
     samples = resources.enter_context(
         SampleLog(start.folder / "samples.jsonl", start.rows.heldout, after_step=state.step)
     )
-    publisher = Publisher(run.weights, run_id=start.run_id, fence=start.fence, ranks=start.ranks)
+    store = run.weights_for(config.weights)
+    publisher = Publisher(store, run_id=start.run_id, fence=start.fence, config=config.weights, ranks=start.ranks)
     resources.callback(publisher.close)
     ingest = Ingest(source, config, vocab_size=policy.vocab_size, newest_version=lambda: publisher.newest_version)
     resources.callback(ingest.close)
@@ -212,6 +223,8 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
         next_index=state.next_index,
         ranks=start.ranks,
     )
+    crew = Crew(start.ranks)
+    identity = ModelIdentity.of(policy.model_files)
     parts = LearnerParts(
         config=config,
         fence=start.fence,
@@ -220,14 +233,15 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
         batcher=batcher,
         evaluation=evaluation,
         publisher=publisher,
+        canary=LearnerCanary(run.canary, policy, start.scored, identity=identity, fence=start.fence, crew=crew),
         checkpoints=start.checkpoints,
         source=source,
         run_store=run.run_store,
         fleet=run.fleet,
         reporter=Reporter(metrics, samples, totals=state.totals),
-        crew=Crew(start.ranks),
+        crew=crew,
     )
-    version = _first_version(state, run.weights.head())
+    version = _first_version(state, store.head())
     return Learner(parts, step=state.step, version=version, resumed=start.checkpoint is not None)
 
 

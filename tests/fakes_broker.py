@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lambdapo_async.broker.interface import (
@@ -21,8 +21,13 @@ from lambdapo_async.broker.interface import (
     RunLimits,
     RunState,
 )
+from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerError, FencedError, RunNotFoundError, TaskError, WeightsError
 from lambdapo_async.rollout import Lease, Split
+from lambdapo_async.weights.catch_up import Available
+from lambdapo_async.weights.manifest import NewFile, check_version, name_of
+from lambdapo_async.weights.retention import Retention
+from tests.fakes_canary import FakeCanaryStore
 
 SCHEMA = 1
 _POLL_S = 0.005
@@ -54,8 +59,12 @@ class FakeRedisRun:
     lines: dict[Split, deque[Lease]] = field(default_factory=lambda: {"train": deque(), "heldout": deque()})
     answered: set[Lease] = field(default_factory=set)
     beats: dict[str, tuple[Heartbeat, float]] = field(default_factory=dict)
-    versions: dict[int, bytes] = field(default_factory=dict)
+    weight_files: dict[Available, bytes] = field(default_factory=dict)
     head: int | None = None
+    canary: FakeCanaryStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.canary = FakeCanaryStore(self.check_fence)
 
     def take_over(self, fence: int, owner: str) -> None:
         stored = -1 if self.fence is None else self.fence
@@ -330,17 +339,21 @@ class FakeRunStore:
 class FakeWeightStore:
     """``interface.WeightStore``; readers copy at once, so that it needs no reader leases."""
 
-    def __init__(self, state: FakeRedisRun) -> None:
+    def __init__(self, state: FakeRedisRun, config: WeightsConfig = WeightsConfig()) -> None:  # noqa: B008 - frozen
         self._state = state
+        self._retention = Retention(max_bytes=config.budget_bytes, grace_s=config.grace_s)
 
-    def publish(self, version: int, payload: bytes, *, consumed: int, fence: int) -> None:
+    def publish(self, version: int, files: Sequence[NewFile], *, consumed: int, fence: int) -> None:
         state = self._state
+        check_version(version, files)
         with state.lock:
             state.check_fence(fence)
-            if not payload or (state.head is not None and version <= state.head):
-                raise WeightsError(f"version {version} is empty or not above the head {state.head}")
-            state.versions[version] = payload
-            state.versions = {kept: state.versions[kept] for kept in _newest(state.versions, 2)}
+            incoming_bytes = sum(len(file.payload) for file in files)
+            for dropped in self._retention.to_drop(self.files(), incoming_bytes=incoming_bytes):
+                del state.weight_files[dropped]
+            if state.head is not None and version <= state.head:
+                raise WeightsError(f"version {version} is not above the head {state.head}")
+            state.weight_files.update({file.available: file.payload for file in files})
             state.head = version
             state.consumed = max(state.consumed, consumed)
 
@@ -358,11 +371,15 @@ class FakeWeightStore:
                 return None
             time.sleep(_POLL_S)
 
-    def fetch(self, version: int) -> bytes:
+    def files(self) -> tuple[Available, ...]:
         with self._state.lock:
-            if version not in self._state.versions:
-                raise WeightsError(f"version {version} is gone: the head is {self._state.head}")
-            return self._state.versions[version]
+            return tuple(sorted(self._state.weight_files, key=lambda file: (file.version, name_of(file))))
+
+    def fetch(self, file: Available) -> bytes:
+        with self._state.lock:
+            if file not in self._state.weight_files:
+                raise WeightsError(f"{name_of(file)} is gone: the head is {self._state.head}")
+            return self._state.weight_files[file]
 
 
 class FakeRun:
@@ -374,6 +391,7 @@ class FakeRun:
         self.run_store = FakeRunStore(self.shared, self._owner, run_id)
         self.fleet = FakeFleet(self.shared)
         self.weights = FakeWeightStore(self.shared)
+        self.canary = self.shared.canary
 
     def admission(self, actor_id: str) -> FakeAdmission:
         return FakeAdmission(self.shared, actor_id)
@@ -381,12 +399,11 @@ class FakeRun:
     def sink(self) -> FakeRolloutSink:
         return FakeRolloutSink(self.shared)
 
+    def weights_for(self, config: WeightsConfig) -> FakeWeightStore:
+        return FakeWeightStore(self.shared, config)
+
     def source(self, fence: int, limits: RunLimits) -> FakeRolloutSource:
         return FakeRolloutSource(self.shared, self._owner, fence, limits)
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-def _newest(versions: Iterable[int], count: int) -> list[int]:
-    return sorted(versions)[-count:]

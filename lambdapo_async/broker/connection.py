@@ -21,6 +21,7 @@ from lambdapo_async.errors import BrokerError, BrokerUnavailable, UserError
 from lambdapo_async.parent_death import prepare_to_die_with
 
 _PACKER_CUTOFF = 6000  # bytes above which an argument is sent without being copied: redis-py's own value
+_READ_BYTES = 2**20  # measured on 2 MB values: 1.7 GB/s; redis-py's own 64 KiB give 0.4, 2 MiB 1.0, a bare socket 2.9
 _OLDEST = (6, 2)
 _READY_S, _EXIT_S, _POLL_S = 20.0, 10.0, 0.02
 _SETTINGS = (
@@ -70,6 +71,7 @@ def connect(url: str, *, timeout_s: float) -> redis.Redis:
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             health_check_interval=0,
+            socket_read_size=_READ_BYTES,
             retry=Retry(NoBackoff(), 0),
             # hiredis parses fast but packs a 1.6 MB value 17 times slower than the Python packer.
             command_packer=PythonRespSerializer(_PACKER_CUTOFF, Encoder("utf-8", "strict", False).encode),  # type: ignore[no-untyped-call]

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lambdapo_async.config import RunConfig
 from lambdapo_async.rollout import Lease, Split
+from lambdapo_async.weights.catch_up import Available
+from lambdapo_async.weights.manifest import NewFile
 
 Phase = Literal["starting", "running", "finished"]
 
@@ -249,12 +251,17 @@ class RunStore(Protocol):
 
 
 class WeightStore(Protocol):
-    """Versions of the policy: seen whole or not at all, checksummed (docs: weights)."""
+    """Versions of the policy as files: seen whole or not at all, checksummed (docs: weights)."""
 
-    def publish(self, version: int, payload: bytes, *, consumed: int, fence: int) -> None:
-        """Chunks, manifest, head, notification, in this order; old versions nobody reads are deleted.
+    def publish(self, version: int, files: Sequence[NewFile], *, consumed: int, fence: int) -> None:
+        """Write all files that lead to ``version``, then list them and move the head, in one moment.
 
+        First whatever nobody needs any more is deleted, as far as nobody reads it and within the byte budget.
         ``consumed`` is raised with the head: the gate opens for the groups of this step.
+
+        Raises:
+            WeightsError: the version is not above the head, or the byte budget is too small.
+            FencedError: another learner owns the run.
         """
 
     def head(self) -> int | None:
@@ -263,5 +270,8 @@ class WeightStore(Protocol):
     def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
         """The head as soon as it is above ``than``; None after ``timeout_s``."""
 
-    def fetch(self, version: int) -> bytes:
-        """A version's safetensors bytes, every chunk verified; ``WeightsError`` when gone or damaged."""
+    def files(self) -> tuple[Available, ...]:
+        """Every file that can be fetched now, by version: steps, unions and keyframes; none before the first."""
+
+    def fetch(self, file: Available) -> bytes:
+        """One file's bytes as published, verified; ``WeightsError`` when gone or damaged."""

@@ -12,9 +12,11 @@ from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.run_store import RedisRunStore
+from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerUnavailable, BrokerUnreachableError
 from lambdapo_async.keys import RunKeys
-from lambdapo_async.weights.store import RedisWeightStore
+from lambdapo_async.weights.canary_store import RedisCanaryStore
+from lambdapo_async.weights.redis_store import RedisWeightStore
 
 _FIRST_CONTACT_S = 5.0
 
@@ -35,7 +37,8 @@ class RedisRun:
         self._ownership = Ownership(self._broker, self.keys)
         self.run_store = RedisRunStore(self._broker, self.keys, self._ownership)
         self.fleet = RedisFleet(self._broker, self.keys)
-        self.weights = RedisWeightStore(self._broker, self.keys)
+        self.weights = RedisWeightStore(self._broker, self.keys, WeightsConfig())
+        self.canary = RedisCanaryStore(self._broker, self.keys)
 
     def check_reachable(self) -> None:
         """Wait five seconds at most for a first answer: a person is waiting, and the URL may be wrong.
@@ -57,6 +60,10 @@ class RedisRun:
     def sink(self) -> RedisRolloutSink:
         """The actor's end of the queue; its producers are named ``<actor_id>.<number>``, as leases are by actor."""
         return RedisRolloutSink(self._broker, self.keys)
+
+    def weights_for(self, config: WeightsConfig) -> RedisWeightStore:
+        """The learner's end of ``weights``, which publishes as ``config`` says; readers need no config."""
+        return RedisWeightStore(self._broker, self.keys, config)
 
     def source(self, fence: int, limits: RunLimits) -> RedisRolloutSource:
         """The learner's end of the queue."""

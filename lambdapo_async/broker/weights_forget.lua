@@ -1,6 +1,6 @@
--- Delete a closed version: its pieces and its name.
--- KEYS[1] = state, KEYS[2] = versions, KEYS[3...] = manifest and chunks
--- ARGV[1] = fence, ARGV[2] = version
+-- Delete a retired file: its pieces and its manifest.
+-- KEYS[1] = state, KEYS[2] = files begun, KEYS[3...] = chunks
+-- ARGV[1] = fence, ARGV[2] = name
 for i = 3, #KEYS do redis.call('UNLINK', KEYS[i]) end
-redis.call('ZREM', KEYS[2], ARGV[2])
+redis.call('HDEL', KEYS[2], ARGV[2])
 return {'OK'}

@@ -42,6 +42,12 @@ def export(context: typer.Context) -> None:
     _become("learner.export", context.args)
 
 
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def weights(context: typer.Context) -> None:
+    """Look into the weight versions of a run, prove or export them (= python -m lambdapo_async.cli.weights)."""
+    _become("lambdapo_async.cli.weights", context.args)
+
+
 @app.command()
 def demo(
     config_path: Annotated[

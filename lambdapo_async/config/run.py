@@ -19,6 +19,7 @@ from lambdapo_async.config.sections import (
     StalenessConfig,
     TaskConfig,
 )
+from lambdapo_async.config.weights import WeightsConfig
 
 CONFIG_SCHEMA = 1
 """Published with a config; raised when an older actor could misread one."""
@@ -53,6 +54,8 @@ class RunConfig(Section):
     """Held-out evaluation."""
     broker: BrokerConfig = BrokerConfig()
     """Redis."""
+    weights: WeightsConfig = WeightsConfig()
+    """How versions reach the actors."""
     actor: ActorConfig = ActorConfig()
     """The actors."""
 

@@ -163,5 +163,16 @@ class ActorConfig(Section):
     """Deadline of sampling one group; after it the engine counts as hung and the actor ends."""
     reward_timeout_s: PositiveFloat = 20.0
     """Deadline of scoring one group; its rewards are 0 then (counted)."""
+    update_mode: Literal["in_flight", "between_groups"] = "in_flight"
+    """``in_flight``: running groups go on under new weights; ``between_groups``: new weights wait for them to end."""
+    stale_kv: bool = False
+    """Keep the KV cache at an update: no context is computed anew, but running groups go on in a context that older
+    weights made. Recorded log-probabilities stay those of the sampling; no later group sees the old context."""
+    mirror: Literal["ram", "disk"] = "ram"
+    """Where an actor keeps its copy of the newest weights, as large as the published ones: ``ram`` is /dev/shm,
+    ``disk`` the folder that TMPDIR names."""
+    canary_minutes: PositiveFloat = 10.0
+    """Minutes between two comparisons of an actor's log-probabilities with the learner's; the first comes before it
+    samples anything."""
     drain_s: PositiveFloat = 30.0
     """After SIGTERM unfinished groups get this long before their leases are handed back."""

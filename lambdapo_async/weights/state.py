@@ -105,7 +105,8 @@ class State:
 
         Each tensor adds ``name\\0dtype\\0shape\\0`` (shape as ``2,3``; UTF-8) and the xxh3_128 of its bytes.
         """
-        for_each(self.digest, self.largest_first(self._tensors), pool)
+        unknown = self._tensors.keys() - self._digests.keys()  # a thread per known one would cost more than it knows
+        for_each(self.digest, self.largest_first(unknown), pool)
         state = xxhash.xxh3_128()
         for name in sorted(self._tensors):
             tensor = self._tensors[name]

@@ -8,6 +8,7 @@ from lambdapo_async.broker.interface import EnqueueStatus
 from lambdapo_async.rollout import Lease
 from tests.contract.broker_world import LIMITS, SHORT, eventually, heldout, offer, start, train
 from tests.redis_fixtures import BrokerRun, OpenRun
+from tests.weight_files import full
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
@@ -28,7 +29,7 @@ def test_groups_in_the_queue_keep_the_gate_closed_until_consumed(broker_run: Bro
     for seq, lease in enumerate(admission.lease(4), start=1):
         assert offer(broker_run, seq, lease).status is EnqueueStatus.OK
     assert admission.lease(1) == ()
-    broker_run.weights.publish(1, b"weights", consumed=2, fence=1)
+    broker_run.weights.publish(1, [full(1)], consumed=2, fence=1)
     assert admission.lease(9) == train(4, 5)
     source.release(1)
     assert admission.lease(9) == ()

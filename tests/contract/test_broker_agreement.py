@@ -14,6 +14,7 @@ from lambdapo_async.rollout import Lease
 from tests.contract.broker_world import start
 from tests.fakes_broker import FakeRedisRun, FakeRun
 from tests.redis_fixtures import TIMEOUT_S, BrokerRun, next_run_id
+from tests.weight_files import full
 
 LIMITS = RunLimits(max_staleness=1, groups_per_step=2, max_groups=4, max_bytes=300, lease_s=60.0)
 ACTORS = ("a", "b")
@@ -84,8 +85,8 @@ class Player:
         self.source.request_evaluation([Lease("heldout", index, 1) for index in range(2)])
 
     def publish(self, version: int, consumed: int) -> object:
-        self.run.weights.publish(version, b"v%d" % version, consumed=consumed, fence=self.fence)
-        return self.run.weights.fetch(version)
+        self.run.weights.publish(version, [full(version)], consumed=consumed, fence=self.fence)
+        return self.run.weights.files()
 
     def restart(self, consumed: int, next_index: int) -> None:
         """The learner dies and another one takes over from what was committed."""

@@ -17,12 +17,12 @@ import redis
 from lambdapo_async.broker.connection import BrokerRefusedError, connect, embedded_server, redact
 from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
-from lambdapo_async.errors import BrokerError, BrokerUnavailable, RunNotFoundError, TaskError, WeightsError
-from lambdapo_async.weights.store import CHUNK_BYTES
+from lambdapo_async.errors import BrokerError, BrokerUnavailable, RunNotFoundError, TaskError
 from tests.contract.broker_world import FOREVER_S, LIMITS, offer, start, train, until
 from tests.contract.test_broker_run import heartbeat
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S, OpenRun
+from tests.weight_files import full
 
 
 @pytest.fixture
@@ -99,19 +99,6 @@ def test_a_learner_whose_replies_are_lost_does_everything_once(
     stats = source.stats()
     assert (stats.queued, stats.num_bytes, stats.admitted, stats.quarantined) == (1, len(b"payload"), 1, 1)
     assert epoch_seen == [redis_run.run_store.state().epoch]
-
-
-def test_a_publish_whose_replies_are_lost_happens_once(
-    redis_run: RedisRun, shaky_run: RedisRun, proxy: LossyProxy, server: redis.Redis
-) -> None:
-    start(redis_run)
-    for version in range(1, 4):
-        proxy.lose_replies(version)
-        shaky_run.weights.publish(version, b"v%d" % version, consumed=version, fence=1)
-        assert redis_run.weights.fetch(version) == b"v%d" % version
-    assert proxy.lost == 6
-    assert server.xlen(redis_run.keys.weights_log) == 3
-    assert server.zcard(redis_run.keys.weights_versions) == 2
 
 
 def test_cut_connections_are_opened_again(redis_run: RedisRun, server: redis.Redis) -> None:
@@ -228,65 +215,6 @@ def test_nothing_is_left_of_committed_groups(redis_run: RedisRun, server: redis.
     assert (source.stats().queued, source.stats().num_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
-def test_a_damaged_chunk_is_named(redis_run: RedisRun, server: redis.Redis, damage: str) -> None:
-    start(redis_run)
-    redis_run.weights.publish(1, bytes(2 * CHUNK_BYTES + 5), consumed=0, fence=1)
-    chunk = redis_run.keys.weights_chunk(1, 1)
-    match damage:
-        case "flip":
-            server.setrange(chunk, 12_345, b"\x01")
-        case "cut":
-            server.set(chunk, bytes(CHUNK_BYTES - 1))
-        case "lose":
-            server.delete(chunk)
-    with pytest.raises(WeightsError, match="chunk 1 of version 1 is"):
-        redis_run.weights.fetch(1)
-
-
-def test_a_damaged_manifest_is_named(redis_run: RedisRun, server: redis.Redis) -> None:
-    start(redis_run)
-    redis_run.weights.publish(1, b"one", consumed=0, fence=1)
-    server.set(redis_run.keys.weights_manifest(1), b"garbage")
-    with pytest.raises(WeightsError, match="manifest of version 1 is damaged"):
-        redis_run.weights.fetch(1)
-
-
-def test_a_version_that_is_read_stays_until_its_reader_is_done(redis_run: RedisRun, server: redis.Redis) -> None:
-    start(redis_run)
-    keys = redis_run.keys
-    redis_run.weights.publish(1, b"one", consumed=0, fence=1)
-    redis_run.weights._keep(1, "slow reader")
-    for version in (2, 3, 4):
-        redis_run.weights.publish(version, b"new", consumed=0, fence=1)
-    assert redis_run.weights.fetch(1) == b"one"
-    server.zrem(keys.weights_readers, "1|slow reader")
-    redis_run.weights.publish(5, b"new", consumed=0, fence=1)
-    assert sorted(server.zrange(keys.weights_versions, 0, -1)) == [b"4", b"5"]
-    pieces = {version: (keys.weights_chunk(version, 0), keys.weights_manifest(version)) for version in range(1, 6)}
-    assert {version for version, names in pieces.items() if server.exists(*names)} == {4, 5}
-
-
-def test_a_fetch_leaves_no_reader_behind(redis_run: RedisRun, server: redis.Redis) -> None:
-    start(redis_run)
-    redis_run.weights.publish(1, bytes(20 * CHUNK_BYTES), consumed=0, fence=1)
-    redis_run.weights.fetch(1)
-    assert server.zcard(redis_run.keys.weights_readers) == 0
-
-
-def test_a_version_that_was_never_finished_is_deleted_later(redis_run: RedisRun, server: redis.Redis) -> None:
-    start(redis_run)
-    keys = redis_run.keys
-    server.zadd(keys.weights_versions, {"1": 2})
-    for index in range(2):
-        server.set(keys.weights_chunk(1, index), b"orphan")
-    with pytest.raises(WeightsError, match="no manifest"):
-        redis_run.weights.fetch(1)
-    for version in (2, 3):
-        redis_run.weights.publish(version, b"new", consumed=0, fence=1)
-    assert server.exists(keys.weights_chunk(1, 0), keys.weights_chunk(1, 1)) == 0
-
-
 def test_every_key_lies_in_the_runs_slot(open_redis_run: OpenRun[RedisRun], server: redis.Redis) -> None:
     run = open_redis_run()
     before = set(server.keys())
@@ -296,7 +224,7 @@ def test_every_key_lies_in_the_runs_slot(open_redis_run: OpenRun[RedisRun], serv
     (lease,) = run.admission("a").lease(1)
     offer(run, 1, lease)
     source.commit({"a.0": 1})
-    run.weights.publish(1, b"one", consumed=0, fence=1)
+    run.weights.publish(1, [full(1)], consumed=0, fence=1)
     run.fleet.beat(heartbeat("a"))
     tag = b"{lp:%s}:" % run.keys.run_id.encode()
     assert {name[: len(tag)] for name in set(server.keys()) - before} == {tag}

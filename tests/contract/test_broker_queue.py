@@ -8,6 +8,7 @@ from lambdapo_async.broker.interface import EnqueueStatus
 from lambdapo_async.errors import BrokerError, FencedError
 from tests.contract.broker_world import FOREVER_S, LIMITS, SHORT, eventually, heldout, offer, start, train
 from tests.redis_fixtures import BrokerRun, OpenRun
+from tests.weight_files import full
 
 
 def test_a_group_arrives_as_it_was_sent(broker_run: BrokerRun) -> None:
@@ -176,7 +177,7 @@ def test_an_old_learner_can_do_nothing_any_more(open_run: OpenRun[BrokerRun]) ->
         lambda: old.request_evaluation(heldout(0)),
         lambda: old.stats(),
         lambda: old.initialise(watermarks={}, consumed=0, next_index=0),
-        lambda: run.weights.publish(1, b"weights", consumed=1, fence=1),
+        lambda: run.weights.publish(1, [full(1)], consumed=1, fence=1),
         lambda: run.run_store.set_phase("finished", fence=1),
         lambda: run.run_store.create(b"{}", {}, fence=1),
     ):

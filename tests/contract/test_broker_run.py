@@ -1,14 +1,12 @@
 """The published run, the fleet and the weights, in memory and in Redis."""
 
-import dataclasses
-import threading
-
 import pytest
 
 from lambdapo_async.broker.interface import Heartbeat
-from lambdapo_async.errors import BrokerError, RunNotFoundError, WeightsError
-from tests.contract.broker_world import FOREVER_S, LIMITS, SHORT, start, until
+from lambdapo_async.errors import BrokerError, RunNotFoundError
+from tests.contract.broker_world import SHORT, start, until
 from tests.redis_fixtures import BrokerRun, OpenRun
+from tests.weight_files import full
 
 
 def heartbeat(actor_id: str, **changes: object) -> Heartbeat:
@@ -66,7 +64,7 @@ def test_phases_and_versions_are_seen(broker_run: BrokerRun) -> None:
     state = broker_run.run_store.state()
     assert (state.phase, state.version, state.schema) == ("starting", -1, 1)
     assert state.epoch
-    broker_run.weights.publish(0, b"weights", consumed=0, fence=1)
+    broker_run.weights.publish(0, [full(0)], consumed=0, fence=1)
     broker_run.run_store.set_phase("running", fence=1)
     after = broker_run.run_store.state()
     assert (after.phase, after.version, after.epoch) == ("running", 0, state.epoch)
@@ -87,55 +85,3 @@ def test_the_silent_leave_the_fleet(broker_run: BrokerRun) -> None:
     start(broker_run, SHORT)
     broker_run.fleet.beat(heartbeat("a"))
     until(lambda: not broker_run.fleet.members())
-
-
-def test_a_version_is_fetched_as_it_was_published(open_run: OpenRun[BrokerRun]) -> None:
-    learner, actor = open_run(), open_run()
-    start(learner)
-    payload = bytes(range(256)) * 20_000
-    assert actor.weights.head() is None
-    learner.weights.publish(4, payload, consumed=0, fence=1)
-    assert actor.weights.head() == 4
-    assert actor.weights.fetch(4) == payload
-
-
-@pytest.mark.parametrize("version", [3, 4])
-def test_the_head_only_rises(broker_run: BrokerRun, version: int) -> None:
-    start(broker_run)
-    broker_run.weights.publish(4, b"four", consumed=0, fence=1)
-    with pytest.raises(WeightsError, match="not above the head 4"):
-        broker_run.weights.publish(version, b"other", consumed=0, fence=1)
-    assert (broker_run.weights.head(), broker_run.weights.fetch(4)) == (4, b"four")
-
-
-def test_the_newest_two_versions_stay(broker_run: BrokerRun) -> None:
-    start(broker_run)
-    for version in (1, 2, 5):
-        broker_run.weights.publish(version, b"v%d" % version, consumed=0, fence=1)
-    assert [broker_run.weights.fetch(version) for version in (2, 5)] == [b"v2", b"v5"]
-    for version in (1, 3, 6):
-        with pytest.raises(WeightsError, match=f"version {version} is gone"):
-            broker_run.weights.fetch(version)
-
-
-def test_waiting_for_a_newer_version(open_run: OpenRun[BrokerRun]) -> None:
-    learner, actor = open_run(), open_run()
-    start(learner)
-    assert actor.weights.wait_newer(-1, timeout_s=0.01) is None
-    learner.weights.publish(0, b"zero", consumed=0, fence=1)
-    assert actor.weights.wait_newer(-1, timeout_s=FOREVER_S) == 0
-    assert actor.weights.wait_newer(0, timeout_s=0.01) is None
-    found: list[int | None] = []
-    waiter = threading.Thread(target=lambda: found.append(actor.weights.wait_newer(0, timeout_s=FOREVER_S)))
-    waiter.start()
-    learner.weights.publish(1, b"one", consumed=0, fence=1)
-    waiter.join(FOREVER_S)
-    assert found == [1]
-
-
-def test_a_publish_opens_the_gate(broker_run: BrokerRun) -> None:
-    start(broker_run, dataclasses.replace(LIMITS, max_staleness=0))
-    admission = broker_run.admission("a")
-    assert len(admission.lease(9)) == 2
-    broker_run.weights.publish(1, b"one", consumed=1, fence=1)
-    assert len(admission.lease(9)) == 1

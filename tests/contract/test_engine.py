@@ -80,10 +80,12 @@ def versions(completion: Completion) -> list[int]:
     return [span.policy_version for span in completion.version_spans]
 
 
-async def test_no_weights_no_samples(bare_engine: InferenceEngine) -> None:
+async def test_no_weights_no_samples_and_no_scores(bare_engine: InferenceEngine) -> None:
     assert bare_engine.policy_version == -1
     with pytest.raises(EngineError, match="load_weights first"):
         await bare_engine.sample_group(PROMPT, size=2, sampling=SAMPLING)
+    with pytest.raises(EngineError, match="load_weights first"):
+        await bare_engine.score(PROMPT, [5])
 
 
 async def test_columns_of_a_completion_agree(engine: InferenceEngine) -> None:
@@ -138,6 +140,56 @@ async def test_top_k_1_is_certain(engine: InferenceEngine) -> None:
     completions = await engine.sample_group(PROMPT, size=4, sampling=SamplingConfig(max_tokens=10, top_k=1))
     assert len({completion.token_ids.tobytes() for completion in completions}) == 1
     assert np.allclose(np.concatenate([completion.logprobs for completion in completions]), 0.0)
+
+
+async def test_a_score_is_what_a_sample_would_report(engine: InferenceEngine) -> None:
+    """At temperature 1, whatever the sample was drawn with; alone and beside running requests."""
+    for temperature in (1.0, 0.5):
+        sampling = SamplingConfig(max_tokens=30, temperature=temperature)
+        (sample,) = await engine.sample_group(PROMPT, size=1, sampling=sampling)
+        ids = sample.token_ids.tolist()
+        scores = await engine.score(PROMPT, ids)
+        assert (scores.dtype, scores.shape) == (np.float32, (len(ids),))
+        assert np.allclose(scores, sample.logprobs, atol=1e-3) == (temperature == 1.0)
+    tasks = await running(engine, groups=2)
+    assert np.allclose(await engine.score(PROMPT, ids), scores, atol=1e-3)
+    await asyncio.gather(*tasks)
+
+
+async def test_a_score_is_under_one_version(engine: InferenceEngine, weights: Callable[[int], Path]) -> None:
+    completion = [*range(6, 40)]
+    before, update, after = await asyncio.gather(
+        engine.score(PROMPT, completion), engine.load_weights(2, weights(2)), engine.score(PROMPT, completion)
+    )
+    assert update > 0
+    assert np.allclose(after, await engine.score(PROMPT, completion), atol=1e-3)
+    await engine.load_weights(1, weights(1))
+    assert np.allclose(before, await engine.score(PROMPT, completion), atol=1e-3)
+    assert np.abs(before - after).mean() > 0.1
+
+
+async def test_what_cannot_be_scored_is_refused(engine: InferenceEngine) -> None:
+    assert len(await engine.score([5] * 4, [6] * (MAX_LENGTH - 5))) == MAX_LENGTH - 5
+    with pytest.raises(EngineError, match="by 1"):
+        await engine.score([5] * 4, [6] * (MAX_LENGTH - 4))
+    with pytest.raises(EngineError, match="empty"):
+        await engine.score([], [6])
+
+
+async def test_only_what_changed_need_be_loaded(
+    engine: InferenceEngine, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """And a file in which nothing changed is a new version all the same."""
+    tensors = published_weights(tiny_model_folder, 1)
+    completion = [*range(6, 40)]
+    before = await engine.score(PROMPT, completion)
+    same = write_weights(tmp_path / "same", tensors)
+    assert await engine.load_weights(5, same, changed=frozenset()) > 0
+    assert engine.policy_version == 5
+    (sample,) = await engine.sample_group(PROMPT, size=1, sampling=SAMPLING)
+    assert versions(sample) == [5]
+    await engine.load_weights(1, same, changed={NORM})
+    assert np.allclose(before, await engine.score(PROMPT, completion), atol=1e-5)
 
 
 async def test_running_requests_survive_an_update_and_carry_both_versions(
@@ -249,5 +301,7 @@ async def test_shutdown_is_idempotent_and_final(engine: InferenceEngine, weights
         await asyncio.gather(*tasks)
     with pytest.raises(EngineError, match="dead"):
         await engine.sample_group(PROMPT, size=1, sampling=SAMPLING)
+    with pytest.raises(EngineError, match="dead"):
+        await engine.score(PROMPT, [5])
     with pytest.raises(EngineError, match="dead"):
         await engine.load_weights(2, weights(2))

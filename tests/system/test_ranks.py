@@ -15,18 +15,22 @@ from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, RunNotFoundError
+from lambdapo_async.weights.canary import Canary, ModelIdentity
 from lambdapo_async.wire import encode_group
+from learner.canary import LearnerCanary, canary_sequence, score
 from learner.character_tokenizer import build_tokenizer
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew import Crew, take_orders
 from learner.crew_member import CrewMember, Origin, load_trainees
 from learner.parallel import ALONE, Ranks, share_sequences
 from learner.trainer import Trainer
+from tests.fakes_canary import FakeCanaryStore
 from tests.processes import Process
 from tests.random_groups import random_group, received_groups
 from tests.ranks import run_ranks
 from tests.tiny_models import VOCAB, tiny_model, tiny_model_folder
 
+ROW = canary_sequence([3, 4, 5], [6, 7])
 STATE = LearnerState(step=2, version=3, consumed=9, next_index=9, watermarks={"a": 4}, totals={})
 VARIANTS: Mapping[str, dict[str, object]] = {
     "plain": {},
@@ -81,7 +85,8 @@ def train_variants(ranks: Ranks, model: Path) -> dict[str, Outcome]:
     for name, changes in VARIANTS.items():
         team = Team(ranks, settings(**changes), Origin(str(model), None))
         metrics = [team.step(number) for number in range(2)]
-        outcomes[name] = {"metrics": metrics, "weights": team.weights()}
+        scored = score(team.policy, ROW)
+        outcomes[name] = {"metrics": metrics, "scored": scored, "weights": team.weights()}
     return outcomes
 
 
@@ -111,6 +116,7 @@ def test_ranks_train_as_one(
             assert isinstance(other, dict)
             assert other[name]["weights"] == {}, "rank 0 alone gathers"
             assert other[name]["metrics"] == first[name]["metrics"]
+            assert other[name]["scored"] == first[name]["scored"] == pytest.approx(outcome["scored"], abs=1e-3)
         torch.testing.assert_close(
             first[name]["metrics"],
             outcome["metrics"],
@@ -137,12 +143,19 @@ def start(ranks: Ranks, folder: Path, model: Path) -> Outcome:
             store.save(STATE, team.policy)
     crew.publish()
     published = dict(team.policy.named_bf16())
+    canary = FakeCanaryStore()
+    identity = ModelIdentity.of(team.policy.model_files)
+    LearnerCanary(canary, team.policy, [ROW], identity=identity, fence=1, crew=crew).publish(
+        4, "xxh3_128:" + "0" * 32, keyframe_version=0
+    )
+    record = canary.canary()
+    assert record is not None
     last = CheckpointStore(folder / "last", ranks)
     last.take_fence()
     weights = load_file(last.save(STATE, team.policy) / "model" / "model.safetensors")
     crew.finish()
     torch.testing.assert_close(published, {name: each.bfloat16() for name, each in weights.items()}, rtol=0, atol=0)
-    return {"norms": norms[2:], "weights": weights}
+    return {"norms": norms[2:], "weights": weights, "scored": list(Canary.from_bytes(record).rows[0].logprobs)}
 
 
 def resume(ranks: Ranks, folder: Path) -> Outcome:
@@ -188,6 +201,14 @@ def test_the_model_of_two_ranks_is_a_plain_hugging_face_folder(started: tuple[Pa
     alone.step(0), alone.step(1)
     found = {name: parameter.detach() for name, parameter in loaded.named_parameters()}
     torch.testing.assert_close(found, alone.weights(), rtol=0, atol=1e-4, check_stride=False)
+
+
+def test_the_canary_of_two_ranks_is_that_of_the_model_they_saved(started: tuple[Path, Outcome]) -> None:
+    folder, outcome = started
+    last = CheckpointStore(folder / "last").load_latest()
+    assert last is not None
+    alone = Team(ALONE, settings(), Origin("unused", last))
+    assert outcome["scored"] == pytest.approx(score(alone.policy, ROW), abs=1e-5)
 
 
 def test_every_rank_wrote_moments(started: tuple[Path, Outcome]) -> None:

@@ -15,10 +15,12 @@ from lambdapo_async.config import RunConfig, load_config
 from lambdapo_async.packing import TrainingSequence, pack
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
-from lambdapo_async.weights.safetensors_file import encode_full
+from lambdapo_async.weights.delta_file import write_full
+from lambdapo_async.weights.state import State
 from learner.policy import Policy
 from learner.starter import ensure_starter
 from tests.system.test_run import DEMO
+from tests.weight_states import POOL
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default"), pytest.mark.timeout(300)]
 
@@ -43,7 +45,7 @@ async def sampled(config: RunConfig, policy: Policy, prompts: list[list[int]], f
     for name, content in policy.model_files.items():
         (model_dir / name).write_bytes(content)
     payload = folder / "0.safetensors"
-    payload.write_bytes(encode_full(dict(policy.named_bf16()), run_id="x", version=0))
+    payload.write_bytes(write_full(State.of_torch(0, dict(policy.named_bf16())), run_id="x", pool=POOL))
     engine = await VllmEngine.start(model_dir, config=config, scratch=folder)
     try:
         await engine.load_weights(0, payload)

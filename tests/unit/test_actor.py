@@ -10,22 +10,30 @@ import pytest
 import torch
 
 from actors.actor import Actor, ActorParts
+from actors.canary import ActorCanary
 from actors.follower import WeightFollower
 from actors.outbox import Outbox
 from actors.prompts import LeasedPrompts
-from actors.scripted_engine import ScriptedEngine, bigram_script
+from actors.scripted_engine import ScriptedEngine, bigram_script, sampling_logprobs
 from lambdapo_async.broker.interface import Delivery, RunLimits
 from lambdapo_async.config import RunConfig
+from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
 from lambdapo_async.rollout import Lease
 from lambdapo_async.tasks.interface import Row, Scored
-from lambdapo_async.weights.safetensors_file import encode_full
+from lambdapo_async.weights.canary import Canary, CanaryError, CanaryRow, ModelIdentity
+from lambdapo_async.weights.catch_up import Available
+from lambdapo_async.weights.delta_file import write_full
+from lambdapo_async.weights.manifest import NewFile
+from lambdapo_async.weights.state import State
 from lambdapo_async.wire import decode_group
 from tests.fakes_broker import FakeRun
+from tests.weight_states import POOL
 
 VOCAB = 12
 EOS = 0
 TIMEOUT_S = 20.0
+IDENTITY = ModelIdentity.of({"config.json": b"{}"})
 CONFIG = RunConfig.model_validate(
     {
         "model": {"path": "unused", "max_length": 32},
@@ -73,6 +81,13 @@ class LengthScorer:
         return [Scored(float(len(text.split())), {"verifiable": 1.0}) for text in completions]
 
 
+def scripted(version: int, *, off_by: float) -> tuple[float, float]:
+    """log pi of 3 and 4 after 1, 2."""
+    logits = [bigram_script(VOCAB)(version, context) for context in ([1, 2], [1, 2, 3])]
+    first, second = (sampling_logprobs(each, SamplingConfig()) for each in logits)
+    return float(first[3]) - off_by, float(second[4]) - off_by
+
+
 class Stage:
     """An actor, its run, and the learner's hand on the run."""
 
@@ -92,11 +107,15 @@ class Stage:
 
     def _parts(self) -> ActorParts:
         run = self.run
+        follower = WeightFollower(ImpatientWeights(run), self.engine, run_id="stage", folder=self.folder, config=CONFIG)
         return ActorParts(
             actor_id="a",
             config=CONFIG,
             engine=self.engine,
-            follower=WeightFollower(ImpatientWeights(run), self.engine, run_id="stage", folder=self.folder),
+            follower=follower,
+            canary=ActorCanary(
+                run.canary, self.engine, IDENTITY, checksum_of=follower.checksum_of, every_s=3600, timeout_s=TIMEOUT_S
+            ),
             prompts=LeasedPrompts(run.run_store, RowEncoder(), DigitTokenizer(), CONFIG),  # type: ignore[arg-type]
             scorer=self.scorer,  # type: ignore[arg-type]
             outbox=Outbox(run.sink(), producer="a", epoch=run.run_store.state().epoch, full_timeout_s=5.0),
@@ -105,9 +124,23 @@ class Stage:
             run_store=run.run_store,
         )
 
-    def publish(self, version: int, *, consumed: int = 0) -> None:
-        payload = encode_full({"w": torch.full((3,), float(version))}, run_id="stage", version=version)
-        self.run.weights.publish(version, payload, consumed=consumed, fence=1)
+    def publish(self, version: int, *, consumed: int = 0, canary_off_by: float = 0.0) -> None:
+        state = State.of_torch(version, {"w": torch.full((3,), float(version))})
+        row = CanaryRow(prompt_ids=(1, 2), completion_ids=(3, 4), logprobs=scripted(version, off_by=canary_off_by))
+        canary = Canary(
+            version=version,
+            checksum=state.checksum(POOL),
+            config_hash=IDENTITY.config_hash,
+            tokenizer_hash=IDENTITY.tokenizer_hash,
+            dtype="float32",
+            rows=(row,),
+        )
+        self.run.canary.put_canary(canary.to_bytes(), fence=1)
+        self.publish_whole(version, write_full(state, run_id="stage", pool=POOL), consumed=consumed)
+
+    def publish_whole(self, version: int, payload: bytes, *, consumed: int = 0) -> None:
+        file = NewFile(Available(version=version, num_bytes=len(payload)), payload)
+        self.run.weights.publish(version, [file], consumed=consumed, fence=1)
 
     def open(self) -> None:
         self.publish(0)
@@ -131,7 +164,8 @@ class ImpatientWeights:
 
     def __init__(self, run: FakeRun) -> None:
         self._weights = run.weights
-        self.fetch, self.head, self.publish = run.weights.fetch, run.weights.head, run.weights.publish
+        self.fetch, self.head, self.files = run.weights.fetch, run.weights.head, run.weights.files
+        self.publish = run.weights.publish
 
     def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
         return self._weights.wait_newer(than, timeout_s=min(timeout_s, 0.02))
@@ -155,6 +189,16 @@ async def acting(stage: Stage):
 
 def group_of(delivery: Delivery):
     return decode_group(delivery.payload, vocab_size=VOCAB, max_version=100)
+
+
+async def test_an_actor_whose_numbers_are_not_the_learners_leases_nothing_and_ends(stage: Stage) -> None:
+    stage.publish(0, canary_off_by=0.1)
+    stage.run.run_store.set_phase("running", fence=1)
+    async with acting(stage) as task:
+        with pytest.raises(CanaryError, match="does not sample from the learner's policy"):
+            await asyncio.wait_for(asyncio.shield(task), TIMEOUT_S)
+    assert stage.source.stats().admitted == 0
+    assert stage.run.fleet.members() == ()
 
 
 async def test_groups_are_whole_tagged_and_numbered(stage: Stage) -> None:
@@ -272,7 +316,7 @@ async def test_weights_that_cannot_be_had_twice_end_the_actor(stage: Stage) -> N
     stage.open()
     async with acting(stage) as task:
         await stage.take(1)
-        stage.run.weights.publish(1, b"damaged", consumed=0, fence=1)
+        stage.publish_whole(1, b"damaged")
         with pytest.raises(WeightsError):
             await asyncio.wait_for(asyncio.shield(task), TIMEOUT_S)
     assert stage.engine.policy_version == 0

@@ -31,6 +31,10 @@ CONFIG = RunConfig.model_validate(
 NEVER = threading.Event()
 
 
+def do_nothing() -> None:
+    """While idle."""
+
+
 class ListSource:
     """Delivers what it was given, then nothing."""
 
@@ -106,7 +110,7 @@ def test_a_batch_is_the_first_groups_with_a_signal(bench: type[Bench]) -> None:
         delivery(4, make_group(3), payload=b"garbage"),
         delivery(5, make_group(4, rewards=(1.0, 0.0), version=7)),
     )
-    batch = on.batcher.next_batch(10, stopping=NEVER)
+    batch = on.batcher.next_batch(10, stopping=NEVER, while_idle=do_nothing)
     assert [received.group.lease.index for received in batch.groups] == [1, 4]
     assert dict(batch.discarded) == {"zero_variance": 1, "stale": 1, "malformed": 1}
     assert batch.staleness(10).tolist() == [1, 3]
@@ -123,17 +127,17 @@ def test_a_stopped_batch_counts_nothing_as_done(bench: type[Bench]) -> None:
     assert on.source.empty.wait(10)
     stopping = threading.Event()
     stopping.set()
-    assert on.batcher.next_batch(0, stopping=stopping) is None
+    assert on.batcher.next_batch(0, stopping=stopping, while_idle=do_nothing) is None
     assert (on.batcher.watermarks(), on.batcher.durable_consumed) == ({}, 0)
 
 
 def test_marks_move_only_over_what_is_done(bench: type[Bench]) -> None:
     on = bench(*(delivery(i + 1, make_group(i)) for i in range(4)))
-    first = on.batcher.next_batch(0, stopping=NEVER)
+    first = on.batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing)
     assert on.batcher.watermarks().get("p", 0) == 0
     on.batcher.trained(first)
     assert (on.batcher.watermarks(), on.batcher.consumed, on.batcher.next_index) == ({"p": 2}, 2, 2)
-    on.batcher.next_batch(0, stopping=NEVER)
+    on.batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing)
     assert on.batcher.watermarks() == {"p": 2}
 
 
@@ -147,7 +151,7 @@ def test_held_out_answers_go_to_the_evaluation(bench: type[Bench]) -> None:
     )
     on.evaluation.ask(5)
     assert [lease.id for lease in on.source.asked] == ["heldout:5:0", "heldout:5:1"]
-    batch = on.batcher.next_batch(0, stopping=NEVER)
+    batch = on.batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing)
     (result,) = on.evaluation.take_finished()
     assert (result.step, result.reward, len(result.groups)) == (5, 0.5, 2)
     assert on.evaluation.take_finished() == []
@@ -167,12 +171,12 @@ def test_an_answer_to_a_closed_round_is_done_but_not_counted(bench: type[Bench])
 def test_no_data_is_an_error_with_the_key_to_change(bench: type[Bench]) -> None:
     impatient = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"data_timeout_s": 0.05})})
     with pytest.raises(BrokerUnavailable, match=r"learner.data_timeout_s = 0.05"):
-        bench(config=impatient).batcher.next_batch(0, stopping=NEVER)
+        bench(config=impatient).batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing)
 
 
 def test_what_the_thread_died_of_reaches_the_loop(bench: type[Bench]) -> None:
     with pytest.raises(BrokerError, match="gap"):
-        bench(BrokerError("gap")).batcher.next_batch(0, stopping=NEVER)
+        bench(BrokerError("gap")).batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing)
 
 
 def test_a_payload_of_another_lease_is_quarantined(bench: type[Bench]) -> None:
@@ -181,7 +185,7 @@ def test_a_payload_of_another_lease_is_quarantined(bench: type[Bench]) -> None:
         delivery(2, make_group(1)),
         delivery(3, make_group(2)),
     )
-    batch = on.batcher.next_batch(0, stopping=NEVER)
+    batch = on.batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing)
     assert dict(batch.discarded) == {"malformed": 1}
     assert "its entry train:0:0" in on.source.quarantined[0]
 
@@ -189,7 +193,7 @@ def test_a_payload_of_another_lease_is_quarantined(bench: type[Bench]) -> None:
 def test_filtering_can_be_turned_off(bench: type[Bench]) -> None:
     keep = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"filter_zero_variance": False})})
     on = bench(*(delivery(i + 1, make_group(i, rewards=(1.0, 1.0))) for i in range(2)), config=keep)
-    assert len(on.batcher.next_batch(0, stopping=NEVER).groups) == 2
+    assert len(on.batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing).groups) == 2
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,7 @@ def test_a_valid_message_that_the_run_never_asked_for_is_quarantined(
     bench: type[Bench], group: RolloutGroup, reason: str
 ) -> None:
     on = bench(delivery(1, group), delivery(2, make_group(1)), delivery(3, make_group(2)))
-    batch = on.batcher.next_batch(0, stopping=NEVER)
+    batch = on.batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing)
     assert batch is not None
     assert len(batch.groups) == 2
     assert reason in on.source.quarantined[0]
@@ -231,4 +235,4 @@ def test_a_round_answered_before_a_restart_is_not_asked_again() -> None:
 def test_rewards_that_are_always_equal_end_the_run_with_advice(bench: type[Bench]) -> None:
     on = bench(*(delivery(i + 1, make_group(i, rewards=(0.0, 0.0))) for i in range(120)))
     with pytest.raises(TaskError, match=r"100 groups for one step.*task.rewards"):
-        on.batcher.next_batch(0, stopping=NEVER)
+        on.batcher.next_batch(0, stopping=NEVER, while_idle=do_nothing)

@@ -25,6 +25,9 @@ class Diary:
     def publish(self) -> None:
         self.told.append("publish")
 
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> None:
+        self.told.append([prompt_ids, completion_ids])
+
     def save(self, folder: Path) -> None:
         self.told.append(str(folder))
 
@@ -38,6 +41,7 @@ def one_step(ranks: Ranks, folder: Path) -> list[object]:
         crew = Crew(ranks)
         crew.train(GROUPS, version=5)
         crew.publish()
+        crew.score([1, 2], (3,))
         ranks.send(b"")  # a pulse
         crew.save(folder)
         crew.finish()
@@ -47,7 +51,7 @@ def one_step(ranks: Ranks, folder: Path) -> list[object]:
 
 
 def test_orders_arrive_as_given(tmp_path: Path) -> None:
-    expected = [[5, *map(encode_group, GROUPS)], "publish", str(tmp_path)]
+    expected = [[5, *map(encode_group, GROUPS)], "publish", [[1, 2], [3]], str(tmp_path)]
     assert run_ranks(tmp_path, 3, one_step, tmp_path) == [[], expected, expected]
 
 
@@ -67,5 +71,6 @@ def test_alone_nobody_is_ordered_about() -> None:
     crew = Crew(ALONE)
     crew.train(GROUPS, version=0)
     crew.publish()
+    crew.score([1], [2])
     crew.save(Path("nowhere"))
     crew.finish()

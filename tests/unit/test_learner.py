@@ -1,8 +1,10 @@
 """The learner's loop on a run in memory: what is trained, published, committed, and what a crash does to it."""
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +15,11 @@ from lambdapo_async.broker.interface import Descriptor, EnqueueStatus, RunLimits
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import BrokerUnavailable, FencedError
 from lambdapo_async.rollout import RolloutGroup
+from lambdapo_async.weights.canary import Canary, ModelIdentity
+from lambdapo_async.weights.state import State
 from lambdapo_async.wire import encode_group
 from learner.batcher import Batcher
+from learner.canary import LearnerCanary, canary_sequence
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.evaluation import Evaluation, EvaluationResult
 from learner.ingest import Ingest
@@ -29,6 +34,7 @@ from tests.groups import make_group
 from tests.tiny_models import tiny_model_folder
 
 GROUPS_PER_STEP = 2
+IDENTITY = ModelIdentity.of({"config.json": b"{}"})
 
 
 def config(**sections: Mapping[str, object]) -> RunConfig:
@@ -75,10 +81,12 @@ class Recorder(Reporter):
 class Actor(threading.Thread):
     """Answers leases at once, with the newest version, until it is stopped."""
 
-    def __init__(self, run: FakeRun, *, heldout_reward: float = 0.5) -> None:
+    def __init__(self, run: FakeRun, *, heldout_reward: float = 0.5, is_wary: bool = False) -> None:
+        """A wary one answers each lease only after a canary that it asked for."""
         super().__init__(daemon=True)
         self._run = another_process(run)
         self._heldout_reward = heldout_reward
+        self._is_wary = is_wary
         self._stopping = threading.Event()
         self._seq = 0
         self.answered: list[str] = []
@@ -87,10 +95,17 @@ class Actor(threading.Thread):
         admission, sink = self._run.admission("a"), self._run.sink()
         while not self._stopping.wait(0.001):
             for lease in admission.lease(4):
+                self._look_at_canary()
                 version = self._run.weights.head() or 0
                 rewards = (self._heldout_reward,) if lease.split == "heldout" else (0.0, 1.0)
                 self._offer(sink, make_group(rewards=rewards, version=version, lease=lease))
                 self.answered.append(lease.id)
+
+    def _look_at_canary(self) -> None:
+        if self._is_wary:
+            self._run.canary.ask_canary()
+        while self._is_wary and self._run.canary.is_canary_asked() and not self._stopping.wait(0.001):
+            pass
 
     def _offer(self, sink, group: RolloutGroup) -> None:
         payload = encode_group(group)
@@ -102,6 +117,22 @@ class Actor(threading.Thread):
     def stop(self) -> None:
         self._stopping.set()
         self.join(30)
+
+
+class WatchedCanary:
+    """The run's, and beside each canary that goes in the checksum of the policy's weights at that moment."""
+
+    def __init__(self, run: FakeRun, policy: Policy) -> None:
+        self._run, self._policy = run, policy
+        self.canary, self.ask_canary = run.canary.canary, run.canary.ask_canary
+        self.is_canary_asked = run.canary.is_canary_asked
+        self.published: list[tuple[Canary, str, int | None]] = []
+
+    def put_canary(self, record: bytes, *, fence: int) -> None:
+        self._run.canary.put_canary(record, fence=fence)
+        with ThreadPoolExecutor(1) as pool:
+            checksum = State.of_torch(0, dict(self._policy.named_bf16())).checksum(pool)
+        self.published.append((Canary.from_bytes(record), checksum, self._run.weights.head()))
 
 
 class Stage:
@@ -122,10 +153,11 @@ class Stage:
         )  # fmt: skip
         if checkpoint:
             checkpoint.restore(self.policy)
+        self.canary_store = WatchedCanary(run, self.policy)
         run.run_store.create(b"{}", {}, fence=fence)
         self.source = run.source(fence, RunLimits.of(settings))
         self.source.initialise(watermarks=state.watermarks, consumed=state.consumed, next_index=state.next_index)
-        self.publisher = Publisher(run.weights, run_id="run", fence=fence)
+        self.publisher = Publisher(run.weights_for(settings.weights), run_id="run", fence=fence)
         self.ingest = Ingest(self.source, settings, vocab_size=61, newest_version=lambda: self.publisher.newest_version)
         self.ingest.start()
         evaluation = Evaluation(self.source, settings.evaluation, num_rows=10)
@@ -135,7 +167,10 @@ class Stage:
         )  # fmt: skip
         parts = LearnerParts(
             config=settings, fence=fence, policy=self.policy, trainer=Trainer(self.policy, settings), batcher=batcher,
-            evaluation=evaluation, publisher=self.publisher, checkpoints=self.checkpoints, source=self.source,
+            evaluation=evaluation, publisher=self.publisher,
+            canary=LearnerCanary(
+                self.canary_store, self.policy, [canary_sequence([1, 2], [3, 4])], identity=IDENTITY, fence=fence
+            ), checkpoints=self.checkpoints, source=self.source,
             run_store=run.run_store, fleet=run.fleet, reporter=self.recorder,
         )  # fmt: skip
         head = run.weights.head()
@@ -288,3 +323,42 @@ def test_a_learner_that_waits_for_groups_can_be_stopped(folder: Path) -> None:
         running.join(30)
         assert not running.is_alive()
     assert [text for _, text in stage.recorder.events] == ["checkpoint", "suspended"]
+
+
+def test_a_canary_is_of_the_weights_that_are_out(folder: Path) -> None:
+    """Whenever it is asked for, the policy is the newest published version, never one update ahead of it."""
+    run = FakeRun("run")
+    settings = config(learner={"lr": 1e-2}, evaluation={"every_steps": 4})
+    with staged(run, folder, settings) as stage, acting(run, is_wary=True):
+        stage.learner.run()
+    assert run.run_store.state().phase == "finished"
+    published = stage.canary_store.published
+    assert [canary.version for canary, _, _ in published[:1]] == [0]
+    for canary, checksum, head in published:
+        assert (canary.checksum, canary.version) == (checksum, head)
+    versions = [canary.version for canary, _, _ in published]
+    assert versions == sorted(versions)
+    assert len({canary.checksum for canary, _, _ in published}) == len(set(versions)) >= 4
+
+
+def test_an_actor_that_comes_while_the_learner_waits_gets_its_canary(folder: Path) -> None:
+    run = FakeRun("run")
+    with staged(run, folder, config()) as stage:
+        running = threading.Thread(target=stage.learner.run, daemon=True)
+        running.start()
+        try:
+            run.canary.ask_canary()
+            wait_for(lambda: run.run_store.state().phase == "running" and not run.canary.is_canary_asked())
+            run.canary.ask_canary()  # nobody samples, so the learner is in the middle of waiting for a batch
+            wait_for(lambda: not run.canary.is_canary_asked())
+        finally:
+            stage.learner.stop()
+            running.join(30)
+    assert {canary.version for canary, _, _ in stage.canary_store.published} == {0}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "the learner does not serve"
+        time.sleep(0.002)

@@ -57,6 +57,14 @@ def test_backward_returns_what_logprobs_returns(folder: Path) -> None:
     assert (statistics.entropy_T[BATCH.loss_mask_T] > 0).all()
 
 
+def test_logprobs_have_the_runs_temperature_or_one_that_is_asked_for(folder: Path) -> None:
+    config, plain = LearnerConfig(), load(folder)
+    policy = Policy.load(folder, revision=None, config=config, temperature=0.5, device=CPU)
+    torch.testing.assert_close(policy.logprobs(BATCH, temperature=1.0), plain.logprobs(BATCH))
+    torch.testing.assert_close(policy.logprobs(BATCH), plain.logprobs(BATCH, temperature=0.5))
+    assert (policy.logprobs(BATCH) - plain.logprobs(BATCH)).abs().max() > 0.01
+
+
 def test_two_micro_batches_give_the_gradient_of_one(folder: Path) -> None:
     whole, split = load(folder), load(folder)
     ids = BATCH.input_ids_T

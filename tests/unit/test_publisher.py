@@ -1,43 +1,53 @@
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lambdapo_async.errors import FencedError, WeightsError
-from lambdapo_async.weights.safetensors_file import verify_payload
+from lambdapo_async.metrics import METRICS
+from lambdapo_async.weights.catch_up import Available
+from lambdapo_async.weights.delta_file import read_delta, read_full
+from lambdapo_async.weights.manifest import NewFile
+from lambdapo_async.weights.state import State
 from learner.publisher import Publisher
+
+NUM = 3000
 
 
 class Weights:
-    """A policy of one tensor."""
+    """A policy of one tensor, of which the first half is trained."""
 
     def __init__(self) -> None:
         self.value = 0.0
 
     def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
-        yield "w", torch.full((3,), self.value, dtype=torch.bfloat16)
+        weight = torch.linspace(-1, 1, NUM).to(torch.bfloat16)
+        weight[: NUM // 100] = self.value
+        yield "w", weight
 
 
 class Store:
     """A weight store that publishes when it is let, and raises what it is told to."""
 
     def __init__(self) -> None:
-        self.published: list[tuple[int, bytes, int, int]] = []
+        self.published: list[tuple[int, tuple[NewFile, ...], int, int]] = []
         self.threads: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
         self.error: Exception | None = None
 
-    def publish(self, version: int, payload: bytes, *, consumed: int, fence: int) -> None:
+    def publish(self, version: int, files: Sequence[NewFile], *, consumed: int, fence: int) -> None:
         self.entered.set()
         assert self.gate.wait(30)
         if self.error is not None:
             raise self.error
         self.threads.append(threading.current_thread().name)
-        self.published.append((version, payload, consumed, fence))
+        self.published.append((version, tuple(files), consumed, fence))
 
     def head(self) -> int | None:
         return self.published[-1][0] if self.published else None
@@ -45,8 +55,25 @@ class Store:
     def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
         raise NotImplementedError
 
-    def fetch(self, version: int) -> bytes:
+    def files(self) -> tuple[Available, ...]:
         raise NotImplementedError
+
+    def fetch(self, file: Available) -> bytes:
+        raise NotImplementedError
+
+
+def followed(store: Store) -> Iterator[float]:
+    """The trained value after each version, as an actor gets it."""
+    with ThreadPoolExecutor(1) as pool:
+        state: State | None = None
+        for version, (file, *_), _, _ in store.published:
+            if file.available.base_version is None:
+                state = read_full(file.payload, run_id="run-1", version=version, max_bytes=2**20, pool=pool)
+            else:
+                assert state is not None
+                read_delta(file.payload, max_bytes=2**20).apply_to(state, run_id="run-1", version=version, pool=pool)
+            bits = state.tensors["w"].bits.astype(np.int16)
+            yield float(torch.from_numpy(bits).view(torch.bfloat16)[0])
 
 
 @pytest.fixture
@@ -66,9 +93,10 @@ def publisher(store: Store) -> Iterator[Publisher]:
 def test_a_version_arrives_verified_with_fence_and_consumed(store: Store, publisher: Publisher) -> None:
     publisher.publish(5, Weights(), consumed=48)
     publisher.flush()
-    version, payload, consumed, fence = store.published[0]
+    version, (file,), consumed, fence = store.published[0]
     assert (version, consumed, fence, publisher.newest_version) == (5, 48, 3, 5)
-    verify_payload(payload, run_id="run-1", version=5)
+    assert file.available == Available(version=5, num_bytes=len(file.payload))
+    assert list(followed(store)) == [0.0]
 
 
 def test_training_goes_on_while_the_snapshot_is_sent(store: Store, publisher: Publisher) -> None:
@@ -81,10 +109,76 @@ def test_training_goes_on_while_the_snapshot_is_sent(store: Store, publisher: Pu
     store.gate.set()
     publisher.publish(1, weights, consumed=0)
     publisher.flush()
-    first, second = (payload for _, payload, _, _ in store.published)
-    assert first[-6:] == torch.zeros(3, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
-    assert second[-6:] == torch.full((3,), 9.0, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    assert list(followed(store)) == [0.0, 9.0]
     assert set(store.threads) == {"publisher_0"}
+
+
+def test_after_a_failed_publish_the_next_starts_from_what_is_out(store: Store, publisher: Publisher) -> None:
+    """The sender must not advance: a difference from a version that never came out is of no use."""
+    weights = Weights()
+    publisher.publish(0, weights, consumed=0)
+    publisher.flush()
+    store.error, weights.value = WeightsError("full disk"), 1.0
+    publisher.publish(1, weights, consumed=0)
+    with pytest.raises(WeightsError, match="full disk"):
+        publisher.flush()
+    store.error, weights.value = None, 2.0
+    publisher.publish(2, weights, consumed=0)
+    publisher.flush()
+    assert [files[0].available.base_version for _, files, _, _ in store.published] == [None, 0]
+    assert list(followed(store)) == [0.0, 2.0]
+
+
+def test_a_publish_that_failed_after_all_was_out_makes_the_next_one_whole(store: Store, publisher: Publisher) -> None:
+    weights = Weights()
+    publisher.publish(0, weights, consumed=0)
+    publisher.flush()
+    store.error = WeightsError("the reply was lost")
+    publisher.publish(1, weights, consumed=0)
+    with pytest.raises(WeightsError):
+        publisher.flush()
+    store.error = None
+    store.published.append((1, (), 0, 3))  # the store had it after all
+    publisher.publish(2, weights, consumed=0)
+    publisher.flush()
+    assert store.published[-1][1][0].available.base_version is None
+
+
+def test_a_publish_is_reported_once(store: Store, publisher: Publisher) -> None:
+    weights = Weights()
+    assert publisher.take_report() == {}
+    publisher.publish(0, weights, consumed=0)
+    publisher.flush()
+    first = publisher.take_report()
+    assert publisher.take_report() == {}
+    weights.value = 3.0
+    publisher.publish(1, weights, consumed=0)
+    publisher.flush()
+    second = publisher.take_report()
+    assert {name for name in METRICS if name.startswith("weights/")} == first.keys() == second.keys()
+    assert (first["weights/keyframe"], first["weights/union"], first["weights/changed"]) == (1.0, 0.0, 1.0)
+    assert (second["weights/keyframe"], second["weights/changed"]) == (0.0, 0.01)
+    assert first["weights/bytes"] == len(store.published[0][1][0].payload) > second["weights/bytes"] > 0
+
+
+def test_what_is_out_has_a_checksum_and_a_keyframe(store: Store, publisher: Publisher) -> None:
+    weights = Weights()
+    assert publisher.keyframe_version == -1
+    with pytest.raises(WeightsError, match="nothing was published"):
+        publisher.checksum()
+    with ThreadPoolExecutor(1) as pool:
+        for version in (3, 4):
+            weights.value = version
+            publisher.publish(version, weights, consumed=0)
+            publisher.flush()
+            assert publisher.checksum() == State.of_torch(version, dict(weights.named_bf16())).checksum(pool)
+            assert publisher.keyframe_version == 3
+    store.error, weights.value = WeightsError("full disk"), 9.0
+    publisher.publish(5, weights, consumed=0)
+    before = publisher.checksum()
+    with pytest.raises(WeightsError):
+        publisher.flush()
+    assert publisher.checksum() == before
 
 
 def test_versions_go_out_in_order_and_waiting_is_counted(store: Store, publisher: Publisher) -> None:

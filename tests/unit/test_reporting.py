@@ -44,6 +44,7 @@ def report(step: int, **metrics: float) -> StepReport:
         result=StepResult({"loss/policy": 0.1, "optim/grad_norm": 1.0, **metrics}),
         step_s=0.5,
         publish_stall_s=0.0,
+        weights={"weights/bytes": 700.0},
         queue=QueueStats(queued=4, num_bytes=100, leased=2, returned=0, admitted=6, quarantined=0),
         fleet=(),
     )
@@ -65,6 +66,7 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
     assert (second.values["groups/trained"], second.values["groups/zero_variance"]) == (4.0, 2.0)
     assert second.values["groups/without_confidence"] == 2
     assert first.values["tokens/trained"] == 20
+    assert first.values["weights/bytes"] == 700.0
     undocumented = set(first.values) - set(METRICS) - {"reward/verifiable"}
     assert not undocumented
 

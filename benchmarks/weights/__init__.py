@@ -1,0 +1,1 @@
+"""Weight files and their way to the actors, against what others send."""

@@ -1,0 +1,56 @@
+"""Weight files inside Redis, in pieces of 2 MB."""
+
+from collections.abc import Callable
+from itertools import islice
+
+from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.script import Script
+from lambdapo_async.keys import RunKeys
+from lambdapo_async.weights.manifest import Manifest, NewFile, cut
+
+_CHUNKS_AT_ONCE = 8  # 16 MB of replies: below the server's output buffer limit
+
+
+class RedisChunks:
+    """The payloads of one run."""
+
+    def __init__(self, broker: Broker, keys: RunKeys) -> None:
+        self._broker, self._keys = broker, keys
+        self._put = Script(broker, "weights_put", fenced=True)
+
+    def manifest(self, file: NewFile, *, fence: int) -> Manifest:
+        """How ``file`` will be cut; whose it is, the server checks at every piece."""
+        del fence
+        return Manifest.in_chunks(file)
+
+    def put(self, manifest: Manifest, payload: bytes, *, fence: int) -> None:
+        """Store every piece.
+
+        Raises:
+            FencedError: another learner owns the run.
+        """
+        for key, chunk in zip(self.names(manifest), cut(payload), strict=True):
+            self._put([self._keys.state, key], [fence, chunk])
+
+    def read(self, manifest: Manifest, renew: Callable[[], None]) -> bytes:
+        """All pieces, each verified; ``renew`` is called before each 16 MB.
+
+        A connection that breaks costs what is on its way: those pieces are asked for again.
+
+        Raises:
+            WeightsError: a piece is gone or damaged.
+            BrokerUnavailable: Redis did not answer before the deadline.
+        """
+        names, chunks = iter(self.names(manifest)), list[bytes]()
+        while batch := list(islice(names, _CHUNKS_AT_ONCE)):
+            renew()
+            chunks += [manifest.check_chunk(len(chunks) + i, chunk) for i, chunk in enumerate(self._values(batch))]
+        return b"".join(chunks)
+
+    def names(self, manifest: Manifest) -> list[bytes]:
+        """The keys of all pieces."""
+        return [self._keys.weights_chunk(manifest.name, index) for index in range(len(manifest.chunk_bytes))]
+
+    def _values(self, names: list[bytes]) -> list[bytes | None]:
+        values: list[bytes | None] = self._broker.call(lambda client: client.mget(names))
+        return values
