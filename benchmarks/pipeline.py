@@ -32,6 +32,7 @@ from lambdapo_async.broker.connection import embedded_server
 from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueStatus, RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig, load_config
+from lambdapo_async.errors import RunNotFoundError
 from lambdapo_async.metrics import STEP, read_metrics
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
@@ -225,8 +226,6 @@ def answered_now(payload: bytes, lease_id: str, version: int) -> bytes:
 
 
 def is_running(run: RedisRun) -> bool:
-    from lambdapo_async.errors import RunNotFoundError
-
     try:
         return run.run_store.state().phase == "running"
     except RunNotFoundError:
@@ -275,8 +274,7 @@ def summary(results: dict[str, list[Rates]]) -> dict[str, object]:
 
 
 def shares(results: dict[str, list[Rates]]) -> Iterator[float]:
-    """Pipeline over the slower side, which is the busy actor: it is measured before and after each pipeline, because
-    the speed of a machine drifts."""
+    """Pipeline over the slower side; the actor is measured before and after each, because machines drift."""
     around = pairwise(one.completions_per_s for one in results["actor alone"])
     for actor, learner, together in zip(around, results["learner alone"], results["pipeline"], strict=True):
         yield together.completions_per_s / min(statistics.fmean(actor), learner.completions_per_s)
