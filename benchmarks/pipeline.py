@@ -10,13 +10,11 @@ alone. Groups with equal rewards are kept, so that a completion sampled is a com
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +26,7 @@ import typer
 from transformers import AutoTokenizer
 
 from benchmarks.machine import ROOT, describe_machine
+from benchmarks.processes import Running, process, wait_for
 from lambdapo_async.broker.connection import embedded_server
 from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueStatus, RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
@@ -56,9 +55,15 @@ class Rates:
 
     completions_per_s: float
     tokens_per_s: float
-    learner_idle_share: float
-    actor_idle_share: float
-    staleness_mean: float
+    learner_idle_share: float = 1.0
+    actor_idle_share: float = 1.0
+    staleness_mean: float = 0.0
+    actor_cpu_ms: float = 0.0
+    """Processor milliseconds of the actor's processes per completion: what it costs, whatever else the machine does."""
+    learner_cpu_ms: float = 0.0
+    actor_core_share: float = 0.0
+    """Of the time, how much the actor's processes had a core."""
+    learner_core_share: float = 0.0
 
 
 def bench_overrides(steps: int, output_dir: Path, url: str) -> list[str]:
@@ -72,38 +77,6 @@ def bench_overrides(steps: int, output_dir: Path, url: str) -> list[str]:
         f"output_dir={output_dir}",
         f"broker.url={url}",
     ]
-
-
-@contextmanager
-def process(core: int, log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """One of ours, on one core."""
-    with log.open("ab") as output:
-        started = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        )
-    try:
-        yield started
-    finally:
-        started.terminate()
-        try:
-            started.wait(60)
-        except subprocess.TimeoutExpired:
-            started.kill()
-
-
-def wait_for(
-    condition: Callable[[], bool], *watched: subprocess.Popen[bytes], log: Path, timeout_s: float = 300
-) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if any(one.poll() not in (None, 0) for one in watched) or time.monotonic() > deadline:
-            sys.exit(f"a process failed or hangs; its log:\n{log.read_text()[-3000:]}")
-        time.sleep(0.05)
 
 
 class Consumer:
@@ -134,7 +107,7 @@ class Consumer:
         self.run.run_store.set_phase("running", fence=1)
         self.consumed = 0
 
-    def read(self, count: int, *watched: subprocess.Popen[bytes], log: Path) -> list[Delivery]:
+    def read(self, count: int, *watched: Running) -> list[Delivery]:
         deliveries: list[Delivery] = []
 
         def enough() -> bool:
@@ -145,7 +118,7 @@ class Consumer:
                 self.source.commit({delivery.descriptor.producer: delivery.descriptor.seq})
             return len(deliveries) >= count
 
-        wait_for(enough, *watched, log=log)
+        wait_for(enough, *watched)
         return deliveries
 
 
@@ -154,17 +127,24 @@ def actor_alone(config: RunConfig, model_dir: Path, folder: Path, steps: int) ->
     consumer = Consumer(config, run_id, model_dir)
     log = folder / "actor_alone.log"
     with process(ACTOR_CORE, log, "actors", "--redis-url", config.broker.url, "--run-id", run_id) as actor:
-        warm_up = consumer.read(WARM_UP_STEPS * config.rollout.groups_per_step, actor, log=log)
-        started, before = time.monotonic(), consumer.run.fleet.members()[0]
-        deliveries = consumer.read(steps * config.rollout.groups_per_step, actor, log=log)
-        elapsed = time.monotonic() - started
-        after = consumer.run.fleet.members()[0]
-    completions = len(deliveries) * config.rollout.group_size
-    tokens = (after.tokens - before.tokens) / (after.completions - before.completions) * completions
-    return Rates(completions / elapsed, tokens / elapsed, 1.0, after.idle_share, 0.0), warm_up + deliveries
+        warm_up = consumer.read(WARM_UP_STEPS * config.rollout.groups_per_step, actor)
+        started, before = time.time(), consumer.run.fleet.members()[0]
+        deliveries = consumer.read(steps * config.rollout.groups_per_step, actor)
+        ended, after = time.time(), consumer.run.fleet.members()[0]
+    completions, elapsed = len(deliveries) * config.rollout.group_size, ended - started
+    cpu_s = actor.cpu_s(started, ended)
+    rates = Rates(
+        completions_per_s=completions / elapsed,
+        tokens_per_s=(after.tokens - before.tokens) / (after.completions - before.completions) * completions / elapsed,
+        actor_idle_share=after.idle_share,
+        actor_cpu_ms=1000 * cpu_s / completions,
+        actor_core_share=cpu_s / elapsed,
+    )
+    return rates, warm_up + deliveries
 
 
-Feed = Callable[[str, subprocess.Popen[bytes], Path], None]
+Feed = Callable[[str, Running], Running | None]
+"""Serves a run until its learner has ended; returns the actor, if there was a real one."""
 
 
 def learner_run(config: RunConfig, overrides: Sequence[str], folder: Path, name: str, feed: Feed) -> Rates:
@@ -173,17 +153,18 @@ def learner_run(config: RunConfig, overrides: Sequence[str], folder: Path, name:
     log = folder / f"{name}.log"
     settings = [part for override in overrides for part in ("--set", override)]
     with process(LEARNER_CORE, log, "learner", str(CONFIG), "--run-id", run_id, *settings) as learner:
-        feed(run_id, learner, log)
-        wait_for(lambda: learner.poll() is not None, learner, log=log, timeout_s=600)
-    return rates_of(config.output_dir / run_id / "metrics.jsonl", config)
+        actor = feed(run_id, learner)
+        wait_for(lambda: learner.has_ended, learner, timeout_s=600)
+    return rates_of(config.output_dir / run_id / "metrics.jsonl", config, learner, actor)
 
 
-def rates_of(metrics: Path, config: RunConfig) -> Rates:
+def rates_of(metrics: Path, config: RunConfig, learner: Running, actor: Running | None) -> Rates:
     """Steady state: all steps but the first ones."""
     rows = [row for row in read_metrics(metrics) if row.kind == STEP][WARM_UP_STEPS:]
     per_step = config.rollout.groups_per_step * config.rollout.group_size
-    elapsed = rows[-1].time - rows[0].time
-    completions = per_step * (len(rows) - 1)
+    started, ended = rows[0].time, rows[-1].time
+    elapsed, completions = ended - started, per_step * (len(rows) - 1)
+    learner_s, actor_s = learner.cpu_s(started, ended), 0.0 if actor is None else actor.cpu_s(started, ended)
 
     def mean(name: str) -> float:
         return statistics.fmean(row.values[name] for row in rows[1:])
@@ -192,26 +173,30 @@ def rates_of(metrics: Path, config: RunConfig) -> Rates:
         completions_per_s=completions / elapsed,
         tokens_per_s=sum(row.values["tokens/trained"] for row in rows[1:]) / elapsed,
         learner_idle_share=mean("time/wait_s") * (len(rows) - 1) / elapsed,
-        actor_idle_share=mean("actors/idle_share"),
+        actor_idle_share=1.0 if actor is None else mean("actors/idle_share"),
         staleness_mean=mean("staleness/mean"),
+        actor_cpu_ms=1000 * actor_s / completions,
+        learner_cpu_ms=1000 * learner_s / completions,
+        actor_core_share=actor_s / elapsed,
+        learner_core_share=learner_s / elapsed,
     )
 
 
 def offer_recorded(recorded: Sequence[Delivery], config: RunConfig) -> Feed:
-    def feed(run_id: str, learner: subprocess.Popen[bytes], log: Path) -> None:
+    def feed(run_id: str, learner: Running) -> None:
         """Offer the recorded groups over and over, ahead of the learner by as much as the gate would allow."""
         run = RedisRun(config.broker.url, run_id, timeout_s=TIMEOUT_S)
-        wait_for(lambda: is_running(run), learner, log=log)
+        wait_for(lambda: is_running(run), learner)
         admission, sink, epoch = run.admission("feeder"), run.sink(), run.run_store.state().epoch
         seq = 0
-        while learner.poll() is None:
+        while not learner.has_ended:
             leases = admission.lease(config.rollout.groups_per_step)
             for lease in leases:
                 seq += 1
                 payload = answered_now(recorded[seq % len(recorded)].payload, lease.id, run.weights.head())
                 reply = sink.enqueue(Descriptor("feeder", seq, lease, 0, len(payload), 0.5), payload, epoch=epoch)
                 if reply.status is not EnqueueStatus.OK:
-                    sys.exit(f"the queue answered {reply}; the learner's log:\n{log.read_text()[-3000:]}")
+                    sys.exit(f"the queue answered {reply}; the learner's log:\n{learner.log.read_text()[-3000:]}")
             if not leases:
                 time.sleep(0.005)
 
@@ -233,17 +218,19 @@ def is_running(run: RedisRun) -> bool:
 
 
 def real_actor(config: RunConfig, folder: Path) -> Feed:
-    def feed(run_id: str, learner: subprocess.Popen[bytes], log: Path) -> None:
+    def feed(run_id: str, learner: Running) -> Running:
         run = RedisRun(config.broker.url, run_id, timeout_s=TIMEOUT_S)
-        wait_for(lambda: is_running(run), learner, log=log)
-        actor_log = folder / "pipeline_actor.log"
-        with process(ACTOR_CORE, actor_log, "actors", "--redis-url", config.broker.url, "--run-id", run_id) as actor:
-            wait_for(lambda: learner.poll() is not None, learner, actor, log=actor_log, timeout_s=900)
+        wait_for(lambda: is_running(run), learner)
+        log = folder / "pipeline_actor.log"
+        with process(ACTOR_CORE, log, "actors", "--redis-url", config.broker.url, "--run-id", run_id) as actor:
+            wait_for(lambda: learner.has_ended, learner, actor, timeout_s=900)
+        return actor
 
     return feed
 
 
 def measure(steps: int, repeats: int) -> dict[str, list[Rates]]:
+    os.sched_setaffinity(0, {LEARNER_CORE})  # inherited by Redis
     results: dict[str, list[Rates]] = {"actor alone": [], "learner alone": [], "pipeline": []}
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary, embedded_server(Path(temporary)) as url:
         folder = Path(temporary)
