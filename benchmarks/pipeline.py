@@ -4,7 +4,8 @@
 
 The actor alone streams to a consumer that only reads and opens the gate. The learner alone reads groups recorded from
 that actor, offered as fast as it takes them. The pipeline is the two of them, pinned to one core each; so are they when
-alone. Groups with equal rewards are kept, so that a completion sampled is a completion trained on.
+alone. Redis and this process share the learner's core, always. Groups with equal rewards are kept, so that a completion
+sampled is a completion trained on.
 """
 
 import json
@@ -21,25 +22,18 @@ from pathlib import Path
 
 import msgpack
 import numpy as np
-import torch
 import typer
-from transformers import AutoTokenizer
 
+from benchmarks.consumer import Consumer
 from benchmarks.machine import ROOT, describe_machine
 from benchmarks.processes import Running, process, wait_for
 from lambdapo_async.broker.connection import embedded_server
-from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueStatus, RunLimits
+from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig, load_config
 from lambdapo_async.errors import RunNotFoundError
 from lambdapo_async.metrics import STEP, read_metrics
-from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
-from lambdapo_async.weights.canary import ModelIdentity
-from learner.canary import LearnerCanary, canary_sequences
-from learner.policy import Policy
-from learner.publisher import Publisher
-from learner.session import fitting_rows
 from learner.starter import ensure_starter
 
 CONFIG = ROOT / "configs" / "arithmetic_demo.toml"
@@ -79,49 +73,6 @@ def bench_overrides(steps: int, output_dir: Path, url: str) -> list[str]:
     ]
 
 
-class Consumer:
-    """The learner's side of Redis without a learner: publishes version 0, then reads and opens the gate."""
-
-    def __init__(self, config: RunConfig, run_id: str, model_dir: Path) -> None:
-        self.config = config
-        self.run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
-        policy = Policy.load(
-            model_dir, revision=None, config=config.learner, temperature=1.0, device=torch.device("cpu")
-        )
-        task, tokenizer = build_task(config), AutoTokenizer.from_pretrained(model_dir)
-        rows = fitting_rows(task, tokenizer, config)
-        self.run.run_store.create(json.dumps(config.published()).encode(), policy.model_files, fence=1)
-        self.run.run_store.put_rows("train", [row.as_map() for row in rows.train])
-        self.run.run_store.put_rows("heldout", [row.as_map() for row in rows.heldout])
-        self.source = self.run.source(1, RunLimits.of(config))
-        self.source.initialise(watermarks={}, consumed=0, next_index=0)
-        publisher = Publisher(self.run.weights_for(config.weights), run_id=run_id, fence=1, config=config.weights)
-        publisher.publish(0, policy, consumed=0)
-        publisher.flush()
-        scored = canary_sequences(
-            [rows.train], PromptEncoder(tokenizer, task, config), tokenizer, max_tokens=config.sampling.max_tokens
-        )
-        canary = LearnerCanary(self.run.canary, policy, scored, identity=ModelIdentity.of(policy.model_files), fence=1)
-        canary.publish(0, publisher.checksum(), keyframe_version=0)
-        publisher.close()
-        self.run.run_store.set_phase("running", fence=1)
-        self.consumed = 0
-
-    def read(self, count: int, *watched: Running) -> list[Delivery]:
-        deliveries: list[Delivery] = []
-
-        def enough() -> bool:
-            for delivery in self.source.read(self.config.rollout.groups_per_step, timeout_s=0.2):
-                deliveries.append(delivery)
-                self.consumed += 1
-                self.source.release(self.consumed)
-                self.source.commit({delivery.descriptor.producer: delivery.descriptor.seq})
-            return len(deliveries) >= count
-
-        wait_for(enough, *watched)
-        return deliveries
-
-
 def actor_alone(config: RunConfig, model_dir: Path, folder: Path, steps: int) -> tuple[Rates, list[Delivery]]:
     run_id = f"actor-{uuid.uuid4().hex[:8]}"
     consumer = Consumer(config, run_id, model_dir)
@@ -131,6 +82,7 @@ def actor_alone(config: RunConfig, model_dir: Path, folder: Path, steps: int) ->
         started, before = time.time(), consumer.run.fleet.members()[0]
         deliveries = consumer.read(steps * config.rollout.groups_per_step, actor)
         ended, after = time.time(), consumer.run.fleet.members()[0]
+        actor.wait_sampled()
     completions, elapsed = len(deliveries) * config.rollout.group_size, ended - started
     cpu_s = actor.cpu_s(started, ended)
     rates = Rates(
@@ -257,14 +209,28 @@ def summary(results: dict[str, list[Rates]]) -> dict[str, object]:
         }
         for name, rates in results.items()
     }
-    return {**rows, "pipeline / min(actor, learner)": spread(list(shares(results)))}
+    return {
+        **rows,
+        "pipeline / min(actor, learner)": spread(list(shares(results, speed))),
+        "the same in processor time": spread(list(shares(results, processor_speed))),
+    }
 
 
-def shares(results: dict[str, list[Rates]]) -> Iterator[float]:
+def shares(results: dict[str, list[Rates]], speed_of: Callable[[Rates], float]) -> Iterator[float]:
     """Pipeline over the slower side; the actor is measured before and after each, because machines drift."""
-    around = pairwise(one.completions_per_s for one in results["actor alone"])
+    around = pairwise(speed_of(one) for one in results["actor alone"])
     for actor, learner, together in zip(around, results["learner alone"], results["pipeline"], strict=True):
-        yield together.completions_per_s / min(statistics.fmean(actor), learner.completions_per_s)
+        yield speed_of(together) / min(statistics.fmean(actor), speed_of(learner))
+
+
+def speed(rates: Rates) -> float:
+    """Completions per second of the clock."""
+    return rates.completions_per_s
+
+
+def processor_speed(rates: Rates) -> float:
+    """Completions per processor second of the busier side: what whoever shares the machine hardly touches."""
+    return 1000 / max(rates.actor_cpu_ms, rates.learner_cpu_ms)
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:

@@ -15,6 +15,7 @@ import psutil
 from benchmarks.machine import ROOT
 
 _SAMPLE_S = 0.2
+_SAMPLE_TIMEOUT_S = 30.0
 
 
 class Running:
@@ -24,6 +25,7 @@ class Running:
         self.popen, self.log = popen, log
         self._root = psutil.Process(popen.pid)
         self._samples: list[tuple[float, float]] = []
+        self._sampled = threading.Condition()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -66,6 +68,13 @@ class Running:
         """Processor seconds that it and its children took between two moments (``time.time()``)."""
         return self._cpu_at(until) - self._cpu_at(since)
 
+    def wait_sampled(self) -> None:
+        """Until the processor time of this moment is on record."""
+        with self._sampled:
+            count = len(self._samples)
+            if not self._sampled.wait_for(lambda: len(self._samples) > count + 1, _SAMPLE_TIMEOUT_S):
+                sys.exit(f"{self.popen.args} cannot be sampled; its log:\n{self.log.read_text()[-3000:]}")
+
     def _cpu_at(self, moment: float) -> float:
         before = max((sample for sample in self._samples if sample[0] <= moment), default=self._samples[0])
         after = min((sample for sample in self._samples if sample[0] > moment), default=before)
@@ -82,7 +91,9 @@ class Running:
                 if not self._root.is_running():
                     return
             else:
-                self._samples.append((time.time(), seconds))
+                with self._sampled:
+                    self._samples.append((time.time(), seconds))
+                    self._sampled.notify_all()
             if self._ended.wait(_SAMPLE_S):
                 return
 
