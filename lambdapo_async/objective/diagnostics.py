@@ -10,8 +10,8 @@ of a group.
 ``ratio/log_mean``         mean log pi - log mu of a token, nats; negative where the policy left what was sampled
 ``ratio/abs_log_mean``     mean and largest abs(log pi - log mu) of a token, nats
 ``ratio/abs_log_max``
-``mismatch/fresh``         the mean over tokens that the learner's own version sampled: kernels, not staleness;
-                           absent in a step without such tokens
+``mismatch/fresh``         the mean over tokens that the learner's own version sampled: kernels, not staleness (with
+                           ``actor.stale_kv`` also the older contexts); absent in a step without such tokens
 ``mismatch/fresh_share``   their share of the tokens
 ``staleness/share_<age>``  share of the tokens sampled so many versions before the step: 0, 1, 2, 3, 4-7, 8+
 ``advantage/shift``        mean advantage
