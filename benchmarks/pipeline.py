@@ -53,7 +53,7 @@ class Rates:
     actor_idle_share: float = 1.0
     staleness_mean: float = 0.0
     actor_cpu_ms: float = 0.0
-    """Processor milliseconds of the actor's processes per completion: what it costs, whatever else the machine does."""
+    """Processor milliseconds of the actor's processes per completion."""
     learner_cpu_ms: float = 0.0
     actor_core_share: float = 0.0
     """Of the time, how much the actor's processes had a core."""
@@ -229,7 +229,7 @@ def speed(rates: Rates) -> float:
 
 
 def processor_speed(rates: Rates) -> float:
-    """Completions per processor second of the busier side: what whoever shares the machine hardly touches."""
+    """Completions per processor second of the busier side: less touched than the clock by who shares the machine."""
     return 1000 / max(rates.actor_cpu_ms, rates.learner_cpu_ms)
 
 
