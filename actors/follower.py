@@ -12,6 +12,7 @@ from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import WeightsError
 from lambdapo_async.weights.catch_up import Available, plan_catch_up
+from lambdapo_async.weights.tensor_file import Payload
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class WeightFollower:
             self.mirror.advance(file, payload)
         self._chain_length = len(plan.files)
 
-    def _fetch(self, file: Available) -> bytes:
+    def _fetch(self, file: Available) -> Payload:
         started = time.monotonic()
         payload = self._store.fetch(file)
         self._fetch_s += time.monotonic() - started

@@ -30,7 +30,7 @@ RESULT = ROOT / "benchmarks" / "results" / "weights.json"
 CACHE = ROOT / "outputs" / "bench"
 FOLLOWERS = (1, 4, 16)
 SHAPES = {"0.6b": QWEN3_06B, "1.7b": QWEN3_17B}
-COPIES, REPEATS, WARM_UP = 8, 3, 30
+COPIES, REPEATS, WARM_UP = 8, 3, 600
 MEMORY_SHARE = 0.5
 """Of what is available: the machine may be somebody else's, too."""
 

@@ -25,6 +25,7 @@ from lambdapo_async.weights.gaps import changed_positions
 from lambdapo_async.weights.manifest import NewFile
 from lambdapo_async.weights.redis_store import RedisWeightStore
 from lambdapo_async.weights.state import State
+from lambdapo_async.weights.tensor_file import Payload
 
 LINKS: Mapping[str, float | None] = MappingProxyType({"loopback": None, "1 Gbit/s": 1e9, "100 Mbit/s": 1e8})
 """Bits per second of each follower's link."""
@@ -73,7 +74,7 @@ class Link:
     def __init__(self, store: RedisWeightStore, bits_per_s: float | None) -> None:
         self._store, self._bits_per_s = store, bits_per_s
 
-    def fetch(self, file: Available) -> tuple[bytes, float]:
+    def fetch(self, file: Available) -> tuple[Payload, float]:
         """The file, and the seconds that remain to be added."""
         started = time.monotonic()
         payload = self._store.fetch(file)

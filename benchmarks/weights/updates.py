@@ -21,6 +21,10 @@ LEARNING_RATES = (1e-6, 5e-6, 1e-5, 1e-4)
 SHARE_AT_1E6 = 0.01
 """Changed elements of a shaped state: what the trained model shows at lr 1e-6."""
 BLOCK = 2**22
+PEAK_LR, SETTLE = 1e-3, 20
+"""Of the warm-up, which ends at 0; and updates at each rate before the one that counts, for Adam's moments to be of it.
+
+A model that has hardly learned has gradients that agree from step to step, and changes more of its elements."""
 VOCAB = 8192
 BATCH, LENGTH = 4, 64
 
@@ -59,13 +63,17 @@ def _train(warm_up: int) -> Iterator[tuple[str, Tensor]]:
         tie_word_embeddings=True,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0)
     tokens = document_tokens()
-    for _ in range(warm_up):
-        take_step(model, optimizer, tokens)
+    for step in range(warm_up):
+        _set_lr(optimizer, PEAK_LR * (1 - step / warm_up))
+        loss = take_step(model, optimizer, tokens)
+        if step % 50 == 0:
+            print(f"training the 14M model: step {step} of {warm_up}, loss {loss:.2f}", flush=True)
     for lr in LEARNING_RATES:
         _set_lr(optimizer, lr)
-        take_step(model, optimizer, tokens)
+        for _ in range(SETTLE):
+            take_step(model, optimizer, tokens)
         for which in ("old", "new"):
             for name, parameter in model.named_parameters():
                 yield f"{lr:g}/{which}/{name}", parameter.detach().bfloat16()
@@ -84,14 +92,17 @@ def document_tokens() -> Tensor:
     return torch.from_numpy(pairs_of_letters % VOCAB)
 
 
-def take_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
+def take_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> float:
+    """One update; returns the loss in nats per token."""
     starts = torch.randint(len(tokens) - LENGTH - 1, (BATCH,))
     batch = torch.stack([tokens[start : start + LENGTH + 1] for start in starts])
     optimizer.zero_grad()
     logits = model(batch[:, :-1]).logits
-    cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+    loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    return loss.item()
 
 
 def shaped_update(shape: ModelShape) -> tuple[State, State]:

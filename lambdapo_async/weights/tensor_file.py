@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import numpy as np
 import zstandard
@@ -30,6 +30,9 @@ BITS: Mapping[str, np.dtype[np.integer]] = {
     "F32": np.dtype("<u4"),
 }
 """How the bits of each safetensors type are held: floating point as unsigned patterns, so -0.0 and NaN are ordinary."""
+
+Payload: TypeAlias = bytes | bytearray
+"""One whole file, as it was fetched."""
 
 _ZSTD_MAGIC = zstandard.FRAME_HEADER
 _ZSTD_LEVEL = 1  # measured on deltas: levels 2 and 3 save no byte
@@ -97,7 +100,7 @@ def compress(payload: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True).compress(payload)
 
 
-def read_tensor_file(payload: bytes, *, max_bytes: int) -> TensorFile:
+def read_tensor_file(payload: Payload, *, max_bytes: int) -> TensorFile:
     """Parse and validate a file, compressed or plain; its tensors are read-only views of the decompressed bytes.
 
     Args:
@@ -125,7 +128,7 @@ def read_tensor_file(payload: bytes, *, max_bytes: int) -> TensorFile:
     return TensorFile({name: _view(plain, 8 + length, entry) for name, entry in entries.items()}, metadata)
 
 
-def _decompressed(payload: bytes, max_bytes: int) -> bytes:
+def _decompressed(payload: Payload, max_bytes: int) -> bytes:
     """The bytes of one zstd frame whose declared length is acceptable, before anything is allocated."""
     try:
         num_bytes = zstandard.get_frame_parameters(payload).content_size
@@ -161,7 +164,7 @@ def _check_extents(entries: Mapping[str, _Entry], *, num_bytes: int) -> None:
         raise WeightsError(f"the tensors do not cover the {num_bytes} data bytes exactly once")
 
 
-def _view(plain: bytes, data_start: int, entry: _Entry) -> BitTensor:
+def _view(plain: Payload, data_start: int, entry: _Entry) -> BitTensor:
     begin, end = entry.data_offsets
     dtype = BITS[entry.dtype]
     bits = np.frombuffer(plain, dtype, count=(end - begin) // dtype.itemsize, offset=data_start + begin)
