@@ -142,7 +142,7 @@ def start(ranks: Ranks, folder: Path, model: Path) -> Outcome:
         if step == 1:
             store.save(STATE, team.policy)
     crew.publish()
-    published = dict(team.policy.named_bf16())
+    published = dict(team.policy.published())
     canary = FakeCanaryStore()
     identity = ModelIdentity.of(team.policy.model_files)
     LearnerCanary(canary, team.policy, [ROW], identity=identity, fence=1, crew=crew).publish(
