@@ -100,4 +100,4 @@ class AdapterVersions:
 
 def version_of(adapter: LoRARequest) -> int:
     """The policy version that it is."""
-    return adapter.adapter_id - 1
+    return int(adapter.lora_int_id) - 1
