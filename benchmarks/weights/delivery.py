@@ -87,35 +87,37 @@ class Link:
 
 
 class Delivery:
-    """One shape's two versions and as many mirrors of the first as there are followers."""
+    """One shape's two versions, and mirrors of the first."""
 
-    def __init__(self, shape: str, old: State, new: State, *, url: str, followers: int, pool: Executor) -> None:
+    def __init__(self, shape: str, old: State, new: State, *, url: str, pool: Executor) -> None:
         old.checksum(pool)
         self._shape, self._old, self._new, self._url, self._pool = shape, old, new, url, pool
-        self._mirrors = [old.copy() for _ in range(followers)]
+        self._mirrors: list[State] = []
         self._changed = {name: _changed(old, new, name) for name in new.tensors}
         self._num_runs = 0
         self._forget_all()
 
-    def measure(self, followers: tuple[int, ...], *, memory: float) -> Iterator[DeliveryResult]:
-        """Every encoding over every link to each number of followers; what needs more than ``memory`` is left out."""
+    def measure(self, followers: int, *, memory: float) -> Iterator[DeliveryResult]:
+        """Every encoding over every link to ``followers``; what needs more than ``memory`` bytes is left out."""
+        while len(self._mirrors) < followers:
+            self._mirrors.append(self._old.copy())
         for encoding in all_encodings(self._pool):
             fresh = State(self._new.version, self._new.tensors)  # its digests are part of the work
             started = time.monotonic()
             payload = encoding.encode(self._old, fresh)
             encode_s = time.monotonic() - started
-            for number in followers:
-                if len(payload) > MAX_PAYLOAD_BYTES or self._needed_bytes(encoding, payload, number) > memory:
-                    print(f"{self._shape}  {encoding.name} to {number}: left out, it needs too much memory")
-                    continue
-                for link in LINKS:
-                    yield self._deliver(encoding, payload, encode_s, link, number)
+            needed = self._needed_bytes(encoding, payload, followers)
+            if len(payload) > MAX_PAYLOAD_BYTES or needed > memory:
+                print(f"{self._shape}  {encoding.name} to {followers}: left out, it needs {needed / 1e9:.1f} GB")
+                continue
+            for link in LINKS:
+                yield self._deliver(encoding, payload, encode_s, link, followers)
 
     def _needed_bytes(self, encoding: Encoding, payload: bytes, followers: int) -> float:
-        """Beyond the mirrors: payloads, and what is as large as the model while it is decoded."""
+        """Mirrors, payloads, Redis's included, and what is as large as the model while it is decoded."""
         is_sparse = encoding.name == OURS or ("gap" in encoding.name) or ("int32" in encoding.name)
         whole = 0 if is_sparse else self._new.num_bytes * (1 if encoding.name == FULL else 2)
-        return len(payload) + followers * (2 * len(payload) + whole)
+        return 2 * len(payload) + followers * (self._new.num_bytes + len(payload) + whole)
 
     def _deliver(
         self, encoding: Encoding, payload: bytes, encode_s: float, link: str, followers: int

@@ -50,7 +50,8 @@ def _state(version: int, tensors: Mapping[str, Tensor], prefix: str) -> State:
     return State.of_torch(version, chosen)
 
 
-def _train(warm_up: int) -> Iterator[tuple[str, Tensor]]:
+def build_model() -> PreTrainedModel:
+    """14M parameters, float32, the same at every call."""
     set_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -62,7 +63,11 @@ def _train(warm_up: int) -> Iterator[tuple[str, Tensor]]:
         head_dim=48,
         tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _train(warm_up: int) -> Iterator[tuple[str, Tensor]]:
+    model = build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0)
     tokens = document_tokens()
     for step in range(warm_up):
@@ -92,13 +97,20 @@ def document_tokens() -> Tensor:
     return torch.from_numpy(pairs_of_letters % VOCAB)
 
 
-def take_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> float:
-    """One update; returns the loss in nats per token."""
-    starts = torch.randint(len(tokens) - LENGTH - 1, (BATCH,))
-    batch = torch.stack([tokens[start : start + LENGTH + 1] for start in starts])
+def take_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    *,
+    batch: int = BATCH,
+    length: int = LENGTH,
+) -> float:
+    """One update on ``batch`` passages of ``length`` tokens; returns the loss in nats per token."""
+    starts = torch.randint(len(tokens) - length - 1, (batch,))
+    ids = torch.stack([tokens[start : start + length + 1] for start in starts])
     optimizer.zero_grad()
-    logits = model(batch[:, :-1]).logits
-    loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    logits = model(ids[:, :-1]).logits
+    loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
