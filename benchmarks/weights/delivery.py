@@ -97,21 +97,28 @@ class Delivery:
         self._num_runs = 0
         self._forget_all()
 
-    def measure(self, followers: int, *, memory: float) -> Iterator[DeliveryResult]:
-        """Every encoding over every link to ``followers``; what needs more than ``memory`` bytes is left out."""
+    def measure(self, followers: int, *, memory: float, repeats: int) -> Iterator[DeliveryResult]:
+        """Every encoding over every link to ``followers``, the fastest of ``repeats``.
+
+        What needs more than ``memory`` bytes is left out.
+        """
         while len(self._mirrors) < followers:
             self._mirrors.append(self._old.copy())
         for encoding in all_encodings(self._pool):
-            fresh = State(self._new.version, self._new.tensors)  # its digests are part of the work
-            started = time.monotonic()
-            payload = encoding.encode(self._old, fresh)
-            encode_s = time.monotonic() - started
+            encode_s, payload = min((self._encode(encoding) for _ in range(repeats + 1)), key=lambda each: each[0])
             needed = self._needed_bytes(encoding, payload, followers)
             if len(payload) > MAX_PAYLOAD_BYTES or needed > memory:
                 print(f"{self._shape}  {encoding.name} to {followers}: left out, it needs {needed / 1e9:.1f} GB")
                 continue
             for link in LINKS:
-                yield self._deliver(encoding, payload, encode_s, link, followers)
+                results = [self._deliver(encoding, payload, encode_s, link, followers) for _ in range(repeats)]
+                yield min(results, key=lambda result: result.all_applied_s)
+
+    def _encode(self, encoding: Encoding) -> tuple[float, bytes]:
+        fresh = State(self._new.version, self._new.tensors)  # its digests are part of the work
+        started = time.monotonic()
+        payload = encoding.encode(self._old, fresh)
+        return time.monotonic() - started, payload
 
     def _needed_bytes(self, encoding: Encoding, payload: bytes, followers: int) -> float:
         """Mirrors, payloads, Redis's included, and what is as large as the model while it is decoded."""

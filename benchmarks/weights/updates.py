@@ -124,7 +124,8 @@ def shaped_update(shape: ModelShape) -> tuple[State, State]:
     old = State(1, {})
     for name, tensor_shape in _parameter_shapes(shape).items():
         start = int(rng.integers(BLOCK))
-        bits = np.take(block, np.arange(start, start + prod(tensor_shape), dtype=np.int64), mode="wrap")
+        end = start + prod(tensor_shape)
+        bits = np.tile(block, -(-end // BLOCK))[start:end]
         old.put(name, BitTensor("BF16", tensor_shape, bits))
     new = old.copy()
     new.version = 2
