@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.weights.codec import check_same
-from benchmarks.weights.encodings import FULL, OURS, Encoding, all_encodings
+from benchmarks.weights.encodings import OURS, Encoding, all_encodings
 from lambdapo_async.broker.connection import connect
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.weights.catch_up import Available
@@ -33,8 +33,6 @@ LONGEST_SLEEP_S = 1.0
 """A token bucket that is empty for longer is waited for on paper: the rest is added to the result."""
 TIMEOUT_S = 120.0
 FENCE = 1
-MAX_PAYLOAD_BYTES = 1.5e9
-"""Larger ones do not fit into the private Redis beside what it keeps for readers."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,11 @@ class Delivery:
         while len(self._mirrors) < followers:
             self._mirrors.append(self._old.copy())
         for encoding in all_encodings(self._pool):
-            encode_s, payload = min((self._encode(encoding) for _ in range(repeats + 1)), key=lambda each: each[0])
-            needed = self._needed_bytes(encoding, payload, followers)
-            if len(payload) > MAX_PAYLOAD_BYTES or needed > memory:
+            needed = self._needed_bytes(encoding, followers)
+            if needed > memory:
                 print(f"{self._shape}  {encoding.name} to {followers}: left out, it needs {needed / 1e9:.1f} GB")
                 continue
+            encode_s, payload = min((self._encode(encoding) for _ in range(repeats)), key=lambda each: each[0])
             for link in LINKS:
                 results = [self._deliver(encoding, payload, encode_s, link, followers) for _ in range(repeats)]
                 yield min(results, key=lambda result: result.all_applied_s)
@@ -120,11 +118,11 @@ class Delivery:
         payload = encoding.encode(self._old, fresh)
         return time.monotonic() - started, payload
 
-    def _needed_bytes(self, encoding: Encoding, payload: bytes, followers: int) -> float:
-        """Mirrors, payloads, Redis's included, and what is as large as the model while it is decoded."""
-        is_sparse = encoding.name == OURS or ("gap" in encoding.name) or ("int32" in encoding.name)
-        whole = 0 if is_sparse else self._new.num_bytes * (1 if encoding.name == FULL else 2)
-        return 2 * len(payload) + followers * (self._new.num_bytes + len(payload) + whole)
+    def _needed_bytes(self, encoding: Encoding, followers: int) -> float:
+        """Mirrors, and for encodings that go through the whole model: payload, Redis's copy, and two per follower."""
+        is_sparse = encoding.name == OURS or "gap" in encoding.name or "int32" in encoding.name
+        mirrors = followers * self._new.num_bytes
+        return mirrors if is_sparse else mirrors + self._new.num_bytes * (2 + 2 * followers)
 
     def _deliver(
         self, encoding: Encoding, payload: bytes, encode_s: float, link: str, followers: int
