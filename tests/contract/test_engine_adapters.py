@@ -68,13 +68,12 @@ async def engine(
     await engine.shutdown()
 
 
-async def load(engine: InferenceEngine, folder: Path, version: int, path: Path) -> None:
-    """As a mirror holds it: model and adapters in one file, of which only the adapters change."""
+async def load(engine: InferenceEngine, folder: Path, version: int, path: Path, *, is_whole: bool = False) -> None:
+    """As a mirror holds it: model and adapters in one file, of which only the adapters change after a keyframe."""
     tensors = adapters(folder, version)
-    first = engine.policy_version < 0
-    await engine.load_weights(
-        version, write(path, published_weights(folder, BASE) | tensors), changed=None if first else tensors.keys()
-    )
+    is_whole = is_whole or engine.policy_version < 0
+    file = write(path, published_weights(folder, BASE) | tensors)
+    await engine.load_weights(version, file, changed=None if is_whole else tensors.keys())
 
 
 async def test_running_requests_end_under_the_version_they_began_with(
@@ -104,7 +103,8 @@ async def test_running_requests_end_under_the_version_they_began_with(
 async def test_scores_are_the_newest_versions(engine: InferenceEngine, tiny_model_folder: Path, tmp_path: Path) -> None:
     scores = []
     for version in (2, 3, 4, 5, 6, 7):  # more than vLLM holds at once
-        await load(engine, tiny_model_folder, version, tmp_path / str(version))
+        is_whole = version == 5  # a keyframe in between, as after a learner's restart
+        await load(engine, tiny_model_folder, version, tmp_path / str(version), is_whole=is_whole)
         assert engine.policy_version == version
         scores.append(await engine.score(PROMPT, COMPLETION))
         if not isinstance(engine, ScriptedAdapterEngine):
