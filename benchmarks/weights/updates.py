@@ -19,7 +19,7 @@ from lambdapo_async.weights.tensor_file import BitTensor
 
 LEARNING_RATES = (1e-6, 5e-6, 1e-5, 1e-4)
 SHARE_AT_1E6 = 0.01
-"""Changed elements of a shaped state: what the trained model shows at lr 1e-6."""
+"""Changed elements of a shaped state: a little more than what the trained model shows at lr 1e-6."""
 BLOCK = 2**22
 PEAK_LR, SETTLE = 1e-3, 20
 """Of the warm-up, which ends at 0; and updates at each rate before the one that counts, for Adam's moments to be of it.
