@@ -12,6 +12,7 @@ from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import WeightsError
 from lambdapo_async.weights.catch_up import Available, plan_catch_up
+from lambdapo_async.weights.tensor_file import Payload
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,16 @@ class WeightFollower:
     def __init__(
         self, store: WeightStore, engine: InferenceEngine, *, run_id: str, folder: Path, config: RunConfig
     ) -> None:
-        """``folder`` gets the mirror; ``staleness.max_staleness`` and ``broker.heartbeat_s`` are used."""
+        """``folder`` gets the mirror; ``staleness.max_staleness``, ``broker.heartbeat_s`` and
+        ``learner.data_timeout_s``, which is how long weights may be gone, are used."""
         self._store, self._engine = store, engine
         self.mirror = Mirror(folder, run_id=run_id)
         """What the engine loads from."""
         self._never_behind = config.staleness.max_staleness == 0
         self._grace_s = _BEATS_OF_GRACE * config.broker.heartbeat_s
+        self._outage_s = config.learner.data_timeout_s
         self._behind_since: float | None = None
+        self._gone_since: float | None = None
         self._loading = self._failed = False
         self._checksum: str | None = None
         self._failures_in_a_row = 0
@@ -82,29 +86,49 @@ class WeightFollower:
         consumes: weight heads    waits for: a head above the engine's version    unblocks: sampling
 
         Raises:
-            WeightsError: twice in a row the weights were not to be had; the last beats have said so.
+            WeightsError: twice in a row the weights were not to be had, or the run's were gone for too long; the last
+                beats have said so.
             EngineError: a swap failed; the engine is dead.
         """
         while True:
             head = await asyncio.to_thread(self._store.wait_newer, self._engine.policy_version, timeout_s=_WAIT_S)
             if head is not None:
                 await self._adopt_or_count(head)
+            elif self._gone_since is not None and time.monotonic() - self._gone_since > self._outage_s:
+                await self._give_up()
+                raise WeightsError(
+                    f"the run's weights went, and did not come back within learner.data_timeout_s = {self._outage_s:g} "
+                    "s: is the learner alive, and does Redis keep what it is given (maxmemory-policy noeviction)?"
+                )
 
     async def _adopt_or_count(self, head: int) -> None:
         try:
             await self._adopt(head)
         except WeightsError as error:
-            # One failure may be a file deleted under our hands; twice in a row the weights are not to be had.
             self.mirror.drop()
             self._failures += 1
+            if await asyncio.to_thread(self._is_gone, head):
+                self._gone_since = self._gone_since or time.monotonic()
+                logger.warning("the run's weights are gone: waiting for the learner to publish again (%s)", error)
+                return
+            # One failure may be a file deleted under our hands; twice in a row the weights are not to be had.
             self._failures_in_a_row += 1
             logger.warning("version %d was not adopted (%d in a row): %s", head, self._failures_in_a_row, error)
             if self._failures_in_a_row >= _FAILURES_BEFORE_GIVING_UP:
-                self._failed = True
-                await asyncio.sleep(self._grace_s)
+                await self._give_up()
                 raise
         else:
-            self._failures_in_a_row = 0
+            self._failures_in_a_row, self._gone_since = 0, None
+
+    def _is_gone(self, head: int) -> bool:
+        """Whether the store does not know of ``head`` any more: a Redis that lost everything, or its newest second."""
+        known = self._store.head()
+        return known is None or known < head
+
+    async def _give_up(self) -> None:
+        """Lease nothing more, and say so for some beats."""
+        self._failed = True
+        await asyncio.sleep(self._grace_s)
 
     async def _adopt(self, head: int) -> None:
         if self._behind_since is None:
@@ -130,7 +154,7 @@ class WeightFollower:
             self.mirror.advance(file, payload)
         self._chain_length = len(plan.files)
 
-    def _fetch(self, file: Available) -> bytes:
+    def _fetch(self, file: Available) -> Payload:
         started = time.monotonic()
         payload = self._store.fetch(file)
         self._fetch_s += time.monotonic() - started

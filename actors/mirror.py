@@ -17,7 +17,7 @@ from lambdapo_async.errors import WeightsError
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import read_delta, read_full
 from lambdapo_async.weights.state import State
-from lambdapo_async.weights.tensor_file import MAX_HEADER_BYTES, BitTensor
+from lambdapo_async.weights.tensor_file import MAX_HEADER_BYTES, BitTensor, Payload
 
 _THREADS = 4
 """One tensor each; more would take from the engine on its own host."""
@@ -66,7 +66,7 @@ class Mirror:
         """Hold nothing: the next version must be a full one."""
         self._state = self._mapped = self._changed = None
 
-    def advance(self, file: Available, payload: bytes) -> None:
+    def advance(self, file: Available, payload: Payload) -> None:
         """Become version ``file.version``.
 
         Args:
@@ -86,13 +86,13 @@ class Mirror:
         else:
             self._state = self._changed_by(state, file.version, payload)
 
-    def _replaced(self, version: int, payload: bytes) -> State:
+    def _replaced(self, version: int, payload: Payload) -> State:
         started = time.monotonic()
         state = read_full(payload, run_id=self._run_id, version=version, max_bytes=_memory_bytes(), pool=self._pool)
         self.decode_s += time.monotonic() - started
         return self._written(state)
 
-    def _changed_by(self, state: State, version: int, payload: bytes) -> State:
+    def _changed_by(self, state: State, version: int, payload: Payload) -> State:
         started = time.monotonic()
         delta_file = read_delta(payload, max_bytes=state.num_bytes + MAX_HEADER_BYTES)
         decoded = time.monotonic()

@@ -82,7 +82,9 @@ class _Sample:
 class _Request:
     """The samples of one group."""
 
-    def __init__(self, rng: np.random.Generator, size: int) -> None:
+    def __init__(self, rng: np.random.Generator, size: int, policy_version: int) -> None:
+        self.policy_version = policy_version
+        """Under which it began."""
         self.samples = [_Sample(child) for child in rng.spawn(size)]
         self.aborted = False
 
@@ -125,21 +127,29 @@ class ScriptedEngine:
         check_request(prompt_ids, size=size, max_tokens=sampling.max_tokens, max_length=self._max_length)
         if self._policy_version < 0:
             raise EngineError(NO_WEIGHTS)
-        request = _Request(self._rng.spawn(1)[0] if seed is None else np.random.default_rng(seed), size)
+        rng = self._rng.spawn(1)[0] if seed is None else np.random.default_rng(seed)
+        request = _Request(rng, size, self._policy_version)
         self._running.add(request)
         try:
             while request.unfinished:
                 await asyncio.sleep(0)  # updates, aborts and other requests come between two tokens
                 self._check_alive()
                 for sample in request.unfinished:
-                    self._step(sample, prompt_ids, sampling)
+                    self._step(sample, prompt_ids, sampling, policy_version=self._version_of(request))
         finally:
             self._running.discard(request)
         return tuple(sample.completion() for sample in request.samples)
 
-    def _step(self, sample: _Sample, prompt_ids: Sequence[int], sampling: SamplingConfig) -> None:
-        logits = self._script(self._policy_version, [*prompt_ids, *sample.token_ids])
-        token = sample.draw(sampling_logprobs(logits, sampling), self._policy_version)
+    def _version_of(self, request: _Request) -> int:
+        """Under which its next token is sampled."""
+        del request
+        return self._policy_version
+
+    def _step(
+        self, sample: _Sample, prompt_ids: Sequence[int], sampling: SamplingConfig, *, policy_version: int
+    ) -> None:
+        logits = self._script(policy_version, [*prompt_ids, *sample.token_ids])
+        token = sample.draw(sampling_logprobs(logits, sampling), policy_version)
         if token == self._eos_token_id:
             sample.finish_reason = "stop"
         elif len(sample.token_ids) == sampling.max_tokens:
@@ -181,3 +191,10 @@ class ScriptedEngine:
     def _check_alive(self) -> None:
         if self._death is not None:
             raise EngineError(f"the engine is dead: {self._death}; start a new one")
+
+
+class ScriptedAdapterEngine(ScriptedEngine):
+    """A scripted engine whose versions are adapters: a request ends under the one it began with."""
+
+    def _version_of(self, request: _Request) -> int:
+        return request.policy_version

@@ -8,24 +8,26 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 import transformers
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMError
 from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import ModelRegistry
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from actors.adapters import AdapterVersions, lora_options, version_of
 from actors.engine import Completion, EngineInfo
+from actors.published_shapes import published_shapes
 from actors.requests import NO_WEIGHTS, check_request
 from actors.weights_file import Layout, check_finite, check_names, check_same, in_layers_of, read_layout
 from lambdapo_async.config import RunConfig
@@ -33,6 +35,7 @@ from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
 from lambdapo_async.parent_death import forked_children_end_with_us
 from lambdapo_async.rollout import FINISH_REASONS, LogProbs, VersionSpan
+from lambdapo_async.weights.adapter import is_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +47,13 @@ _SWAP_TIMEOUT_S = 600.0
 class VllmEngine:
     """``InferenceEngine`` on one vLLM engine process; create it with :meth:`start`."""
 
-    def __init__(self, llm: AsyncLLM, model_dir: Path, config: RunConfig) -> None:
+    def __init__(self, llm: AsyncLLM, model_dir: Path, config: RunConfig, scratch: Path) -> None:
         self._llm = llm
+        lora = config.learner.lora
+        self._adapters = AdapterVersions(llm, lora, model_dir=model_dir, folder=scratch)
         self._max_length = config.model.max_length
         self._stale_kv = config.actor.stale_kv
-        self._shapes = _parameter_shapes(model_dir)
+        self._shapes = published_shapes(model_dir, lora)
         self._layout: Layout | None = None
         self._policy_version = -1
         self._running: set[str] = set()
@@ -67,8 +72,8 @@ class VllmEngine:
 
         Args:
             model_dir: folder with ``config.json`` and the tokenizer's files; weights in it are not read.
-            config: ``model.max_length`` and ``actor`` are used.
-            scratch: short-named folder for the engine's sockets, emptied by the caller.
+            config: ``model.max_length``, ``actor``, ``learner.lora`` and ``staleness`` are used.
+            scratch: short-named folder for the engine's sockets and adapters, emptied by the caller.
 
         Raises:
             EngineError: vLLM cannot run this model with these settings.
@@ -91,7 +96,7 @@ class VllmEngine:
                 f"vLLM cannot start with these settings: {error} (its log says more); check "
                 "actor.gpu_memory_utilization, actor.kv_cache_gib and model.max_length"
             ) from error
-        return cls(llm, model_dir, config)
+        return cls(llm, model_dir, config, scratch)
 
     @property
     def info(self) -> EngineInfo:
@@ -123,8 +128,9 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._generate([int(token) for token in prompt_ids], params)
-        return tuple(_completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index))
+        with self._adapters.newest() as adapter:
+            output = await self._generate([int(token) for token in prompt_ids], params, adapter)
+        return tuple(_completion(sample, adapter) for sample in sorted(output.outputs, key=lambda sample: sample.index))
 
     async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> LogProbs:
         """See :meth:`actors.engine.InferenceEngine.score`."""
@@ -136,16 +142,20 @@ class VllmEngine:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         ids = [int(token) for token in (*prompt_ids, *completion_ids)]
         async with self._swapping:
-            output = await self._generate(ids, params)
+            with self._adapters.newest() as adapter:
+                output = await self._generate(ids, params, adapter)
         return np.array(output.prompt_logprobs.logprobs[len(prompt_ids) - 1 :], np.float32)  # the first token has none
 
-    async def _generate(self, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
+    async def _generate(
+        self, prompt_ids: list[int], params: SamplingParams, adapter: LoRARequest | None
+    ) -> RequestOutput:
         request_id = uuid.uuid4().hex
         # A cache that outlives an update must not serve those who come after it.
         prompt = tokens_input(prompt_ids, cache_salt=f"v{self._policy_version}" if self._stale_kv else None)
         self._running.add(request_id)
         try:
-            outputs = [output async for output in self._llm.generate(prompt, params, request_id)]
+            stream = self._llm.generate(prompt, params, request_id, lora_request=adapter)
+            outputs = [output async for output in stream]
         except VLLMError as error:
             raise EngineError(f"vLLM failed on a prompt of {len(prompt_ids)} tokens: {error!r}") from error
         finally:
@@ -205,6 +215,12 @@ class VllmEngine:
             raise
 
     async def _apply(self, version: int, path: Path, names: list[str]) -> float:
+        """Seconds of the pause; adapters need none, and of the model beside them nothing changes but at the start."""
+        of_model = [name for name in names if not is_adapter(name)]
+        pause_s = 0.0 if self._adapters.is_used and not of_model else await self._reload(version, path, of_model)
+        return pause_s + await self._adapters.load(version, path)
+
+    async def _reload(self, version: int, path: Path, names: list[str]) -> float:
         # "keep" freezes running requests (the default aborts them); clear_cache has their contexts computed anew, so
         # that later tokens are exactly the new policy's. AsyncLLM.pause_generation does this and then sleeps 20 ms for
         # the order of its outputs; ours do not need it: the engine's process tags each token with its version.
@@ -230,13 +246,6 @@ class VllmEngine:
             raise EngineError(f"the engine is dead: {self._death}; start a new one")
         if self._llm.errored:
             raise EngineError("the engine's process is dead; start a new one")
-
-
-def _parameter_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model that transformers builds: those that the learner publishes, tied ones once."""
-    with torch.device("meta"):  # takes no memory
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model_dir))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _import_model_class(model_dir: Path) -> None:
@@ -266,18 +275,25 @@ def _engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
         worker_extension_cls="actors.vllm_worker.WeightSwap",
         enable_log_requests=False,
         shutdown_timeout=math.ceil(actor.drain_s),  # a SIGTERM to every process must not cut off what we still drain
+        **lora_options(config),
     )
 
 
-def _completion(sample: CompletionOutput) -> Completion:
+def _completion(sample: CompletionOutput, adapter: LoRARequest | None) -> Completion:
     if sample.finish_reason not in FINISH_REASONS:
         raise EngineError(f"vLLM finished a sample with reason {sample.finish_reason!r}, none of {FINISH_REASONS}")
     num_tokens = len(sample.token_ids)
     return Completion(
         token_ids=np.array(sample.token_ids, np.int32),
         logprobs=np.array(sample.logprobs.logprobs if num_tokens else [], np.float32),
-        version_spans=tuple(
-            VersionSpan(int(span.version), span.end - span.start) for span in sample.weight_versions or ()
-        ),
+        version_spans=tuple(_spans(sample, adapter)),
         finish_reason=sample.finish_reason,
     )
+
+
+def _spans(sample: CompletionOutput, adapter: LoRARequest | None) -> Iterator[VersionSpan]:
+    if adapter is None:
+        for span in sample.weight_versions or ():
+            yield VersionSpan(int(span.version), span.end - span.start)
+    elif sample.token_ids:
+        yield VersionSpan(version_of(adapter), len(sample.token_ids))

@@ -51,8 +51,13 @@ class WeightSwap:
             layerwise.finalize_layerwise_reload(model, self.model_config)
             if current_platform.is_cpu():
                 _repack_tied_embeddings(model, loaded)
-        parameters = sorted(name for name, _ in model.named_parameters())
+        parameters = sorted(_without_wrapper(name) for name, _ in model.named_parameters())
         return [name for name in in_layers_of(loaded, parameters) if name not in loaded]
+
+
+def _without_wrapper(name: str) -> str:
+    """A parameter's name without the module that vLLM puts around a layer that may take adapters."""
+    return name.replace(".base_layer.", ".")
 
 
 def _repack_tied_embeddings(model: torch.nn.Module, loaded: Set[str]) -> None:
@@ -62,5 +67,5 @@ def _repack_tied_embeddings(model: torch.nn.Module, loaded: Set[str]) -> None:
     in the file; with tied embeddings it is not, and the model would go on with the old output layer, silently.
     """
     for name, module in model.named_modules():
-        if isinstance(module, VocabParallelEmbedding) and f"{name}.weight" not in loaded:
+        if isinstance(module, VocabParallelEmbedding) and _without_wrapper(f"{name}.weight") not in loaded:
             module.quant_method.process_weights_after_loading(module)

@@ -79,7 +79,7 @@ class CrewMember:
 
     def publish(self) -> None:
         """Join the gathering of all parameters; rank 0 gets them."""
-        for _ in self._policy.named_bf16():
+        for _ in self._policy.published():
             pass
 
     def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv:2106.09685) through peft: only they are trained, W + (alpha / rank) B A is published."""
+"""LoRA adapters (arXiv:2106.09685) through peft: only they are trained, beside a frozen model."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,38 +6,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lambdapo_async.config.learner import LoraConfig
 from lambdapo_async.errors import CheckpointError, ConfigError
+from lambdapo_async.weights.adapter import PREFIX, adapter_settings, target_linears
 from learner.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
-PREFIX = "base_model.model."
-"""What peft's files put before a parameter's name."""
 _BASE = ".base_layer"
-
-
-def target_linears(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Linear]:
-    """Name -> layer of the linear layers that get an adapter.
-
-    Raises:
-        ConfigError: a target names no linear layer of the model.
-    """
-    head = model.get_output_embeddings()
-    linears = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
-    }
-    found = {_last(name) for name in linears}
-    if unknown := set(lora.target_modules) - found:
-        raise ConfigError(
-            f"learner.lora.target_modules names {', '.join(sorted(unknown))}, but the linear layers of "
-            f"{type(model).__name__} are {', '.join(sorted(found))} (the output layer takes no adapter)"
-        )
-    targets = set(lora.target_modules) or found
-    return {name: layer for name, layer in linears.items() if _last(name) in targets}
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
@@ -46,7 +25,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     Raises:
         ConfigError: peft is not installed, or a target names no linear layer.
     """
-    targets = sorted({_last(name) for name in target_linears(model, lora)})
+    targets = sorted({_last(name) for name in target_linears(model, lora, head=model.get_output_embeddings())})
     try:
         import peft  # takes seconds and is needed by few
     except ImportError as error:
@@ -72,18 +51,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, 
     Args:
         tensors: from :func:`adapter_tensors`.
     """
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.resolve()),
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted({name.rsplit(".", 3)[-3] for name in tensors}),
-    }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / ADAPTER_CONFIG).write_bytes(adapter_settings(tensors, lora, base=str(base.resolve())))
     save_file(dict(tensors), folder / ADAPTER_WEIGHTS)
 
 
@@ -103,6 +71,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         )
     for name, tensor in own.items():
         tensor.copy_(saved[name])
+
+
+def frozen(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The weights beside the adapters, under the names of the model without them."""
+    for name, tensor in named.items():
+        if not _is_adapter(name):
+            yield name.replace(f"{_BASE}.", "."), tensor
 
 
 def merged(named: Mapping[str, Tensor], *, scaling: float) -> Iterator[tuple[str, Tensor]]:

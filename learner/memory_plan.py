@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
+from lambdapo_async.weights.adapter import target_linears
 from learner.flops import expert_share
-from learner.lora import target_linears
 from learner.projection import CHUNK_LOGITS
 
 GIB = 2**30
@@ -109,7 +109,7 @@ def plan_memory(
         # Ranks gather in the compute type instead.
         compute_copy = num_matrix * BFLOAT16 if device == "cuda" and world_size == 1 else 0
     else:
-        targets = target_linears(model, learner.lora).values()
+        targets = target_linears(model, learner.lora, head=model.get_output_embeddings()).values()
         num_trained = sum(learner.lora.rank * (layer.in_features + layer.out_features) for layer in targets)
         weights, compute_copy = num_weights * compute + num_trained * FLOAT32, 0
     num_tokens = -(-learner.micro_batch_tokens // context_size)

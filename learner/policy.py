@@ -17,7 +17,7 @@ from lambdapo_async.packing import MicroBatch
 from learner.activations import offload_to_host
 from learner.flops import ModelFlops
 from learner.logprobs import LogprobModel
-from learner.lora import adapter_tensors, merged, save_adapter
+from learner.lora import adapter_tensors, frozen, merged, save_adapter
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
 from learner.model_loading import autocast, load_model
 from learner.optimizer import MasterOptimizer
@@ -53,8 +53,8 @@ def pick_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
 class Policy:
     """A causal language model with AdamW on float32 masters; bfloat16 autocast on CUDA.
 
-    With ``learner.lora`` adapters alone are trained; weights are then published merged and checkpoints hold the
-    adapters and the path of the model that they belong to.
+    With ``learner.lora`` adapters alone are trained; they are then published beside the frozen model, and checkpoints
+    hold the adapters and the path of the model that they belong to.
 
     With several ranks each holds a slice of every parameter. What runs the model, updates it, or walks through its
     parameters is then called on all ranks together, with as many micro-batches on each; ranks that share sequences
@@ -81,6 +81,7 @@ class Policy:
         self._router_loss = RouterLoss(model) if config.router_aux_coef else None
         self.model_files: Mapping[str, bytes] = companion_files(source.folder)
         """File name -> content of config, generation config and tokenizer."""
+        self._frozen_bf16: dict[str, Tensor] | None = None
         self.num_updates = 0
         """Optimizer updates taken."""
         self.num_skipped = 0
@@ -215,13 +216,32 @@ class Policy:
         own = merged(self._named_states(), scaling=lora.alpha / lora.rank if lora else 0.0)
         # Cast before it is gathered: half as much goes over the wire.
         cast = ((name, tensor.to(dtype, copy=dtype != torch.float32)) for name, tensor in own)
-        for name, weight in full_tensors(cast, self._ranks):
+        yield from self._whole(cast)
+
+    def _whole(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Gathered from all ranks, under a checkpoint's names; ranks but the first get nothing."""
+        for name, weight in full_tensors(named, self._ranks):
             yield from revert_weight_conversion(self._model, {name: weight}).items()
 
     def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
         """:meth:`named_weights` as contiguous bfloat16 copies."""
         for name, weight in self.named_weights(torch.bfloat16):
             yield name, weight.contiguous()
+
+    def published(self) -> Iterator[tuple[str, Tensor]]:
+        """What actors get: :meth:`named_bf16`, or with LoRA the frozen weights and the adapters.
+
+        Frozen weights are the same tensors every time, so that nobody compares them anew; the rest are copies.
+        """
+        if self._config.lora is None:
+            yield from self.named_bf16()
+            return
+        if self._frozen_bf16 is None:
+            cast = ((name, tensor.to(torch.bfloat16, copy=True)) for name, tensor in frozen(self._named_states()))
+            self._frozen_bf16 = {name: weight.contiguous() for name, weight in self._whole(cast)}
+        yield from self._frozen_bf16.items()
+        for name, tensor in self.named_adapter():
+            yield name, tensor.bfloat16()
 
     def named_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """Name in peft's files and contiguous float32 copy on the CPU of every adapter; nothing without LoRA."""

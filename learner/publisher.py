@@ -24,8 +24,11 @@ _ENCODERS = 4  # threads: numpy, xxhash and zstd let go of the GIL
 class Snapshottable(Protocol):
     """What is published: the learner's ``Policy``."""
 
-    def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face name and a CPU bfloat16 copy of every parameter, gathered from the ranks one by one."""
+    def published(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face name and CPU bfloat16 tensor of every parameter, gathered from the ranks one by one.
+
+        What is trained is copied.
+        """
 
 
 class Publisher:
@@ -75,7 +78,7 @@ class Publisher:
         self.flush()
         self.newest_version = version
         self._crew.publish()
-        state = State.of_torch(version, dict(policy.named_bf16()))
+        state = State.of_torch(version, dict(policy.published()))
         self._running = self._thread.submit(self._send, state, consumed)
 
     def flush(self) -> None:

@@ -1,6 +1,7 @@
 """What is compared: our files, whole ones, and the encodings that other trainers send.
 
-Peers are as small as they can be: no names, no checksums, the tensors in the order of the state.
+Peers are as small as they can be: no names, no checksums, the tensors in the order of the state, and zstd with our
+settings, which are smaller than its own for them, too.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from lambdapo_async.weights.delta_file import make_delta, read_delta, read_full, write_full
 from lambdapo_async.weights.gaps import GapAbs, changed_positions, values_at
 from lambdapo_async.weights.state import State
-from lambdapo_async.weights.tensor_file import BitTensor, compress
+from lambdapo_async.weights.tensor_file import BitTensor, Payload, compress
 
 RUN = "bench"
 MAX_BYTES = 2**36
@@ -30,14 +31,14 @@ class Encoding:
 
     name: str
     encode: Callable[[State, State], bytes]
-    decode: Callable[[bytes, State], State]
+    decode: Callable[[Payload, State], State]
 
 
 def all_encodings(pool: Executor) -> list[Encoding]:
     def encode_delta(old: State, new: State) -> bytes:
         return make_delta(old, new, run_id=RUN, keyframe_version=0, pool=pool).to_bytes()
 
-    def decode_delta(payload: bytes, mirror: State) -> State:
+    def decode_delta(payload: Payload, mirror: State) -> State:
         file = read_delta(payload, max_bytes=MAX_BYTES)
         file.apply_to(mirror, run_id=RUN, version=file.metadata.version, pool=pool)
         return mirror
@@ -45,7 +46,7 @@ def all_encodings(pool: Executor) -> list[Encoding]:
     def encode_full(_: State, new: State) -> bytes:
         return write_full(new, run_id=RUN, pool=pool)
 
-    def decode_full(payload: bytes, mirror: State) -> State:
+    def decode_full(payload: Payload, mirror: State) -> State:
         return read_full(payload, run_id=RUN, version=mirror.version + 1, max_bytes=MAX_BYTES, pool=pool)
 
     return [
@@ -70,7 +71,7 @@ def encode_int32(old: State, new: State) -> bytes:
     return b"".join(parts)
 
 
-def decode_int32(payload: bytes, mirror: State) -> State:
+def decode_int32(payload: Payload, mirror: State) -> State:
     start = 0
     for tensor in mirror.tensors.values():
         count = int.from_bytes(payload[start : start + 8], "little")
@@ -92,7 +93,7 @@ def encode_values(old: State, new: State) -> bytes:
     return compress(b"".join(parts))
 
 
-def decode_values(payload: bytes, mirror: State) -> State:
+def decode_values(payload: Payload, mirror: State) -> State:
     plain, start = zstandard.ZstdDecompressor().decompress(payload), 0
     for tensor in mirror.tensors.values():
         count, width = int.from_bytes(plain[start : start + 8], "little"), plain[start + 8]
@@ -108,7 +109,7 @@ def encode_xor(old: State, new: State) -> bytes:
     return compress(b"".join((before ^ after.bits).tobytes() for before, after in pairs(old, new)))
 
 
-def decode_xor(payload: bytes, mirror: State) -> State:
+def decode_xor(payload: Payload, mirror: State) -> State:
     plain, start = zstandard.ZstdDecompressor().decompress(payload), 0
     for tensor in mirror.tensors.values():
         tensor.bits[...] ^= np.frombuffer(plain, np.uint16, tensor.bits.size, start)

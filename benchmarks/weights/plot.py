@@ -33,7 +33,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     size.minorticks_off()
     for axes, shape in zip(deliveries, shapes, strict=True):
         _delivery(axes, [one for one in result["delivery"] if one["shape"] == shape], shape, colours)
-    size.legend(fontsize=6, frameon=False)
+    size.legend(fontsize=6, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.suptitle(f"{result['machine']['processor']}, {result['machine']['cores']} cores", fontsize=9)
     figure.savefig(path, metadata={"Date": None})
 

@@ -19,8 +19,12 @@ from lambdapo_async.weights.tensor_file import BitTensor
 
 LEARNING_RATES = (1e-6, 5e-6, 1e-5, 1e-4)
 SHARE_AT_1E6 = 0.01
-"""Changed elements of a shaped state: what the trained model shows at lr 1e-6."""
+"""Changed elements of a shaped state: a little more than what the trained model shows at lr 1e-6."""
 BLOCK = 2**22
+PEAK_LR, SETTLE = 1e-3, 20
+"""Of the warm-up, which ends at 0; and updates at each rate before the one that counts, for Adam's moments to be of it.
+
+A model that has hardly learned has gradients that agree from step to step, and changes more of its elements."""
 VOCAB = 8192
 BATCH, LENGTH = 4, 64
 
@@ -46,7 +50,8 @@ def _state(version: int, tensors: Mapping[str, Tensor], prefix: str) -> State:
     return State.of_torch(version, chosen)
 
 
-def _train(warm_up: int) -> Iterator[tuple[str, Tensor]]:
+def build_model() -> PreTrainedModel:
+    """14M parameters, float32, the same at every call."""
     set_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -58,14 +63,22 @@ def _train(warm_up: int) -> Iterator[tuple[str, Tensor]]:
         head_dim=48,
         tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _train(warm_up: int) -> Iterator[tuple[str, Tensor]]:
+    model = build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0)
     tokens = document_tokens()
-    for _ in range(warm_up):
-        take_step(model, optimizer, tokens)
+    for step in range(warm_up):
+        _set_lr(optimizer, PEAK_LR * (1 - step / warm_up))
+        loss = take_step(model, optimizer, tokens)
+        if step % 50 == 0:
+            print(f"training the 14M model: step {step} of {warm_up}, loss {loss:.2f}", flush=True)
     for lr in LEARNING_RATES:
         _set_lr(optimizer, lr)
-        take_step(model, optimizer, tokens)
+        for _ in range(SETTLE):
+            take_step(model, optimizer, tokens)
         for which in ("old", "new"):
             for name, parameter in model.named_parameters():
                 yield f"{lr:g}/{which}/{name}", parameter.detach().bfloat16()
@@ -84,14 +97,24 @@ def document_tokens() -> Tensor:
     return torch.from_numpy(pairs_of_letters % VOCAB)
 
 
-def take_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
-    starts = torch.randint(len(tokens) - LENGTH - 1, (BATCH,))
-    batch = torch.stack([tokens[start : start + LENGTH + 1] for start in starts])
+def take_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    *,
+    batch: int = BATCH,
+    length: int = LENGTH,
+) -> float:
+    """One update on ``batch`` passages of ``length`` tokens; returns the loss in nats per token."""
+    starts = torch.randint(len(tokens) - length - 1, (batch,))
+    ids = torch.stack([tokens[start : start + length + 1] for start in starts])
     optimizer.zero_grad()
-    logits = model(batch[:, :-1]).logits
-    cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+    logits = model(ids[:, :-1]).logits
+    loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    return loss.item()
 
 
 def shaped_update(shape: ModelShape) -> tuple[State, State]:
@@ -101,7 +124,8 @@ def shaped_update(shape: ModelShape) -> tuple[State, State]:
     old = State(1, {})
     for name, tensor_shape in _parameter_shapes(shape).items():
         start = int(rng.integers(BLOCK))
-        bits = np.take(block, np.arange(start, start + prod(tensor_shape), dtype=np.int64), mode="wrap")
+        end = start + prod(tensor_shape)
+        bits = np.tile(block, -(-end // BLOCK))[start:end]
         old.put(name, BitTensor("BF16", tensor_shape, bits))
     new = old.copy()
     new.version = 2

@@ -16,6 +16,7 @@ from lambdapo_async.config import RunConfig
 from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.manifest import NewFile
+from lambdapo_async.weights.tensor_file import Payload
 
 Phase = Literal["starting", "running", "finished"]
 
@@ -273,5 +274,5 @@ class WeightStore(Protocol):
     def files(self) -> tuple[Available, ...]:
         """Every file that can be fetched now, by version: steps, unions and keyframes; none before the first."""
 
-    def fetch(self, file: Available) -> bytes:
+    def fetch(self, file: Available) -> Payload:
         """One file's bytes as published, verified; ``WeightsError`` when gone or damaged."""

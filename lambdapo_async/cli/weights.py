@@ -14,8 +14,9 @@ from rich.table import Column, Table
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.options import RedisUrl
-from lambdapo_async.config.load import REDIS_URL_VARIABLE
+from lambdapo_async.config.load import REDIS_URL_VARIABLE, parse_published
 from lambdapo_async.errors import ConfigError, WeightsError
+from lambdapo_async.weights.adapter import is_adapter, merged_state
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import DeltaMetadata
 from lambdapo_async.weights.hf_folder import check_target, write_hf_folder
@@ -28,6 +29,7 @@ from lambdapo_async.weights.inspect import (
     total_change,
     verify,
 )
+from lambdapo_async.weights.state import State
 
 _TIMEOUT_S = 30.0
 _THREADS = 4
@@ -103,10 +105,11 @@ def export(
     run_id: RunName,
     redis_url: RedisUrl = None,
 ) -> None:
-    """Write one version as a Hugging Face checkpoint."""
+    """Write one version as a Hugging Face checkpoint, adapters merged."""
     check_target(target)
     with _open_run(run_id, redis_url) as (run, history):
-        write_hf_folder(target, reconstruct(history, version), run.run_store.model_files())
+        state = _model_of(reconstruct(history, version), run, run_id)
+        write_hf_folder(target, state, run.run_store.model_files())
     typer.echo(f"version {version} of {run_id} exported to {target}")
 
 
@@ -122,6 +125,16 @@ def verify_all(run_id: RunName, redis_url: RedisUrl = None) -> None:
     if found.problems:
         raise WeightsError(f"{len(found.problems)} problems in the weights of run {run_id}")
     typer.echo("every version is the same by every way")
+
+
+def _model_of(state: State, run: RedisRun, run_id: str) -> State:
+    """The version as one model: with its adapters, if it has some, merged into it."""
+    if not any(is_adapter(name) for name in state.tensors):
+        return state
+    lora = parse_published(run.run_store.config_json(), run_id=run_id).learner.lora
+    if lora is None:
+        raise WeightsError(f"version {state.version} has adapters, and the config of run {run_id} no learner.lora")
+    return merged_state(state, lora)
 
 
 @contextlib.contextmanager

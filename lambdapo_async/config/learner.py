@@ -12,8 +12,8 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class LoraConfig(Section):
     """Low-rank adapters (arXiv:2106.09685); without dropout, for log pi must be the distribution that is published."""
 
-    rank: PositiveInt = 16
-    """Columns of A and rows of B."""
+    rank: int = Field(16, ge=1, le=512)
+    """Rows of A and columns of B; vLLM takes no more than 512."""
     alpha: PositiveFloat = 32.0
     """The product B A is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ()

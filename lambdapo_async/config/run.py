@@ -171,6 +171,15 @@ def _check_lease(config: RunConfig) -> str | None:
     )
 
 
+def _check_stale_kv(config: RunConfig) -> str | None:
+    if not (config.actor.stale_kv and config.learner.lora):
+        return None
+    return (
+        "actor.stale_kv keeps the contexts of groups that go on under new weights, and with learner.lora every group "
+        "ends under the version it began with: set actor.stale_kv = false"
+    )
+
+
 def _check_starter(config: RunConfig) -> str | None:
     if config.model.path != "starter" or config.task.kind == "arithmetic" or config.model.max_length >= 64:
         return None
@@ -189,5 +198,6 @@ _CHECKS = (
     _check_drop_above,
     _check_queue_holds_a_checkpoint_interval,
     _check_lease,
+    _check_stale_kv,
     _check_starter,
 )

@@ -21,7 +21,7 @@ from lambdapo_async.weights import delta as deltas
 from lambdapo_async.weights.delta import Change, Delta, Encoding
 from lambdapo_async.weights.gaps import GapAbs, GapStep
 from lambdapo_async.weights.state import SEPARATOR, WEIGHT_TYPES, State
-from lambdapo_async.weights.tensor_file import BitTensor, TensorFile, compress, read_tensor_file
+from lambdapo_async.weights.tensor_file import BitTensor, Payload, TensorFile, compress, read_tensor_file
 
 FORMAT: Final = "weights-delta/1"
 
@@ -156,7 +156,7 @@ def make_delta(old: State, new: State, *, run_id: str, keyframe_version: int, po
     return DeltaFile(metadata, delta)
 
 
-def read_delta(payload: bytes, *, max_bytes: int) -> DeltaFile:
+def read_delta(payload: Payload, *, max_bytes: int) -> DeltaFile:
     """Parse and validate a delta as far as that is possible without its base.
 
     Args:
@@ -193,7 +193,7 @@ def write_full(state: State, *, run_id: str, pool: Executor) -> bytes:
     return TensorFile(state.tensors, metadata.to_strings()).to_bytes()
 
 
-def read_full(payload: bytes, *, run_id: str, version: int, max_bytes: int, pool: Executor) -> State:
+def read_full(payload: Payload, *, run_id: str, version: int, max_bytes: int, pool: Executor) -> State:
     """Version ``version`` of run ``run_id``, every bit of it proven; in memory of its own, writable.
 
     Raises:

@@ -18,6 +18,8 @@ class FsspecFiles:
     """
 
     def __init__(self, url: str, run_id: str) -> None:
+        """``ConfigError`` if this machine has no driver for such a URL."""
+        _check_driver(url)
         self._folder = f"{url.rstrip('/')}/{run_id}"
 
     def manifest(self, file: NewFile, *, fence: int) -> Manifest:
@@ -83,8 +85,18 @@ def delete_file(manifest: Manifest) -> None:
 
 def _located(manifest: Manifest) -> tuple[fsspec.AbstractFileSystem, str]:
     assert manifest.url is not None
-    try:
-        filesystem, path = fsspec.core.url_to_fs(manifest.url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"weights.store: {manifest.url}: {error}") from error
+    _check_driver(manifest.url)
+    filesystem, path = fsspec.core.url_to_fs(manifest.url)
     return filesystem, path
+
+
+def _check_driver(url: str) -> None:
+    """Drivers of S3, GCS and others are packages of their own, which learner and actors both need."""
+    protocol = url.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"weights.store: this machine cannot open {protocol}://: {error}; whatever is missing must be installed "
+            "where the learner runs and at every actor"
+        ) from error

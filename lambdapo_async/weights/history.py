@@ -10,6 +10,7 @@ from lambdapo_async.weights.catch_up import Available, plan_catch_up
 from lambdapo_async.weights.delta_file import DeltaFile, read_delta, read_full
 from lambdapo_async.weights.manifest import name_of
 from lambdapo_async.weights.state import State
+from lambdapo_async.weights.tensor_file import Payload
 
 
 class WeightFiles(Protocol):
@@ -21,7 +22,7 @@ class WeightFiles(Protocol):
     def files(self) -> tuple[Available, ...]:
         """Every file that can be fetched now."""
 
-    def fetch(self, file: Available) -> bytes:
+    def fetch(self, file: Available) -> Payload:
         """Its bytes, verified; ``WeightsError`` when gone or damaged."""
 
 

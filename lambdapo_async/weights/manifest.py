@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lambdapo_async.errors import WeightsError
 from lambdapo_async.weights.catch_up import Available
+from lambdapo_async.weights.tensor_file import Payload
 
 CHUNK_BYTES = 2 * 1024**2
 """Measured: 64 MB pieces cost a third of the reading speed and stall the rollout queue for 460 ms."""
@@ -109,7 +110,12 @@ class Manifest(BaseModel):
         packed: bytes = msgpack.packb(self.model_dump())
         return packed
 
-    def check_chunk(self, index: int, chunk: bytes | None) -> bytes:
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """``WeightsError`` unless the pieces of a file this long have these lengths."""
+        if self.chunk_bytes != tuple(lengths):
+            raise WeightsError(f"the manifest of {self.name} is damaged: its chunks are not those of its length")
+
+    def check_chunk(self, index: int, chunk: bytes | memoryview | None) -> bytes | memoryview:
         """``chunk`` if it is the one that was published; ``WeightsError`` otherwise."""
         if chunk is None:
             raise WeightsError(f"chunk {index} of {self.name} is gone")
@@ -117,14 +123,14 @@ class Manifest(BaseModel):
             raise WeightsError(f"chunk {index} of {self.name} is damaged: its checksum differs")
         return chunk
 
-    def check_whole(self, payload: bytes) -> bytes:
+    def check_whole(self, payload: Payload) -> Payload:
         """``payload`` if it is the one that was published; ``WeightsError`` otherwise."""
         if len(payload) != self.num_bytes or xxhash.xxh3_128_hexdigest(payload) != self.digest:
             raise WeightsError(f"{self.name} is damaged: its checksum differs")
         return payload
 
 
-def cut(payload: bytes) -> list[memoryview]:
+def cut(payload: Payload) -> list[memoryview]:
     """``payload`` in pieces of 2 MB, without copying."""
     view = memoryview(payload)
     return [view[first : first + CHUNK_BYTES] for first in range(0, len(payload), CHUNK_BYTES)]

@@ -1,8 +1,8 @@
 """Weight files inside Redis, in pieces of 2 MB."""
 
 from collections.abc import Callable
-from itertools import islice
 
+from lambdapo_async.broker.bulk import get_into
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.script import Script
 from lambdapo_async.keys import RunKeys
@@ -32,7 +32,7 @@ class RedisChunks:
         for key, chunk in zip(self.names(manifest), cut(payload), strict=True):
             self._put([self._keys.state, key], [fence, chunk])
 
-    def read(self, manifest: Manifest, renew: Callable[[], None]) -> bytes:
+    def read(self, manifest: Manifest, renew: Callable[[], None]) -> bytearray:
         """All pieces, each verified; ``renew`` is called before each 16 MB.
 
         A connection that breaks costs what is on its way: those pieces are asked for again.
@@ -41,16 +41,30 @@ class RedisChunks:
             WeightsError: a piece is gone or damaged.
             BrokerUnavailable: Redis did not answer before the deadline.
         """
-        names, chunks = iter(self.names(manifest)), list[bytes]()
-        while batch := list(islice(names, _CHUNKS_AT_ONCE)):
+        payload, names = bytearray(manifest.num_bytes), self.names(manifest)
+        views, first = cut(payload), 0
+        manifest.check_lengths([len(view) for view in views])
+        while first < len(names):
             renew()
-            chunks += [manifest.check_chunk(len(chunks) + i, chunk) for i, chunk in enumerate(self._values(batch))]
-        return b"".join(chunks)
+            batch = slice(first, first + _CHUNKS_AT_ONCE)
+            num_read = self._get_into(names[batch], views[batch])
+            for index in range(first, first + num_read):
+                manifest.check_chunk(index, views[index])
+            first += num_read
+            if num_read == 0:  # not what was published, or refused
+                chunk = manifest.check_chunk(first, self._get(names[first]))
+                views[first][:] = chunk
+                first += 1
+        return payload
 
     def names(self, manifest: Manifest) -> list[bytes]:
         """The keys of all pieces."""
         return [self._keys.weights_chunk(manifest.name, index) for index in range(len(manifest.chunk_bytes))]
 
-    def _values(self, names: list[bytes]) -> list[bytes | None]:
-        values: list[bytes | None] = self._broker.call(lambda client: client.mget(names))
-        return values
+    def _get_into(self, names: list[bytes], views: list[memoryview]) -> int:
+        num_read: int = self._broker.call(lambda client: get_into(client, names, views))
+        return num_read
+
+    def _get(self, name: bytes) -> bytes | None:
+        value: bytes | None = self._broker.call(lambda client: client.get(name))
+        return value

@@ -14,6 +14,7 @@ from lambdapo_async.weights.fsspec_store import FsspecFiles, delete_file, read_f
 from lambdapo_async.weights.manifest import Manifest, NewFile, check_version, name_of, pack_available, unpack_available
 from lambdapo_async.weights.redis_chunks import RedisChunks
 from lambdapo_async.weights.retention import Retention
+from lambdapo_async.weights.tensor_file import Payload
 
 READER_LEASE_S = 30.0
 """Seconds that a file stays for a reader who has gone silent."""
@@ -91,7 +92,7 @@ class RedisWeightStore:
         listed: dict[bytes, bytes] = self._broker.call(lambda client: client.hgetall(self._keys.weights_files))
         return tuple(sorted(map(unpack_available, listed.values()), key=lambda file: (file.version, name_of(file))))
 
-    def fetch(self, file: Available) -> bytes:
+    def fetch(self, file: Available) -> Payload:
         """The file as it was published, verified; while it is fetched it is not deleted.
 
         Raises:

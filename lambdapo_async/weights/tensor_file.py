@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import numpy as np
 import zstandard
@@ -31,8 +31,14 @@ BITS: Mapping[str, np.dtype[np.integer]] = {
 }
 """How the bits of each safetensors type are held: floating point as unsigned patterns, so -0.0 and NaN are ordinary."""
 
+Payload: TypeAlias = bytes | bytearray
+"""One whole file, as it was fetched."""
+
 _ZSTD_MAGIC = zstandard.FRAME_HEADER
-_ZSTD_LEVEL = 1  # measured on deltas: levels 2 and 3 save no byte
+# Level 1 with hardly a place to remember what was seen: what repeats in weights, gaps and steps repeats by chance, and
+# pointing to it costs more than saying it again. Measured on deltas: 1 to 6 % smaller than plain level 1, and a third
+# faster both ways; higher levels save no more and take many times as long.
+_ZSTD = zstandard.ZstdCompressionParameters.from_level(1, hash_log=6, min_match=7, write_checksum=True)
 _METADATA = TypeAdapter(dict[str, str])
 
 
@@ -94,10 +100,10 @@ class TensorFile:
 
 def compress(payload: bytes) -> bytes:
     """``payload`` as one zstd frame that carries its length and checksum."""
-    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True).compress(payload)
+    return zstandard.ZstdCompressor(compression_params=_ZSTD).compress(payload)
 
 
-def read_tensor_file(payload: bytes, *, max_bytes: int) -> TensorFile:
+def read_tensor_file(payload: Payload, *, max_bytes: int) -> TensorFile:
     """Parse and validate a file, compressed or plain; its tensors are read-only views of the decompressed bytes.
 
     Args:
@@ -125,7 +131,7 @@ def read_tensor_file(payload: bytes, *, max_bytes: int) -> TensorFile:
     return TensorFile({name: _view(plain, 8 + length, entry) for name, entry in entries.items()}, metadata)
 
 
-def _decompressed(payload: bytes, max_bytes: int) -> bytes:
+def _decompressed(payload: Payload, max_bytes: int) -> bytes:
     """The bytes of one zstd frame whose declared length is acceptable, before anything is allocated."""
     try:
         num_bytes = zstandard.get_frame_parameters(payload).content_size
@@ -161,7 +167,7 @@ def _check_extents(entries: Mapping[str, _Entry], *, num_bytes: int) -> None:
         raise WeightsError(f"the tensors do not cover the {num_bytes} data bytes exactly once")
 
 
-def _view(plain: bytes, data_start: int, entry: _Entry) -> BitTensor:
+def _view(plain: Payload, data_start: int, entry: _Entry) -> BitTensor:
     begin, end = entry.data_offsets
     dtype = BITS[entry.dtype]
     bits = np.frombuffer(plain, dtype, count=(end - begin) // dtype.itemsize, offset=data_start + begin)

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import importlib.abc
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,7 +17,8 @@ from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import ConfigError, FencedError, WeightsError
-from lambdapo_async.weights.manifest import CHUNK_BYTES, NewFile
+from lambdapo_async.weights.fsspec_store import read_file
+from lambdapo_async.weights.manifest import CHUNK_BYTES, Manifest, NewFile
 from tests.contract.broker_world import FOREVER_S, LIMITS, start
 from tests.fakes_broker import FakeRedisRun, FakeRun
 from tests.lossy_proxy import LossyProxy, lossy_proxy
@@ -41,9 +44,11 @@ def _open_fakes() -> OpenRun[BrokerRun]:
     return lambda: FakeRun("test", shared)
 
 
-@pytest.fixture(params=["fake", "redis", "file"])
+@pytest.fixture(params=["fake", "redis", "file", "memory"])
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
-    config = WeightsConfig(store=f"file://{tmp_path}") if request.param == "file" else WeightsConfig()
+    """``memory`` is fsspec's own filesystem of that name: like S3 and GCS, it is no disk."""
+    is_elsewhere = request.param in ("file", "memory")
+    config = WeightsConfig(store=f"{request.param}://{tmp_path}") if is_elsewhere else WeightsConfig()
     opener = _open_fakes() if request.param == "fake" else request.getfixturevalue("open_redis_run")
     run = opener()
     start(run)
@@ -323,5 +328,33 @@ def test_a_folder_that_cannot_be_written_to_is_named(started: RedisRun, tmp_path
 
 
 def test_a_filesystem_that_nobody_knows_is_a_config_error(started: RedisRun) -> None:
-    with pytest.raises(ConfigError, match=r"weights\.store"):
-        publish(started.weights_for(WeightsConfig(store="nonsense://x")), full(1))
+    with pytest.raises(ConfigError, match=r"weights\.store: this machine cannot open nonsense://"):
+        started.weights_for(WeightsConfig(store="nonsense://x"))
+
+
+class AbsentDriver(importlib.abc.MetaPathFinder):
+    """Makes one package look as if it was not installed, on this machine or elsewhere."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name.partition(".")[0] == self._package:
+            raise ImportError(f"No module named {name!r}")
+
+
+@pytest.fixture
+def without_s3fs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.meta_path", [AbsentDriver("s3fs"), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "s3fs", raising=False)
+
+
+@pytest.mark.usefixtures("without_s3fs")
+def test_a_driver_that_is_not_installed_is_named(started: RedisRun) -> None:
+    expected = r"cannot open s3://: Install s3fs .* and at every actor"
+    with pytest.raises(ConfigError, match=expected):
+        started.weights_for(WeightsConfig(store="s3://bucket/weights"))
+    file = full(1, b"payload")
+    manifest = Manifest.elsewhere(file, "s3://bucket/weights/1.full")
+    with pytest.raises(ConfigError, match=expected):  # at an actor, which learns of the URL from the manifest
+        read_file(manifest, lambda: None)

@@ -86,7 +86,8 @@ def train_variants(ranks: Ranks, model: Path) -> dict[str, Outcome]:
         team = Team(ranks, settings(**changes), Origin(str(model), None))
         metrics = [team.step(number) for number in range(2)]
         scored = score(team.policy, ROW)
-        outcomes[name] = {"metrics": metrics, "scored": scored, "weights": team.weights()}
+        published = [dict(team.policy.published()) for _ in range(2)][-1]  # the frozen part is gathered once
+        outcomes[name] = {"metrics": metrics, "scored": scored, "weights": team.weights(), "published": published}
     return outcomes
 
 
@@ -114,7 +115,7 @@ def test_ranks_train_as_one(
     for name, outcome in trained_alone.items():
         for other in others:
             assert isinstance(other, dict)
-            assert other[name]["weights"] == {}, "rank 0 alone gathers"
+            assert other[name]["weights"] == other[name]["published"] == {}, "rank 0 alone gathers"
             assert other[name]["metrics"] == first[name]["metrics"]
             assert other[name]["scored"] == first[name]["scored"] == pytest.approx(outcome["scored"], abs=1e-3)
         torch.testing.assert_close(
@@ -125,6 +126,7 @@ def test_ranks_train_as_one(
             msg=lambda text, name=name: f"{name}: {text}",
         )
         torch.testing.assert_close(first[name]["weights"], outcome["weights"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(first[name]["published"], outcome["published"], rtol=2**-7, atol=1e-4)
 
 
 def start(ranks: Ranks, folder: Path, model: Path) -> Outcome:
@@ -142,7 +144,7 @@ def start(ranks: Ranks, folder: Path, model: Path) -> Outcome:
         if step == 1:
             store.save(STATE, team.policy)
     crew.publish()
-    published = dict(team.policy.named_bf16())
+    published = dict(team.policy.published())
     canary = FakeCanaryStore()
     identity = ModelIdentity.of(team.policy.model_files)
     LearnerCanary(canary, team.policy, [ROW], identity=identity, fence=1, crew=crew).publish(

@@ -153,6 +153,22 @@ def test_a_killed_learner_resumes_and_its_history_continues(scene: Scene) -> Non
     assert trained[3] == before[4].values["groups/trained"]
 
 
+def test_adapters_alone_travel_and_engine_and_learner_agree(scene: Scene) -> None:
+    overrides = ("learner.lora.rank=2", "learner.lr=1e-3", "learner.num_steps=5", "evaluation.every_steps=0")
+    with learner(DEMO, *scene.learner_arguments(*overrides), log=scene.logs / "learner.log") as process:
+        scene.wait_open(process)
+        actor = scene.start_actor("actor")
+        assert process.wait(timeout_s=RUN_S) == 0, process.log_tail()
+    assert scene.nursery.wait_exit(actor) == 0
+    steps = rows(scene.folder, STEP)
+    assert [row.step for row in steps] == [1, 2, 3, 4, 5]
+    first, *later = (row.values["weights/bytes"] for row in steps if "weights/bytes" in row.values)
+    assert 0 < max(later) < 0.1 * first
+    mismatch = [row.values["mismatch/fresh"] for row in steps if "mismatch/fresh" in row.values]
+    assert mismatch
+    assert statistics.fmean(mismatch) < 0.02
+
+
 def test_real_gsm8k_rows_go_through_the_whole_pipeline(scene: Scene) -> None:
     if not GSM8K.is_dir():
         pytest.skip("GSM8K is not beside this checkout (../shared/data/gsm8k)")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from actors.mirror import Mirror
 from actors.vllm_engine import VllmEngine
 from lambdapo_async.config.sections import SamplingConfig
+from lambdapo_async.errors import EngineError
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import make_delta, write_full
 from lambdapo_async.weights.state import State
@@ -102,6 +103,22 @@ async def test_after_every_delta_the_engine_is_transformers_on_the_same_state(
             assert np.abs(after - expected).max() < 1e-4, what
             assert np.abs(after - before).max() > 1e-2, f"{what} changed nothing"
             before = after
+
+
+async def test_parameters_that_a_load_leaves_out_kill_the_engine(
+    tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Nothing samples on from a layer of which a part is garbage, though nobody resolved its name."""
+    scratch = tmp_path_factory.mktemp("s")
+    async with started(tiny_model_folder, scratch) as engine:
+        tensors = published_weights(tiny_model_folder, 0)
+        path = write_weights(scratch / "0", tensors)
+        await engine.load_weights(0, path)
+        names = [name for name in tensors if name != "model.layers.0.mlp.down_proj.weight"]
+        with pytest.raises(EngineError, match=r"left parameters without weights: \['model\.layers\.0\.mlp\.down_proj"):
+            await engine._swap(1, path, names)
+        with pytest.raises(EngineError, match="the engine is dead"):
+            await engine.sample_group(PROMPT, size=1, sampling=SamplingConfig(max_tokens=3))
 
 
 async def test_with_stale_kv_running_groups_keep_their_context_and_new_ones_see_none_of_it(

@@ -3,6 +3,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -166,9 +167,16 @@ def test_a_learner_that_was_replaced_publishes_no_canary(store: CanaryStore) -> 
 class Engine:
     """Knows the learner's numbers, shifted; ``on_score`` happens while it scores."""
 
-    def __init__(self, version: int = 3, *, off_by: float = 0.0, on_score: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        version: int = 3,
+        *,
+        off_by: float = 0.0,
+        dtype: str = "float32",
+        on_score: Callable[[], None] = lambda: None,
+    ) -> None:
         self.policy_version, self._off_by, self._on_score = version, off_by, on_score
-        self.info = EngineInfo(name="known", device="cpu", dtype="float32")
+        self.info = EngineInfo(name="known", device="cpu", dtype=dtype)
 
     async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> np.ndarray:
         self._on_score()
@@ -177,9 +185,14 @@ class Engine:
 
 
 def actor_canary(
-    store: CanaryStore, engine: Engine, *, checksum: str | None = CHECKSUM, timeout_s: float = 5.0
+    store: CanaryStore,
+    engine: Engine,
+    *,
+    checksum: str | None = CHECKSUM,
+    identity: ModelIdentity = IDENTITY,
+    timeout_s: float = 5.0,
 ) -> ActorCanary:
-    return ActorCanary(store, engine, IDENTITY, checksum_of=lambda version: checksum, every_s=3600, timeout_s=timeout_s)
+    return ActorCanary(store, engine, identity, checksum_of=lambda version: checksum, every_s=3600, timeout_s=timeout_s)
 
 
 async def test_an_actor_that_agrees_is_admitted() -> None:
@@ -195,16 +208,34 @@ async def test_an_actor_that_agrees_is_admitted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "checksum"), [(Engine(off_by=1.9), CHECKSUM), (Engine(), CHECKSUM[:-1] + "1")], ids=["numbers", "bits"]
+    ("difference", "message"),
+    [
+        ({"engine": Engine(off_by=1.9)}, r"differs from the learner by 1\.9 nats"),
+        ({"checksum": CHECKSUM[:-1] + "1"}, "this actor's weights is"),
+        ({"identity": ModelIdentity.of({**FILES, "config.json": b"other"})}, "this actor's model config is"),
+        ({"identity": ModelIdentity.of({**FILES, "tokenizer.json": b"other"})}, "this actor's tokenizer is"),
+    ],
+    ids=["numbers", "weights", "config", "tokenizer"],
 )
-async def test_an_actor_that_differs_stops(engine: Engine, checksum: str) -> None:
+async def test_an_actor_that_differs_stops(difference: dict[str, Any], message: str) -> None:
     store = FakeCanaryStore()
     store.put_canary(canary_of().to_bytes(), fence=1)
-    canary = actor_canary(store, engine, checksum=checksum)
-    with pytest.raises(CanaryError):
+    canary = actor_canary(store, **({"engine": Engine()} | difference))
+    with pytest.raises(CanaryError, match=message):
         await canary.watch()
     assert not canary.is_admitted
     assert canary.counters()["canary_failures"] == 1
+
+
+async def test_a_quantised_actor_has_its_own_tolerance() -> None:
+    store = FakeCanaryStore()
+    store.put_canary(canary_of(dtype="bfloat16").to_bytes(), fence=1)
+    for dtype, is_admitted in {"bfloat16": False, "int8": True, "fp8": True, "int4": True}.items():
+        canary = actor_canary(store, Engine(off_by=0.1, dtype=dtype))
+        refused = pytest.raises(CanaryError, match=r"0\.05 and 0\.5 are allowed")
+        with contextlib.nullcontext() if is_admitted else refused:
+            await canary.compare()
+        assert canary.is_admitted == is_admitted
 
 
 async def test_an_actor_beyond_the_canary_asks_for_a_newer_one() -> None:

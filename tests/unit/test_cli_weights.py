@@ -1,12 +1,19 @@
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.weights import app
+from lambdapo_async.config import RunConfig
+from lambdapo_async.weights.adapter import PREFIX
+from lambdapo_async.weights.state import State
 from tests.redis_fixtures import next_run_id
-from tests.weight_history import MODEL_FILES, published, versions
+from tests.weight_history import MODEL_FILES, full_file, published, versions
 
 
 @pytest.fixture
@@ -66,6 +73,27 @@ def test_export_writes_a_folder_once(run_id: str, tmp_path: Path, capsys: pytest
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert weights("export", 2, "--to", target, "--run-id", run_id) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_export_merges_adapters(redis_url: str, run_id: str, tmp_path: Path) -> None:
+    config = RunConfig.model_validate(
+        {"model": {"path": "m"}, "task": {"kind": "arithmetic"}, "learner": {"lora": {"rank": 2, "alpha": 1.0}}}
+    )
+    adapted = next_run_id()
+    layer = "model.layers.0.mlp.up_proj"
+    tensors = {
+        f"{layer}.weight": torch.zeros(3, 4),
+        f"{PREFIX}{layer}.lora_A.weight": torch.full((2, 4), 3.0),
+        f"{PREFIX}{layer}.lora_B.weight": torch.full((3, 2), 5.0),
+    }
+    state = State.of_torch(0, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    with contextlib.closing(RedisRun(redis_url, adapted, timeout_s=10)) as run:
+        run.run_store.create(json.dumps(config.published()).encode(), MODEL_FILES, fence=1)
+        run.weights.publish(0, [full_file(state, run_id=adapted)], consumed=0, fence=1)
+    assert weights("export", 0, "--to", tmp_path / "out", "--run-id", adapted) == 0
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == {f"{layer}.weight"}
+    assert torch.equal(saved[f"{layer}.weight"], torch.full((3, 4), 0.5 * 2 * 15.0).bfloat16())
 
 
 def test_verify_is_silent_about_whole_weights(run_id: str, capsys: pytest.CaptureFixture[str]) -> None:

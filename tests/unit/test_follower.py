@@ -41,13 +41,14 @@ SHAPES = {
 NORM = "model.norm.weight"
 
 
-def config_of(*, max_staleness: int) -> RunConfig:
+def config_of(*, max_staleness: int, data_timeout_s: float = 600.0) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": "m"},
             "task": {"kind": "arithmetic"},
             "staleness": {"max_staleness": max_staleness},
             "broker": {"heartbeat_s": 0.01, "lease_s": 1.0},
+            "learner": {"data_timeout_s": data_timeout_s},
         }
     )
 
@@ -83,6 +84,13 @@ class Learner:
         self.store.add(Available(version=version, num_bytes=0, base_version=version - 1), delta.to_bytes())
         self.store.prune_steps(version - KEPT_STEPS)
 
+    def publish_whole(self) -> None:
+        """The next version, as a learner publishes it that finds the store empty."""
+        self.state = self.cast(self.state.version + 1)
+        self.union = Union(self.state, POOL)
+        payload = compress(write_full(self.state, run_id=RUN, pool=POOL))
+        self.store.add(Available(version=self.state.version, num_bytes=0), payload)
+
     @property
     def full_bytes(self) -> int:
         return min(file.num_bytes for file in self.store.payloads if file.base_version is None)
@@ -114,6 +122,13 @@ class MemoryWeights:
             self.payloads[sized] = payload
             self._head = file.version
             self._newer.notify_all()
+
+    def lose_everything(self, _: bytes = b"") -> bytes:
+        """What a Redis without persistence does at a restart; as a damage, in the middle of a fetch."""
+        with self._newer:
+            self.payloads.clear()
+            self._head = None
+        raise WeightsError("the file is gone: the head is None")
 
     def replace_union(self, version: int, payload: bytes) -> None:
         with self._newer:
@@ -173,7 +188,9 @@ class HoldingEngine(ScriptedEngine):
 
 
 class FollowingActor:
-    def __init__(self, learner: Learner, folder: Path, *, max_staleness: int = 2) -> None:
+    def __init__(
+        self, learner: Learner, folder: Path, *, max_staleness: int = 2, data_timeout_s: float = 600.0
+    ) -> None:
         self.learner = learner
         self.engine = HoldingEngine()
         folder.mkdir(exist_ok=True)
@@ -182,7 +199,7 @@ class FollowingActor:
             self.engine,
             run_id=RUN,
             folder=folder,
-            config=config_of(max_staleness=max_staleness),
+            config=config_of(max_staleness=max_staleness, data_timeout_s=data_timeout_s),
         )
 
     def publish_over_a_dead_link(self) -> None:
@@ -263,6 +280,7 @@ async def test_forty_versions_reach_every_kind_of_actor_to_the_bit(
     pulled = {name: int(actor.counter("weight_bytes")) for name, actor in actors.items()}
     for name, num_bytes in pulled.items():
         record_property(f"bytes pulled by the {name}, a full version being {full}", num_bytes)
+        print(f"{name:8} pulled {num_bytes:7,} bytes, {num_bytes / full:.2f} full versions")  # noqa: T201 - to be looked at
     assert actors["follower"].counter("weight_updates") == 41
     assert actors["follower"].counter("weight_keyframes") == 1
     assert pulled["follower"] < 0.2 * 41 * full
@@ -396,6 +414,35 @@ async def test_two_failures_in_a_row_stop_sampling_and_end_the_actor(learner: Le
     assert actor.counter("weight_failures") == 2
     assert actor.follower.is_behind, "nothing may be leased any more"
     assert actor.engine.policy_version == 0
+
+
+async def test_weights_that_are_gone_are_waited_for(learner: Learner, actor: FollowingActor) -> None:
+    """Twice in a row Redis loses everything in the middle of a fetch: nobody's fault, and the learner comes back."""
+    await actor.catch_up()
+    learner.step()
+    learner.store.damage = {1: learner.store.lose_everything, 2: learner.store.lose_everything}
+    async with actor.following() as task:
+        for number in (1, 2):
+            async with asyncio.timeout(TIMEOUT_S):
+                while actor.counter("weight_failures") < number:
+                    await asyncio.sleep(0)
+            assert not task.done()
+            learner.publish_whole()
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert actor.counter("weight_failures") == 2
+    assert actor.counter("weights_failed") == 0
+
+
+async def test_weights_that_are_gone_are_not_waited_for_without_end(learner: Learner, tmp_path: Path) -> None:
+    actor = FollowingActor(learner, tmp_path / "actor", data_timeout_s=0.05)
+    await actor.catch_up()
+    learner.step()
+    learner.store.damage = {1: learner.store.lose_everything}
+    with pytest.raises(WeightsError, match=r"did not come back within learner\.data_timeout_s = 0\.05"):
+        await actor.catch_up()
+    assert actor.counter("weights_failed") == 1
+    assert actor.follower.is_behind, "nothing may be leased any more"
 
 
 async def test_two_failures_apart_do_not(learner: Learner, actor: FollowingActor) -> None:

@@ -131,7 +131,7 @@ class WatchedCanary:
     def put_canary(self, record: bytes, *, fence: int) -> None:
         self._run.canary.put_canary(record, fence=fence)
         with ThreadPoolExecutor(1) as pool:
-            checksum = State.of_torch(0, dict(self._policy.named_bf16())).checksum(pool)
+            checksum = State.of_torch(0, dict(self._policy.published())).checksum(pool)
         self.published.append((Canary.from_bytes(record), checksum, self._run.weights.head()))
 
 

@@ -1,5 +1,7 @@
 import json
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lambdapo_async.config.learner import LearnerConfig, LoraConfig
-from lambdapo_async.errors import CheckpointError, ConfigError
+from lambdapo_async.errors import CheckpointError, ConfigError, WeightsError
+from lambdapo_async.weights.adapter import merged_state
+from lambdapo_async.weights.delta import difference
+from lambdapo_async.weights.state import State
 from learner.lora import add_adapters
 from learner.policy import Policy
 from tests.tiny_models import micro_batch, tiny_model, tiny_model_folder
@@ -38,6 +43,12 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 
 @pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny_model_folder(tmp_path / "model")
 
@@ -53,7 +64,51 @@ def test_adapters_alone_are_trained_and_start_as_the_model(folder: Path) -> None
     assert all(".lora_" in name for name in policy.optimizer_state())
 
 
-def test_what_is_published_is_the_merged_model_under_its_own_names(folder: Path) -> None:
+def test_what_is_published_is_the_frozen_model_and_the_adapters(folder: Path) -> None:
+    policy = train(load(folder))
+    first = dict(policy.published())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    frozen = {name: tensor.detach().bfloat16() for name, tensor in model.named_parameters()}
+    torch.testing.assert_close({name: first[name] for name in frozen}, frozen, rtol=0, atol=0)
+    assert first.keys() - frozen.keys() == dict(policy.named_adapter()).keys()
+    train(policy)
+    second = dict(policy.published())
+    assert all(second[name].data_ptr() == first[name].data_ptr() for name in frozen)
+    assert all(not torch.equal(second[name], first[name]) for name in first.keys() - frozen.keys())
+
+
+def test_only_adapters_travel_and_the_model_is_not_compared_again(folder: Path, pool: ThreadPoolExecutor) -> None:
+    policy = train(load(folder))
+    old = State.of_torch(0, dict(policy.published()))
+    old.checksum(pool)
+    train(policy)
+    new = State.of_torch(1, dict(policy.published()))
+    delta = difference(old, new, pool)
+    assert delta.changes.keys() == dict(policy.named_adapter()).keys()
+    known = new._digests.keys()
+    assert known == new.tensors.keys() - delta.changes.keys()
+    assert new.checksum(pool) == State.of_torch(1, dict(policy.published())).checksum(pool)
+
+
+def test_an_exported_version_is_the_merged_model(folder: Path) -> None:
+    policy = train(load(folder))
+    merged = merged_state(State.of_torch(3, dict(policy.published())), LoraConfig.model_validate(LORA))
+    expected = {name: tensor.bfloat16().float() for name, tensor in policy.named_weights()}
+    assert merged.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():  # adapters went out as bfloat16, so the last bit may differ
+        found = torch.from_numpy(merged.tensors[name].bits.view("<i2")).view(torch.bfloat16)
+        torch.testing.assert_close(found.float().view(tensor.shape), tensor, rtol=2**-7, atol=1e-4)
+
+
+def test_half_an_adapter_is_named(folder: Path) -> None:
+    published = dict(load(folder).published())
+    name = next(name for name in published if name.endswith(".lora_B.weight"))
+    del published[name]
+    with pytest.raises(WeightsError, match=r"of which a part is missing"):
+        merged_state(State.of_torch(0, published), LoraConfig.model_validate(LORA))
+
+
+def test_merged_weights_have_the_models_own_names(folder: Path) -> None:
     policy = train(load(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}

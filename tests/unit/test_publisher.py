@@ -24,7 +24,7 @@ class Weights:
     def __init__(self) -> None:
         self.value = 0.0
 
-    def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
+    def published(self) -> Iterator[tuple[str, Tensor]]:
         weight = torch.linspace(-1, 1, NUM).to(torch.bfloat16)
         weight[: NUM // 100] = self.value
         yield "w", weight
@@ -171,7 +171,7 @@ def test_what_is_out_has_a_checksum_and_a_keyframe(store: Store, publisher: Publ
             weights.value = version
             publisher.publish(version, weights, consumed=0)
             publisher.flush()
-            assert publisher.checksum() == State.of_torch(version, dict(weights.named_bf16())).checksum(pool)
+            assert publisher.checksum() == State.of_torch(version, dict(weights.published())).checksum(pool)
             assert publisher.keyframe_version == 3
     store.error, weights.value = WeightsError("full disk"), 9.0
     publisher.publish(5, weights, consumed=0)
