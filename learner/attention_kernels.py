@@ -5,8 +5,10 @@ each other and no [T, T] mask is ever built; see ``lambdapo_async.packed_layout`
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -20,6 +22,9 @@ from lambdapo_async.packed_layout import PackedLayout
 
 Capability = tuple[int, int]
 """CUDA compute capability: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell."""
+
+GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""torch 2.11 takes fewer key heads than query heads as they come, later versions want to be told."""
 
 VARLEN_CAPABILITY: Capability = (8, 0)
 """Oldest GPU that torch's varlen kernel runs on."""
@@ -118,12 +123,12 @@ class _Gather(torch.autograd.Function):
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
     """torch's own FlashAttention over packed segments; shapes as in ``Kernel``."""
-    output = varlen_attn(
+    attend = partial(varlen_attn, enable_gqa=query.shape[1] != key.shape[1]) if GROUPED_HEADS else varlen_attn
+    output = attend(
         query, gathered(key, layout), gathered(value, layout),
         layout.cu_seqlens, layout.key_marks, layout.max_seqlen, layout.max_keys,
         scale=scores.scale,
         window_size=(-1 if scores.window is None else scores.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     assert isinstance(output, Tensor)  # a pair only when the log-sum-exp is asked for
     return output
@@ -137,8 +142,11 @@ def flash_attention(flash_attn_varlen_func: Callable[..., object], *, unbounded:
         unbounded: how that generation writes a window without left bound.
     """
 
+    # A compiled layer stops at it: the packages build or load their kernels in Python.
+    attend = torch.compiler.disable(flash_attn_varlen_func)
+
     def kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
-        result = flash_attn_varlen_func(
+        result = attend(
             query,
             gathered(key, layout),
             gathered(value, layout),

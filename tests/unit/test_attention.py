@@ -132,7 +132,7 @@ def run(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, layout: Pack
 
 def run_alone(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
     length = ids_T.shape[0]
-    return run(model, ids_T, torch.arange(length), PackedLayout(torch.tensor([0, length], dtype=torch.int32), length))
+    return run(model, ids_T, torch.arange(length), packed_layout([Segment(length)]))
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ def test_check_packing_refuses_attention_across_documents() -> None:
 
     def decode_as_one_document(*, input_ids: Tensor, **inputs: object) -> object:
         total = input_ids.shape[1]
-        one = PackedLayout(torch.tensor([0, total], dtype=torch.int32), total)
+        one = packed_layout([Segment(total)])
         return decode(input_ids=input_ids, **{**inputs, "layout": one})
 
     model.model.forward = decode_as_one_document
@@ -364,7 +364,8 @@ def layout_given(
     assert cu_seqlens_k is not None
     assert max_seqlen_k == cu_seqlens_k.diff().max()
     keys = SharedKeys(cu_seqlens_k, max_seqlen_k, torch.arange(int(cu_seqlens_k[-1])))
-    return PackedLayout(cu_seqlens_q, max_seqlen_q, keys)
+    shapes = tuple(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True))
+    return PackedLayout(cu_seqlens_q, max_seqlen_q, shapes, keys)
 
 
 def scores_of(scale: float | None, left: int | None, softcap: float) -> Scores:
