@@ -1,6 +1,6 @@
 """The learner's whole step on a GPU by model, lengths and options: tokens/s, MFU, peak memory, and where time goes.
 
-python -m benchmarks.gpu_step 0.6b [--brief] [--tiny]
+python -m benchmarks.gpu_step 0.6b [--variants compiled,eager] [--tiny]
 """
 
 import gc
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import typer
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_results import Results, peak_bytes, spread, synchronize, timed
@@ -49,6 +50,7 @@ EAGER = Variant("eager")
 COMPILED = Variant("compiled", ("learner.compile=true",))
 CHECKPOINTED = Variant("compiled, checkpointed", ("learner.compile=true", "learner.activation_checkpointing=true"))
 SDPA = Variant("eager, sdpa", attention=Backend("lambdapo_sdpa", sdpa_attention, softcap=False))
+VARIANTS = {"compiled": COMPILED, "checkpointed": CHECKPOINTED, "eager": EAGER, "sdpa": SDPA}
 
 
 def settings(variant: Variant, pack_tokens: int, device: torch.device) -> RunConfig:
@@ -108,6 +110,7 @@ class Bench:
             "mfu": spread([flops / each / ceiling for each in seconds]) if ceiling else None,
             "step_ms": spread([1e3 * each for each in seconds]),
             "first_step_s": round(first[0], 2),
+            "graphs": counters["stats"]["unique_graphs"],
             "step_gib": round(peak / GIB, 2),
             "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2) if ceiling else None,
         }
@@ -157,8 +160,8 @@ def waits(work: object) -> dict[str, int]:
     return dict(places.most_common(20))
 
 
-def main(shape: str, brief: bool = False, tiny: bool = False) -> None:
-    """Every variant, the best first; ``brief``: eager alone."""
+def main(shape: str, variants: str = ",".join(VARIANTS), tiny: bool = False) -> None:
+    """The named variants, one after the other."""
     results, device = Results(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pack_tokens, step_tokens, scale, repeats = (256, 1024, 1, 1) if tiny else (PACK, STEP_TOKENS, 4, 4)
     model = SHAPES[shape]
@@ -171,8 +174,7 @@ def main(shape: str, brief: bool = False, tiny: bool = False) -> None:
         folder = Path(temporary)
         with device:
             model.write(folder)
-        variants = (EAGER, COMPILED) if brief else (EAGER, COMPILED, CHECKPOINTED, SDPA)
-        for variant in (EAGER, SDPA) if tiny else variants:
+        for variant in map(VARIANTS.__getitem__, variants.split(",")):
             try:
                 measure_variant(results, Bench(results, folder, variant, device, pack_tokens), lengths, repeats)
             except torch.OutOfMemoryError:

@@ -59,7 +59,7 @@ def test_kernels_equal_sdpa_forward_and_gradient(
         gradients = torch.autograd.grad(output.float().square().sum(), inputs)
         results.append([tensor.float() for tensor in (output, *gradients)])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+        assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("name", [package.name for package in FLASH_PACKAGES])
@@ -73,16 +73,17 @@ def test_soft_caps_equal_the_naive_formula(name: str) -> None:
         gradients = torch.autograd.grad(output.float().square().sum(), inputs)
         results.append([tensor.float() for tensor in (output, *gradients)])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+        assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_a_gpu_of_ampere_or_newer_takes_a_packed_kernel() -> None:
     assert select_attention(CUDA) in NAMES
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_packed_path_waits_for_no_gpu() -> None:
     layout, inputs = LAYOUTS["shared"].to(CUDA), states(8, 64)
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # says that it is a prototype, see the mark
     try:
         varlen_attention(*inputs, layout, Scores(0.125))
         assert layout.squares > layout.num_tokens > 0
