@@ -36,22 +36,22 @@ class Section:
 def sections(flash4: str | None) -> list[Section]:
     """In order of worth; ``flash4`` is a folder with the flash-attn-4 package, for the last ones alone."""
     python = (sys.executable, "-m")
-    tests = (*python, "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider")
+    tests = (*python, "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark")
     with_flash4 = {"PYTHONPATH": os.pathsep.join([flash4 or "", os.environ.get("PYTHONPATH", "")])}
     step = (*python, "benchmarks.gpu_step")
     kept = [
         Section("tests", (*tests, "-k", "not flash4"), 110),
         Section("kernels", (*python, "benchmarks.gpu_kernels"), 60),
-        Section("step_0.6b", (*step, "0.6b"), 150),
-        Section("step_1.7b", (*step, "1.7b"), 150),
         Section("rivals", (*python, "benchmarks.gpu_kernels", "--rivals"), 45),
+        Section("step_1.7b", (*step, "1.7b", "--variants", "compiled"), 110),
+        Section("step_0.6b", (*step, "0.6b"), 150),
     ]
     if flash4 is not None:
-        kept += [
+        kept[1:1] = [
+            Section("flash4_1.7b", (*step, "1.7b", "--variants", "compiled"), 110, with_flash4),
+            Section("flash4_0.6b", (*step, "0.6b", "--variants", "compiled"), 90, with_flash4),
+            Section("flash4_tests", (*tests, "-k", "flash4 and 128"), 45, with_flash4),
             Section("flash4_kernels", (*python, "benchmarks.gpu_kernels", "--attention"), 60, with_flash4),
-            Section("flash4_0.6b", (*step, "0.6b", "--variants", "compiled"), 80, with_flash4),
-            Section("flash4_1.7b", (*step, "1.7b", "--variants", "compiled"), 80, with_flash4),
-            Section("flash4_tests", (*tests, "-n", "8", "-k", "flash4 and not 32"), 90, with_flash4),
         ]
     return kept
 

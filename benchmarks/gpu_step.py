@@ -48,7 +48,7 @@ class Variant:
 
 EAGER = Variant("eager")
 COMPILED = Variant("compiled", ("learner.compile=true",))
-CHECKPOINTED = Variant("compiled, checkpointed", ("learner.compile=true", "learner.activation_checkpointing=true"))
+CHECKPOINTED = Variant("eager, checkpointed", ("learner.activation_checkpointing=true",))
 SDPA = Variant("eager, sdpa", attention=Backend("lambdapo_sdpa", sdpa_attention, softcap=False))
 VARIANTS = {"compiled": COMPILED, "checkpointed": CHECKPOINTED, "eager": EAGER, "sdpa": SDPA}
 

@@ -157,7 +157,7 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
     cut = [(part.sequence, slice(part.rows.start, part.rows.stop)) for part in parts]
     return MicroBatch(
         input_ids_T=_column([sequence.token_ids[rows] for sequence, rows in cut], np.int64),
-        position_ids_T=_column([np.array(part.rows) for part in parts], np.int64),
+        position_ids_T=_column([np.arange(part.rows.start, part.rows.stop) for part in parts], np.int64),
         predictor_T=torch.from_numpy(predictor_T),
         layout=packed_layout(segments),
         loss_mask_T=_column([sequence.loss_mask[rows] for sequence, rows in cut], np.bool_),

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from lambdapo_async.packed_layout import PackedLayout
+from learner.flash4 import as_operator
 
 Capability = tuple[int, int]
 """CUDA compute capability: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell."""
@@ -142,11 +143,8 @@ def flash_attention(flash_attn_varlen_func: Callable[..., object], *, unbounded:
         unbounded: how that generation writes a window without left bound.
     """
 
-    # A compiled layer stops at it: the packages build or load their kernels in Python.
-    attend = torch.compiler.disable(flash_attn_varlen_func)
-
     def kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
-        result = attend(
+        result = flash_attn_varlen_func(
             query,
             gathered(key, layout),
             gathered(value, layout),
@@ -178,10 +176,12 @@ class FlashPackage:
     beyond: Capability | None
     """First GPU that they no longer run on."""
     unbounded: int | None
+    is_python: bool = False
+    """Its function is no operator, which a compiled layer would have to stop at."""
 
 
 FLASH_PACKAGES = (
-    FlashPackage("lambdapo_flash4", "flash_attn.cute", (9, 0), None, None),
+    FlashPackage("lambdapo_flash4", "flash_attn.cute", (9, 0), None, None, is_python=True),
     FlashPackage("lambdapo_flash3", "flash_attn_interface", (9, 0), (10, 0), -1),
     # Not flash_attn itself: without version 2 but with version 4 that is an empty namespace.
     FlashPackage("lambdapo_flash2", "flash_attn.flash_attn_interface", (8, 0), None, -1),
@@ -212,6 +212,7 @@ def choose_backend(
         runs_here = capability >= package.oldest and (package.beyond is None or capability < package.beyond)
         module = load(package.module) if runs_here else None
         if module is not None:
-            kernel = flash_attention(module.flash_attn_varlen_func, unbounded=package.unbounded)
+            function = as_operator(module) if package.is_python else module.flash_attn_varlen_func
+            kernel = flash_attention(function, unbounded=package.unbounded)
             return Backend(package.name, kernel, softcap=True)
     return Backend("lambdapo_varlen", varlen_attention, softcap=False)

@@ -59,7 +59,7 @@ def test_kernels_equal_sdpa_forward_and_gradient(
         gradients = torch.autograd.grad(output.float().square().sum(), inputs)
         results.append([tensor.float() for tensor in (output, *gradients)])
     for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() < 1e-2 * expected.norm()
+        assert (found - expected).norm() < 1e-2 * (1 + expected.norm())  # a window of one has gradients of 0
 
 
 @pytest.mark.parametrize("name", [package.name for package in FLASH_PACKAGES])
@@ -73,7 +73,7 @@ def test_soft_caps_equal_the_naive_formula(name: str) -> None:
         gradients = torch.autograd.grad(output.float().square().sum(), inputs)
         results.append([tensor.float() for tensor in (output, *gradients)])
     for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() < 1e-2 * expected.norm()
+        assert (found - expected).norm() < 1e-2 * (1 + expected.norm())  # a window of one has gradients of 0
 
 
 def test_a_gpu_of_ampere_or_newer_takes_a_packed_kernel() -> None:
