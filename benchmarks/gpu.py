@@ -40,7 +40,7 @@ def sections(flash4: str | None) -> list[Section]:
     with_flash4 = {"PYTHONPATH": os.pathsep.join([flash4 or "", os.environ.get("PYTHONPATH", "")])}
     step = (*python, "benchmarks.gpu_step")
     kept = [
-        Section("tests", (*tests, "-k", "not flash4"), 110),
+        Section("tests", (*tests, "-k", "not fa4"), 110),
         Section("kernels", (*python, "benchmarks.gpu_kernels"), 60),
         Section("rivals", (*python, "benchmarks.gpu_kernels", "--rivals"), 45),
         Section("step_1.7b", (*step, "1.7b", "--variants", "compiled"), 110),
@@ -50,7 +50,7 @@ def sections(flash4: str | None) -> list[Section]:
         kept[1:1] = [
             Section("flash4_1.7b", (*step, "1.7b", "--variants", "compiled"), 110, with_flash4),
             Section("flash4_0.6b", (*step, "0.6b", "--variants", "compiled"), 90, with_flash4),
-            Section("flash4_tests", (*tests, "-k", "flash4 and 128"), 45, with_flash4),
+            Section("flash4_tests", (*tests, "-k", "fa4 and 128"), 45, with_flash4),
             Section("flash4_kernels", (*python, "benchmarks.gpu_kernels", "--attention"), 60, with_flash4),
         ]
     return kept

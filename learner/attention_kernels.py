@@ -51,7 +51,7 @@ class Backend:
     """An implementation of attention."""
 
     name: str
-    """Name for ``attn_implementation``."""
+    """Name for ``attn_implementation``; transformers takes any with "flash" in it for its own."""
     kernel: Kernel
     softcap: bool
     """It can cap scores; where False, ``Scores.softcap`` must be None."""
@@ -176,15 +176,15 @@ class FlashPackage:
     beyond: Capability | None
     """First GPU that they no longer run on."""
     unbounded: int | None
-    is_python: bool = False
-    """Its function is no operator, which a compiled layer would have to stop at."""
+    interface: str | None = None
+    """Where ``_flash_attn_bwd`` is, if its function is Python, at which a compiled layer would have to stop."""
 
 
 FLASH_PACKAGES = (
-    FlashPackage("lambdapo_flash4", "flash_attn.cute", (9, 0), None, None, is_python=True),
-    FlashPackage("lambdapo_flash3", "flash_attn_interface", (9, 0), (10, 0), -1),
+    FlashPackage("lambdapo_fa4", "flash_attn.cute", (9, 0), None, None, "flash_attn.cute.interface"),
+    FlashPackage("lambdapo_fa3", "flash_attn_interface", (9, 0), (10, 0), -1),
     # Not flash_attn itself: without version 2 but with version 4 that is an empty namespace.
-    FlashPackage("lambdapo_flash2", "flash_attn.flash_attn_interface", (8, 0), None, -1),
+    FlashPackage("lambdapo_fa2", "flash_attn.flash_attn_interface", (8, 0), None, -1),
 )
 """Newest first."""
 
@@ -212,7 +212,9 @@ def choose_backend(
         runs_here = capability >= package.oldest and (package.beyond is None or capability < package.beyond)
         module = load(package.module) if runs_here else None
         if module is not None:
-            function = as_operator(module) if package.is_python else module.flash_attn_varlen_func
+            function = module.flash_attn_varlen_func
+            if package.interface is not None and (interface := load(package.interface)) is not None:
+                function = as_operator(function, interface._flash_attn_bwd)
             kernel = flash_attention(function, unbounded=package.unbounded)
             return Backend(package.name, kernel, softcap=True)
     return Backend("lambdapo_varlen", varlen_attention, softcap=False)

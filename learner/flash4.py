@@ -3,10 +3,8 @@
 T tokens, K keys, N segments, H query heads, H_kv key and value heads, D head size.
 """
 
-import importlib
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,15 +12,19 @@ from torch import Tensor
 
 
 @cache
-def as_operator(module: ModuleType) -> Callable[..., Tensor]:
-    """``module.flash_attn_varlen_func`` with the keywords that ``attention_kernels.flash_attention`` gives.
+def as_operator(
+    flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]],
+    flash_attn_bwd: Callable[..., tuple[Tensor, ...]],
+) -> Callable[..., Tensor]:
+    """The package's function with the keywords that ``attention_kernels.flash_attention`` gives.
 
-    Its gradient is ``_flash_attn_bwd``, which torch's own registration of the package calls as well.
+    Args:
+        flash_attn_varlen_func: its public function.
+        flash_attn_bwd: its ``_flash_attn_bwd``, which torch's own registration of the package calls as well.
     """
-    interface = importlib.import_module(f"{module.__name__}.interface")
 
     @torch.library.custom_op("lambdapo::flash4", mutates_args=())
-    def forward(
+    def forward(  # noqa: PLR0913 - an operator's arguments are its tensors and numbers
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -35,7 +37,7 @@ def as_operator(module: ModuleType) -> Callable[..., Tensor]:
         softcap: float,
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            output, log_sum_HT = module.flash_attn_varlen_func(
+            output, log_sum_HT = flash_attn_varlen_func(
                 query,
                 key,
                 value,
@@ -52,7 +54,7 @@ def as_operator(module: ModuleType) -> Callable[..., Tensor]:
         return output.contiguous(), log_sum_HT.contiguous()
 
     @torch.library.custom_op("lambdapo::flash4_backward", mutates_args=())
-    def backward(
+    def backward(  # noqa: PLR0913 - an operator's arguments are its tensors and numbers
         gradient: Tensor,
         query: Tensor,
         key: Tensor,
@@ -67,7 +69,7 @@ def as_operator(module: ModuleType) -> Callable[..., Tensor]:
         window: int | None,
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = interface._flash_attn_bwd(
+        gradients = flash_attn_bwd(
             query,
             key,
             value,

@@ -55,13 +55,13 @@ def grad_of_output(upstream: Upstream, chunk: Chunk, shaping: Shaping) -> Tensor
     return chunk.output_SC
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _capped(output, cap):  # type: ignore[no-untyped-def]
     """tanh(output / cap), which Triton has no name for that runs on every backend."""
     return 2.0 * tl.sigmoid(2.0 * output / cap) - 1.0
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _fold(  # type: ignore[no-untyped-def] # noqa: PLR0913 - a kernel's arguments are its tensors
     output_ptr,
     column_ptr,
@@ -101,7 +101,7 @@ def _fold(  # type: ignore[no-untyped-def] # noqa: PLR0913 - a kernel's argument
     tl.store(target_ptr + row, target)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _grad(  # type: ignore[no-untyped-def] # noqa: PLR0913 - a kernel's arguments are its tensors
     output_ptr,
     column_ptr,

@@ -24,6 +24,8 @@ LENGTHS = (5, 1, 130, 2, 64, 333)
 SEGMENTS = (Segment(130), Segment(64), Segment(200, range(130)), Segment(1, range(130)), Segment(140, range(130, 194)))
 """535 tokens as well, two prompts with completions longer and shorter than they are."""
 LAYOUTS = {"documents": packed_layout([Segment(each) for each in LENGTHS]), "shared": packed_layout(SEGMENTS)}
+CUTE_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+"""flash-attn 4 uses what its own compiler calls deprecated."""
 NAMES = ["lambdapo_varlen", *(package.name for package in FLASH_PACKAGES)]
 
 
@@ -44,6 +46,7 @@ def states(kv_heads: int, size: int) -> list[Tensor]:
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
 
 
+@CUTE_WARNS
 @pytest.mark.parametrize("window", [None, 1, 17, 200])
 @pytest.mark.parametrize(("kv_heads", "size"), [(2, 64), (8, 64), (4, 128), (8, 32)])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -62,6 +65,7 @@ def test_kernels_equal_sdpa_forward_and_gradient(
         assert (found - expected).norm() < 1e-2 * (1 + expected.norm())  # a window of one has gradients of 0
 
 
+@CUTE_WARNS
 @pytest.mark.parametrize("name", [package.name for package in FLASH_PACKAGES])
 def test_soft_caps_equal_the_naive_formula(name: str) -> None:
     scores = Scores(1.0, 11, 2.0)
