@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 
 @cache
@@ -22,6 +23,42 @@ def as_operator(
         flash_attn_varlen_func: its public function.
         flash_attn_bwd: its ``_flash_attn_bwd``, which torch's own registration of the package calls as well.
     """
+
+    forward, backward = _forward(flash_attn_varlen_func), _backward(flash_attn_bwd)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
+        ctx.settings = inputs[5:]
+
+    def differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 7
+
+    forward.register_autograd(differentiate, setup_context=keep)
+
+    def attend(  # noqa: PLR0913 - the package's keywords
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int | None, int],
+        softcap: float,
+    ) -> Tensor:
+        assert causal
+        marks = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        output: Tensor = forward(query, key, value, *marks, softmax_scale, window_size[0], softcap)[0]
+        return output
+
+    return attend
+
+
+def _forward(flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]]) -> CustomOpDef:
+    """(query, key, value, where segments and their keys lie, scores) -> output [T, H, D], log-sum-exp [H, T]."""
 
     @torch.library.custom_op("lambdapo::flash4", mutates_args=())
     def forward(  # noqa: PLR0913 - an operator's arguments are its tensors and numbers
@@ -52,6 +89,17 @@ def as_operator(
                 return_lse=True,
             )
         return output.contiguous(), log_sum_HT.contiguous()
+
+    @forward.register_fake
+    def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        num_tokens, num_heads, _size = query.shape
+        return query.new_empty(query.shape), query.new_empty((num_heads, num_tokens), dtype=torch.float32)
+
+    return forward
+
+
+def _backward(flash_attn_bwd: Callable[..., tuple[Tensor, ...]]) -> CustomOpDef:
+    """(the output's gradient, what :func:`_forward` took and gave) -> the gradients of query, key and value."""
 
     @torch.library.custom_op("lambdapo::flash4_backward", mutates_args=())
     def backward(  # noqa: PLR0913 - an operator's arguments are its tensors and numbers
@@ -89,42 +137,9 @@ def as_operator(
         grad_query, grad_key, grad_value = (each.contiguous() for each in gradients[:3])
         return grad_query, grad_key, grad_value
 
-    @forward.register_fake
-    def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        num_tokens, num_heads, _size = query.shape
-        return query.new_empty(query.shape), query.new_empty((num_heads, num_tokens), dtype=torch.float32)
-
     @backward.register_fake
     def _(gradient: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (each.new_empty(each.shape) for each in inputs[:3])
         return query, key, value
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
-        ctx.settings = inputs[5:]
-
-    def differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 7
-
-    forward.register_autograd(differentiate, setup_context=keep)
-
-    def attend(  # noqa: PLR0913 - the package's keywords
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        softmax_scale: float,
-        causal: bool,
-        window_size: tuple[int | None, int],
-        softcap: float,
-    ) -> Tensor:
-        assert causal
-        marks = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        output: Tensor = forward(query, key, value, *marks, softmax_scale, window_size[0], softcap)[0]
-        return output
-
-    return attend
+    return backward
