@@ -23,6 +23,8 @@ def describe_machine() -> dict[str, str]:
 
 
 def _commit() -> str:
+    if not (ROOT / ".git").exists():
+        return "not a checkout"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -44,6 +44,8 @@ class PackedLayout:
     """[N + 1] int32 first token of each segment, then T."""
     max_seqlen: int
     """Tokens of the longest segment."""
+    shapes: tuple[tuple[int, int], ...]
+    """(tokens, keys) of each segment, for those on the host who want to know and not wait for a device."""
     shared: SharedKeys | None = None
     """None where every segment is a document: its keys are its own tokens."""
 
@@ -60,29 +62,24 @@ class PackedLayout:
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
         """Neighbours alike: (segments, tokens of each, keys of each); documents of 3, 3, 2 are (2, 3, 3), (1, 2, 2)."""
-        return tuple((len(list(run)), *shape) for shape, run in groupby(self._shapes))
+        return tuple((len(list(run)), *shape) for shape, run in groupby(self.shapes))
 
     @cached_property
     def num_tokens(self) -> int:
         """T."""
-        return int(self.cu_seqlens[-1])
+        return sum(tokens for tokens, _ in self.shapes)
 
     @property
     def squares(self) -> int:
         """Twice the pairs of query and key: the square of its length for a document."""
-        return sum(keys * keys - (keys - queries) ** 2 for queries, keys in self._shapes)
-
-    @property
-    def _shapes(self) -> list[tuple[int, int]]:
-        """(tokens, keys) of each segment."""
-        return list(zip(self.cu_seqlens.diff().tolist(), self.key_marks.diff().tolist(), strict=True))
+        return sum(keys * keys - (keys - queries) ** 2 for queries, keys in self.shapes)
 
     def to(self, device: torch.device) -> "PackedLayout":
         """The same layout on ``device``."""
         keys = self.shared
         if keys is not None:
             keys = SharedKeys(keys.cu_seqlens.to(device), keys.max_seqlen, keys.index_K.to(device))
-        return PackedLayout(self.cu_seqlens.to(device), self.max_seqlen, keys)
+        return PackedLayout(self.cu_seqlens.to(device), self.max_seqlen, self.shapes, keys)
 
 
 def packed_layout(segments: Sequence[Segment]) -> PackedLayout:
@@ -90,7 +87,7 @@ def packed_layout(segments: Sequence[Segment]) -> PackedLayout:
     lengths = [segment.length for segment in segments]
     cu_seqlens = _marks(lengths)
     if not any(segment.prompt for segment in segments):
-        return PackedLayout(cu_seqlens, max(lengths))
+        return PackedLayout(cu_seqlens, max(lengths), tuple((length, length) for length in lengths))
     marks: list[int] = cu_seqlens.tolist()
     keys = [
         np.arange(*bounds)
@@ -99,7 +96,7 @@ def packed_layout(segments: Sequence[Segment]) -> PackedLayout:
     ]
     counts = [len(segment.prompt) + segment.length for segment in segments]
     shared = SharedKeys(_marks(counts), max(counts), torch.from_numpy(np.concatenate(keys)))
-    return PackedLayout(cu_seqlens, max(lengths), shared)
+    return PackedLayout(cu_seqlens, max(lengths), tuple(zip(lengths, counts, strict=True)), shared)
 
 
 def _marks(lengths: Sequence[int]) -> Tensor:

@@ -67,6 +67,12 @@ class MicroBatch:
     """int64"""
     segment_ids_T: Tensor
     """int64 number of the token's rollout, from 0; that of the first for a prompt that several share."""
+    num_loss_tokens: int
+    """S: how often ``loss_mask_T`` is True, for those on the host who want to know and not wait for a device."""
+
+    def loss_indices(self) -> Tensor:
+        """[S] int64 the tokens with loss, in order."""
+        return torch.nonzero_static(self.loss_mask_T, size=self.num_loss_tokens)[:, 0]
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``."""
@@ -80,6 +86,7 @@ class MicroBatch:
             advantages_T=self.advantages_T.to(device),
             token_versions_T=self.token_versions_T.to(device),
             segment_ids_T=self.segment_ids_T.to(device),
+            num_loss_tokens=self.num_loss_tokens,
         )
 
 
@@ -150,7 +157,7 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
     cut = [(part.sequence, slice(part.rows.start, part.rows.stop)) for part in parts]
     return MicroBatch(
         input_ids_T=_column([sequence.token_ids[rows] for sequence, rows in cut], np.int64),
-        position_ids_T=_column([np.array(part.rows) for part in parts], np.int64),
+        position_ids_T=_column([np.arange(part.rows.start, part.rows.stop) for part in parts], np.int64),
         predictor_T=torch.from_numpy(predictor_T),
         layout=packed_layout(segments),
         loss_mask_T=_column([sequence.loss_mask[rows] for sequence, rows in cut], np.bool_),
@@ -158,6 +165,7 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
         advantages_T=torch.from_numpy(np.repeat(advantages, lengths)),
         token_versions_T=_column([sequence.token_versions[rows] for sequence, rows in cut], np.int64),
         segment_ids_T=torch.from_numpy(np.repeat([part.rollout for part in parts], lengths)),
+        num_loss_tokens=sum(int(sequence.loss_mask[rows].sum()) for sequence, rows in cut),
     )
 
 

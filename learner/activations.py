@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lambdapo_async.errors import ConfigError
-from learner.attention import PackedLayout
+from lambdapo_async.packed_layout import Segment, packed_layout
 
 PROBE_TOKENS = 16
 TOLERANCE = 0.02
@@ -50,7 +50,7 @@ def _probe(model: PreTrainedModel) -> Tensor:
         input_ids=positions_T[None] % model.get_input_embeddings().num_embeddings,
         position_ids=positions_T[None],
         use_cache=False,
-        layout=PackedLayout(torch.tensor([0, PROBE_TOKENS], device=model.device, dtype=torch.int32), PROBE_TOKENS),
+        layout=packed_layout([Segment(PROBE_TOKENS)]).to(model.device),
     )
     hidden: Tensor = output.last_hidden_state
     return hidden

@@ -5,8 +5,10 @@ each other and no [T, T] mask is ever built; see ``lambdapo_async.packed_layout`
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -17,9 +19,13 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from lambdapo_async.packed_layout import PackedLayout
+from learner.flash4 import as_operator
 
 Capability = tuple[int, int]
 """CUDA compute capability: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell."""
+
+GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""torch 2.11 takes fewer key heads than query heads as they come, later versions want to be told."""
 
 VARLEN_CAPABILITY: Capability = (8, 0)
 """Oldest GPU that torch's varlen kernel runs on."""
@@ -45,7 +51,7 @@ class Backend:
     """An implementation of attention."""
 
     name: str
-    """Name for ``attn_implementation``."""
+    """Name for ``attn_implementation``; transformers takes any with "flash" in it for its own."""
     kernel: Kernel
     softcap: bool
     """It can cap scores; where False, ``Scores.softcap`` must be None."""
@@ -118,12 +124,12 @@ class _Gather(torch.autograd.Function):
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
     """torch's own FlashAttention over packed segments; shapes as in ``Kernel``."""
-    output = varlen_attn(
+    attend = partial(varlen_attn, enable_gqa=query.shape[1] != key.shape[1]) if GROUPED_HEADS else varlen_attn
+    output = attend(
         query, gathered(key, layout), gathered(value, layout),
         layout.cu_seqlens, layout.key_marks, layout.max_seqlen, layout.max_keys,
         scale=scores.scale,
         window_size=(-1 if scores.window is None else scores.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     assert isinstance(output, Tensor)  # a pair only when the log-sum-exp is asked for
     return output
@@ -170,13 +176,15 @@ class FlashPackage:
     beyond: Capability | None
     """First GPU that they no longer run on."""
     unbounded: int | None
+    interface: str | None = None
+    """Where ``_flash_attn_bwd`` is, if its function is Python, at which a compiled layer would have to stop."""
 
 
 FLASH_PACKAGES = (
-    FlashPackage("lambdapo_flash4", "flash_attn.cute", (9, 0), None, None),
-    FlashPackage("lambdapo_flash3", "flash_attn_interface", (9, 0), (10, 0), -1),
+    FlashPackage("lambdapo_fa4", "flash_attn.cute", (9, 0), None, None, "flash_attn.cute.interface"),
+    FlashPackage("lambdapo_fa3", "flash_attn_interface", (9, 0), (10, 0), -1),
     # Not flash_attn itself: without version 2 but with version 4 that is an empty namespace.
-    FlashPackage("lambdapo_flash2", "flash_attn.flash_attn_interface", (8, 0), None, -1),
+    FlashPackage("lambdapo_fa2", "flash_attn.flash_attn_interface", (8, 0), None, -1),
 )
 """Newest first."""
 
@@ -204,6 +212,9 @@ def choose_backend(
         runs_here = capability >= package.oldest and (package.beyond is None or capability < package.beyond)
         module = load(package.module) if runs_here else None
         if module is not None:
-            kernel = flash_attention(module.flash_attn_varlen_func, unbounded=package.unbounded)
+            function = module.flash_attn_varlen_func
+            if package.interface is not None and (interface := load(package.interface)) is not None:
+                function = as_operator(function, interface._flash_attn_bwd)
+            kernel = flash_attention(function, unbounded=package.unbounded)
             return Backend(package.name, kernel, softcap=True)
     return Backend("lambdapo_varlen", varlen_attention, softcap=False)

@@ -65,10 +65,10 @@ class ModelFlops:
 
     def training(self, micro_batch: MicroBatch) -> float:
         """Of one forward and backward pass."""
-        num_tokens, num_loss_tokens = len(micro_batch.input_ids_T), int(micro_batch.loss_mask_T.sum())
+        num_tokens = len(micro_batch.input_ids_T)
         return (
             (4.0 * self.body + 2.0 * self.trained_body) * num_tokens
-            + (4.0 * self.head + 2.0 * self.trained_head) * num_loss_tokens
+            + (4.0 * self.head + 2.0 * self.trained_head) * micro_batch.num_loss_tokens
             + 12.0 * self.attention * micro_batch.layout.squares / 2
         )
 

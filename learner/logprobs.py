@@ -37,16 +37,17 @@ def packed_logprobs(
     if context is not None:
         own = own_tokens(len(ids_t), context)
         ids_t, positions_t = shard_tokens(ids_t, context), shard_tokens(positions_t, context)
+    # A rank predicts what comes after its tokens, be it another rank's.
+    predictor_T, index_S = micro_batch.predictor_T, micro_batch.loss_indices()
+    if context is not None:
+        predictor_S = predictor_T.index_select(0, index_S)
+        index_S = index_S[(predictor_S >= own.start) & (predictor_S < own.stop)]
     hidden_tE = model.get_decoder()(
         input_ids=ids_t[None],
         position_ids=positions_t[None],
         use_cache=False,
         layout=micro_batch.layout,
     ).last_hidden_state[0]
-    # A rank predicts what comes after its tokens, be it another rank's.
-    predictor_T = micro_batch.predictor_T
-    is_own_T = (predictor_T >= own.start) & (predictor_T < own.stop)
-    index_S = (micro_batch.loss_mask_T & is_own_T).nonzero()[:, 0]
     logprobs_S, entropy_S = project(
         model.get_output_embeddings(),
         hidden_tE.index_select(0, predictor_T.index_select(0, index_S) - own.start),

@@ -149,7 +149,7 @@ def _prepare(model: PreTrainedModel, source: ModelSource, config: LearnerConfig)
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each decoder layer in place; one graph serves all layers, and no parameter is renamed.
 
-    A second length of the token axis makes that axis symbolic: it compiles twice in all.
+    Lengths are symbolic from the start, for no two micro-batches have the same.
 
     Raises:
         ConfigError: the model does not say what its layers are.
@@ -159,4 +159,4 @@ def compile_layers(model: PreTrainedModel) -> None:
     if not layers:
         raise ConfigError(f"{type(model).__name__} names no layers that could be compiled: set learner.compile = false")
     for layer in layers:
-        layer.compile()
+        layer.compile(dynamic=True)

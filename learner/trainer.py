@@ -84,9 +84,9 @@ class _Tally:
 
     def remember(self, statistics: TokenStatistics, columns: MicroBatch, *, version: int) -> None:
         """Keep what the diagnostics are made of."""
-        mask_T, ages_T = columns.loss_mask_T, version - columns.token_versions_T
+        index_S, ages_T = columns.loss_indices(), version - columns.token_versions_T
         kept = (statistics.logprobs_T, columns.behavior_logprobs_T, columns.segment_ids_T, ages_T)
-        self.columns += [column_T[mask_T].float() for column_T in kept]
+        self.columns += [column_T.index_select(0, index_S).float() for column_T in kept]
 
 
 class Trainer:
@@ -262,7 +262,7 @@ def _sums_of(policy: PolicyLoss, extra: Regularisation, entropy_T: Tensor, colum
         **sums,
         "loss": policy.loss,
         "regularisation": extra.loss,
-        "entropy": entropy_T[columns.loss_mask_T].sum(),
+        "entropy": entropy_T.index_select(0, columns.loss_indices()).sum(),
         "tokens": columns.loss_mask_T.sum(),
     }
 

@@ -57,7 +57,7 @@ class _Batch:
     loss_mask_T: Tensor
     segment_ids_T: Tensor
     counts_N: Tensor
-    """[N] loss tokens of each sequence, at least 1."""
+    """[T] of which the first N are the loss tokens of each sequence, at least 1."""
 
     def segment_sum(self, values_T: Tensor) -> Tensor:
         """[T] sum of ``values_T`` over the token's sequence; ``values_T`` is 0 where masked."""
@@ -148,9 +148,9 @@ def surrogate_of(surrogate: Surrogate) -> SurrogateFunction:
 
 
 def _counts(loss_mask_T: Tensor, segment_ids_T: Tensor) -> Tensor:
-    num_segments = int(segment_ids_T.max()) + 1
-    counts_N = torch.zeros(num_segments, device=loss_mask_T.device).index_add(0, segment_ids_T, loss_mask_T.float())
-    return counts_N.clamp(min=1.0)
+    # As many as there are tokens, at most: their number lies on the device, which need not be waited for.
+    counts_T = torch.zeros(len(segment_ids_T), device=loss_mask_T.device)
+    return counts_T.index_add(0, segment_ids_T, loss_mask_T.float()).clamp(min=1.0)
 
 
 def _ratio(log_ratio_T: Tensor, batch: _Batch, level: str) -> Tensor:

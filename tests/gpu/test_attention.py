@@ -24,6 +24,8 @@ LENGTHS = (5, 1, 130, 2, 64, 333)
 SEGMENTS = (Segment(130), Segment(64), Segment(200, range(130)), Segment(1, range(130)), Segment(140, range(130, 194)))
 """535 tokens as well, two prompts with completions longer and shorter than they are."""
 LAYOUTS = {"documents": packed_layout([Segment(each) for each in LENGTHS]), "shared": packed_layout(SEGMENTS)}
+CUTE_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+"""flash-attn 4 uses what its own compiler calls deprecated."""
 NAMES = ["lambdapo_varlen", *(package.name for package in FLASH_PACKAGES)]
 
 
@@ -44,6 +46,7 @@ def states(kv_heads: int, size: int) -> list[Tensor]:
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
 
 
+@CUTE_WARNS
 @pytest.mark.parametrize("window", [None, 1, 17, 200])
 @pytest.mark.parametrize(("kv_heads", "size"), [(2, 64), (8, 64), (4, 128), (8, 32)])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -59,9 +62,10 @@ def test_kernels_equal_sdpa_forward_and_gradient(
         gradients = torch.autograd.grad(output.float().square().sum(), inputs)
         results.append([tensor.float() for tensor in (output, *gradients)])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+        assert (found - expected).norm() < 1e-2 * (1 + expected.norm())  # a window of one has gradients of 0
 
 
+@CUTE_WARNS
 @pytest.mark.parametrize("name", [package.name for package in FLASH_PACKAGES])
 def test_soft_caps_equal_the_naive_formula(name: str) -> None:
     scores = Scores(1.0, 11, 2.0)
@@ -73,14 +77,19 @@ def test_soft_caps_equal_the_naive_formula(name: str) -> None:
         gradients = torch.autograd.grad(output.float().square().sum(), inputs)
         results.append([tensor.float() for tensor in (output, *gradients)])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+        assert (found - expected).norm() < 1e-2 * (1 + expected.norm())  # a window of one has gradients of 0
 
 
 def test_a_gpu_of_ampere_or_newer_takes_a_packed_kernel() -> None:
     assert select_attention(CUDA) in NAMES
 
 
-def test_the_layout_waits_for_no_gpu_on_the_packed_path() -> None:
-    layout = LAYOUTS["shared"].to(CUDA)
-    varlen_attention(*states(8, 64), layout, Scores(0.125))
-    assert vars(layout).keys() == {"cu_seqlens", "max_seqlen", "shared"}
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_packed_path_waits_for_no_gpu() -> None:
+    layout, inputs = LAYOUTS["shared"].to(CUDA), states(8, 64)
+    torch.cuda.set_sync_debug_mode("error")  # says that it is a prototype, see the mark
+    try:
+        varlen_attention(*inputs, layout, Scores(0.125))
+        assert layout.squares > layout.num_tokens > 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from learner import online_softmax
+from learner.online_softmax import Chunk, Shaping, SoftmaxState, Upstream
 from learner.projection import CHUNK_LOGITS, project
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -41,3 +43,27 @@ def test_peak_memory_is_a_fraction_of_the_logits() -> None:
     before = torch.cuda.memory_allocated()
     run(*given, CHUNK_LOGITS["cuda"])
     assert torch.cuda.max_memory_allocated() - before < 4 * 32_768 * V / 4
+
+
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("has_entropy", [False, True])
+def test_kernels_equal_torchs_passes(soft_cap: float | None, temperature: float, has_entropy: bool) -> None:
+    from learner.softmax_kernels import PASSES
+
+    torch.manual_seed(0)
+    shaping, output_SV = Shaping(temperature, soft_cap), torch.randn(5, 9001, device="cuda") * 3
+    target_S = torch.randint(9001, (5,), device="cuda")
+    states = [SoftmaxState.before(output_SV) for _ in range(2)]
+    for start, stop in ((0, 5000), (5000, 9001)):
+        for fold, state in zip((online_softmax.fold_chunk, PASSES.fold), states, strict=True):
+            fold(state, Chunk(output_SV[:, start:stop].contiguous(), target_S - start), shaping)
+    expected, found = (state.results() for state in states)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    grad_entropy_S = torch.randn(5, device="cuda") if has_entropy else None
+    upstream = Upstream(torch.randn(5, device="cuda"), grad_entropy_S, expected[2], expected[1])
+    gradients = [
+        grad(upstream, Chunk(output_SV.clone(), target_S), shaping)
+        for grad in (online_softmax.grad_of_output, PASSES.grad)
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)

@@ -22,6 +22,7 @@ from lambdapo_async.errors import ConfigError, UserError
 from lambdapo_async.packed_layout import PackedLayout, Segment, SharedKeys, packed_layout
 from learner.attention import register_attention, select_attention
 from learner.attention_kernels import (
+    FLASH_PACKAGES,
     Backend,
     Kernel,
     Scores,
@@ -132,7 +133,7 @@ def run(model: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, layout: Pack
 
 def run_alone(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
     length = ids_T.shape[0]
-    return run(model, ids_T, torch.arange(length), PackedLayout(torch.tensor([0, length], dtype=torch.int32), length))
+    return run(model, ids_T, torch.arange(length), packed_layout([Segment(length)]))
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -233,7 +234,7 @@ def test_check_packing_refuses_attention_across_documents() -> None:
 
     def decode_as_one_document(*, input_ids: Tensor, **inputs: object) -> object:
         total = input_ids.shape[1]
-        one = PackedLayout(torch.tensor([0, total], dtype=torch.int32), total)
+        one = packed_layout([Segment(total)])
         return decode(input_ids=input_ids, **{**inputs, "layout": one})
 
     model.model.forward = decode_as_one_document
@@ -298,10 +299,54 @@ def flash4(  # the parameters of flash-attn-4 4.0 up to softcap
     window_size: tuple[int | None, int | None] = (None, None),
     learnable_sink: Tensor | None = None,
     softcap: float = 0.0,
-) -> tuple[Tensor, None]:
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
     assert window_size[0] is None or window_size[0] >= 0  # it takes -1 for a bound
     layout = layout_given(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return naive_attention(q, k, v, layout, scores_of(softmax_scale, window_size[0], softcap)), None
+    assert return_lse
+    log_sum_HT = torch.zeros(q.shape[1], q.shape[0])
+    return naive_attention(q, k, v, layout, scores_of(softmax_scale, window_size[0], softcap)), log_sum_HT
+
+
+def flash4_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    softcap: float,
+    window_size_left: int | None,
+    window_size_right: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient written out, one segment and head at a time; out and lse are what the forward pass said."""
+    marks = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    layout = layout_given(causal, (window_size_left, window_size_right), *marks)
+    grad_q, grad_k, grad_v = (torch.zeros_like(states) for states in (q, k, v))
+    share, window = q.shape[1] // k.shape[1], layout.max_keys if window_size_left is None else window_size_left
+    for (begin, end), (first, last) in zip(
+        pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
+    ):
+        rows, keys = slice(begin, end), slice(first, last)
+        distance = torch.arange(last - first - end + begin, last - first)[:, None] - torch.arange(last - first)
+        for head in range(q.shape[1]):
+            raw = q[rows, head] @ k[keys, head // share].T * softmax_scale
+            capped = softcap * (raw / softcap).tanh() if softcap else raw
+            slope = 1 - (capped / softcap) ** 2 if softcap else torch.ones_like(raw)
+            p = capped.masked_fill((distance < 0) | (distance > window), -torch.inf).softmax(1)
+            grad_p = dout[rows, head] @ v[keys, head // share].T
+            grad_raw = p * (grad_p - (grad_p * p).sum(1, keepdim=True)) * slope * softmax_scale
+            grad_q[rows, head] = grad_raw @ k[keys, head // share]
+            grad_k[keys, head // share] += grad_raw.T @ q[rows, head]
+            grad_v[keys, head // share] += p.T @ dout[rows, head]
+    return grad_q, grad_k, grad_v
 
 
 def flash3(  # the parameters of flash-attn-3 up to softcap
@@ -364,7 +409,8 @@ def layout_given(
     assert cu_seqlens_k is not None
     assert max_seqlen_k == cu_seqlens_k.diff().max()
     keys = SharedKeys(cu_seqlens_k, max_seqlen_k, torch.arange(int(cu_seqlens_k[-1])))
-    return PackedLayout(cu_seqlens_q, max_seqlen_q, keys)
+    shapes = tuple(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True))
+    return PackedLayout(cu_seqlens_q, max_seqlen_q, shapes, keys)
 
 
 def scores_of(scale: float | None, left: int | None, softcap: float) -> Scores:
@@ -380,6 +426,10 @@ def packages(**functions: Callable[..., object]) -> Callable[[str], ModuleType |
         module = ModuleType(names[generation])
         module.flash_attn_varlen_func = function  # type: ignore[attr-defined]
         modules[names[generation]] = module
+        if generation == "flash4":
+            interface = ModuleType("flash_attn.cute.interface")
+            interface._flash_attn_bwd = flash4_backward  # type: ignore[attr-defined]
+            modules[interface.__name__] = interface
     return modules.get
 
 
@@ -390,7 +440,7 @@ def test_every_flash_attn_is_called_with_its_own_signature(
     function: Callable[..., object], scores: Scores, layout: PackedLayout
 ) -> None:
     backend = choose_backend(HOPPER, packages(**{function.__name__: function}))
-    assert backend.name == f"lambdapo_{function.__name__}"
+    assert backend.name == f"lambdapo_{function.__name__.replace('flash', 'fa')}"
     assert backend.softcap
     found, expected = (
         forward_and_gradients(kernel, states((layout.num_tokens,), 2, 8), layout, scores)
@@ -419,7 +469,15 @@ def test_the_newest_kernel_that_runs_on_the_device_is_chosen(
 ) -> None:
     functions: dict[str, Callable[..., object]] = {"flash4": flash4, "flash3": flash3, "flash2": flash2}
     load = packages(**{name: functions[name] for name in present.split()})
-    assert choose_backend(capability, load).name == f"lambdapo_{chosen}"
+    assert choose_backend(capability, load).name == f"lambdapo_{chosen.replace('flash', 'fa')}"
+
+
+def test_transformers_takes_no_backend_for_its_own() -> None:
+    """It looks for a package of its own, or a download, behind any name with "flash" in it."""
+    model = tiny_model("qwen3")
+    for name in ("lambdapo_varlen", *(package.name for package in FLASH_PACKAGES)):
+        model.set_attn_implementation(register_attention(Backend(name, sdpa_attention, softcap=True)))
+        assert model.config._attn_implementation == name
 
 
 def test_without_a_package_a_gpu_takes_torchs_own() -> None:

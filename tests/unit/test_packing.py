@@ -49,6 +49,7 @@ def assert_intact(micro_batch: MicroBatch, index: int, rows: slice) -> int:
     assert set(micro_batch.advantages_T[rows].tolist()) == {number + 0.5}
     assert micro_batch.token_versions_T[rows].tolist() == expected.token_versions.tolist()
     assert set(micro_batch.segment_ids_T[rows].tolist()) == {index}
+    assert micro_batch.num_loss_tokens == micro_batch.loss_mask_T.sum()
     assert not micro_batch.loss_mask_T[rows.start]
     return number
 
@@ -70,7 +71,7 @@ def test_every_sequence_is_once_in_one_piece(lengths: list[int]) -> None:
 
 def columns(micro_batch: MicroBatch) -> list[torch.Tensor]:
     layout = micro_batch.layout
-    tensors = [getattr(micro_batch, name) for name in MicroBatch.__slots__ if name != "layout"]
+    tensors = [getattr(micro_batch, name) for name in MicroBatch.__slots__ if name not in ("layout", "num_loss_tokens")]
     return [*tensors, layout.cu_seqlens, *([] if layout.shared is None else [layout.key_marks, layout.shared.index_K])]
 
 
