@@ -21,6 +21,7 @@ from lambdapo_async.journal.records import (
     decode_record,
     encode_record,
 )
+from lambdapo_async.journal.receipts import Receipts, ReceiptsState
 from lambdapo_async.journal.redo import redo, survey
 from lambdapo_async.journal.segment import SegmentWriter
 from lambdapo_async.rollout import Lease
@@ -332,9 +333,9 @@ def test_survey_raises_marks() -> None:
         (8, VersionRecord(40)),
         (9, group(2, producer="b", split="heldout")),
     ]
-    marks = survey(records, watermarks={"a": 7, "c": 9}, taken=5)
-    assert marks.watermarks == {"a": 8, "b": 2, "c": 9}
-    assert (marks.version, marks.next_index, marks.num_waiting) == (40, 9, 1)
+    receipts = Receipts(ReceiptsState(watermarks={"a": 7, "c": 9}, next_index=8, holes=(1,)))
+    assert survey(records, receipts) == 40
+    assert receipts.state() == ReceiptsState(watermarks={"a": 8, "b": 2, "c": 9}, next_index=9, holes=())
 
 
 def test_redo_gives_each_step_what_it_was_offered() -> None:
