@@ -133,7 +133,7 @@ class BrokerConfig(Section):
     url: str = "redis://127.0.0.1:6379/0"
     """Also from ``--redis-url`` or REDIS_URL; never published, its password never logged."""
     max_groups: PositiveInt = 4096
-    """Groups in the queue, the learner's uncommitted ones included."""
+    """Groups in the queue; they leave it as soon as the learner's disk holds them."""
     max_bytes: PositiveInt = 2 * 1024**3
     """Payload bytes in the queue."""
     lease_s: PositiveFloat = 60.0
