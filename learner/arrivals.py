@@ -126,7 +126,10 @@ class Screen:
         """Sum of |advantage|, a pure function of the stored group: confidence under the behavior policy."""
         if self._config.replay.max_uses == 1:
             return 1.0  # a plain stream draws nothing
-        rewards_1G, confidence_1G = torch.tensor(received.group.rewards[None]), torch.tensor(received.confidence_G[None])
+        rewards_1G, confidence_1G = (
+            torch.tensor(received.group.rewards[None]),
+            torch.tensor(received.confidence_G[None]),
+        )
         return float(estimate_advantages(rewards_1G, confidence_1G, self._config.objective.advantage).abs().sum())
 
     def _has_no_signal(self, group: RolloutGroup) -> bool:

@@ -142,6 +142,8 @@ class BrokerConfig(Section):
     """Seconds between an actor's heartbeats (each renews its leases)."""
     timeout_s: PositiveFloat = 30.0
     """Deadline of one Redis call, retries included."""
+    outage_s: PositiveFloat = 600.0
+    """Seconds without Redis, or with one that keeps losing data, after which a process gives up."""
 
 
 class ActorConfig(Section):

@@ -19,6 +19,8 @@ DUPLICATE: Final = "duplicate"
 """Discarded because the prompt's answer is here already."""
 UNLEASED: Final = "unleased"
 """Discarded because nobody can have been asked for it."""
+NOT_COUNTED = (DUPLICATE, UNLEASED)
+"""Discards that answer no prompt: they are neither waiting nor consumed."""
 MAX_AHEAD = 2**20
 """Training indices this far beyond all others were never leased: believed, one would make a million holes."""
 
@@ -44,14 +46,25 @@ class Receipts:
         self._watermarks = dict(state.watermarks)
         self._next_index, self._holes = state.next_index, set(state.holes)
 
+    def copy(self) -> "Receipts":
+        """One that learns by itself from here on."""
+        copied = Receipts()
+        copied._watermarks, copied._holes = dict(self._watermarks), set(self._holes)
+        copied._next_index = self._next_index
+        return copied
+
     @property
     def num_received(self) -> int:
         """Training prompts whose answer is here, trained on or not."""
         return self._next_index - len(self._holes)
 
+    def watermark(self, producer: str) -> int:
+        """Last sequence number of ``producer`` that was journaled; 0 before the first."""
+        return self._watermarks.get(producer, 0)
+
     def is_known(self, descriptor: Descriptor) -> bool:
         """Whether this very message was journaled before."""
-        return descriptor.seq <= self._watermarks.get(descriptor.producer, 0)
+        return descriptor.seq <= self.watermark(descriptor.producer)
 
     def judge(self, record: GroupRecord) -> GroupRecord:
         """``record``, or its discard without payload where the answer is here already or was never asked for."""
@@ -68,7 +81,7 @@ class Receipts:
         """``record``, as judged, is in the journal; to hear of it again changes nothing."""
         of = record.descriptor
         # A producer's numbers are consecutive, but the queue may have set one aside that nobody could read.
-        self._watermarks[of.producer] = max(of.seq, self._watermarks.get(of.producer, 0))
+        self._watermarks[of.producer] = max(of.seq, self.watermark(of.producer))
         if of.lease.split != "train" or record.discarded == UNLEASED:
             return
         self._holes.discard(of.lease.index)
@@ -77,9 +90,7 @@ class Receipts:
 
     def state(self) -> ReceiptsState:
         """For the checkpoint, and for Redis to agree with."""
-        return ReceiptsState(
-            watermarks=self._watermarks, next_index=self._next_index, holes=tuple(sorted(self._holes))
-        )
+        return ReceiptsState(watermarks=self._watermarks, next_index=self._next_index, holes=tuple(sorted(self._holes)))
 
     def _is_received(self, index: int) -> bool:
         return index < self._next_index and index not in self._holes

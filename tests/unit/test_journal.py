@@ -12,6 +12,7 @@ from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.errors import FencedError
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.journal import Journal
+from lambdapo_async.journal.receipts import Receipts, ReceiptsState
 from lambdapo_async.journal.records import (
     GroupRecord,
     JournalError,
@@ -21,7 +22,6 @@ from lambdapo_async.journal.records import (
     decode_record,
     encode_record,
 )
-from lambdapo_async.journal.receipts import Receipts, ReceiptsState
 from lambdapo_async.journal.redo import redo, survey
 from lambdapo_async.journal.segment import SegmentWriter
 from lambdapo_async.rollout import Lease

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.journal.journal import Journal
-from lambdapo_async.journal.records import GroupRecord, StepRecord
 from lambdapo_async.journal.receipts import Receipts, ReceiptsState
+from lambdapo_async.journal.records import GroupRecord, StepRecord
 from lambdapo_async.journal.redo import redo, survey
 from lambdapo_async.replay.bias import BiasMeter, BiasState, GroupShape
 from lambdapo_async.replay.limits import ReplayError, ReplayLimits
