@@ -142,6 +142,8 @@ class BrokerConfig(Section):
     """Seconds between an actor's heartbeats (each renews its leases)."""
     timeout_s: PositiveFloat = 30.0
     """Deadline of one Redis call, retries included."""
+    outage_s: PositiveFloat = 600.0
+    """How long an actor waits for a Redis that is away or empty, or for a learner that gives no sign of life."""
 
 
 class ActorConfig(Section):
@@ -174,5 +176,8 @@ class ActorConfig(Section):
     canary_minutes: PositiveFloat = 10.0
     """Minutes between two comparisons of an actor's log-probabilities with the learner's; the first comes before it
     samples anything."""
+    spool_dir: Path | None = None
+    """Where an actor keeps groups until the learner holds them; None is a folder of the user's in the folder that
+    TMPDIR names. The next actor of the run on the same machine sends what a dead one left there."""
     drain_s: PositiveFloat = 30.0
     """After SIGTERM unfinished groups get this long before their leases are handed back."""
