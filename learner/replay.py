@@ -98,12 +98,13 @@ def replay(recording: Recording, output: Path) -> None:
     device = pick_device(config.learner.device)
     with join_ranks(device, context_size=config.learner.context_parallel) as ranks:
         if ranks.is_main:
-            _lead(recording, output, ranks)
+            replay_on(ranks, recording, output)
         else:
             run_member(config, ranks)
 
 
-def _lead(recording: Recording, output: Path, ranks: Ranks) -> None:
+def replay_on(ranks: Ranks, recording: Recording, output: Path) -> None:
+    """Rank 0's part of :func:`replay`."""
     config = recording.config
     resolve_objective(config)
     check_output(output)

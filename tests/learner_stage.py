@@ -88,8 +88,8 @@ class Stage:
         origin = Origin(str(folder / "model"), checkpoint)
         origin.share(ranks)
         self.policy, reference = load_trainees(settings, origin, ranks)
-        self.canary_store = WatchedCanary(run, self.policy)
-        run.canary = self.canary_store
+        if ranks.is_alone:  # it looks at the weights, in which other ranks would have to join
+            run.canary = self.canary_store = WatchedCanary(run, self.policy)
         start = Start(
             run, "run", settings, folder, fence, checkpoints, checkpoint, self.policy, reference, ROWS,
             [canary_sequence([1, 2], [3, 4])], ranks,
