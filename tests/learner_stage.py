@@ -21,12 +21,13 @@ from lambdapo_async.tasks.interface import Row
 from lambdapo_async.weights.canary import Canary
 from lambdapo_async.weights.state import State
 from lambdapo_async.wire import encode_group
-from learner.assembly import JOURNAL_FOLDER, Rows, Start, assemble
+from learner.assembly import JOURNAL_FOLDER, Start, assemble
 from learner.canary import canary_sequence
 from learner.checkpoint import CheckpointStore
 from learner.crew_member import Origin, load_trainees
 from learner.parallel import ALONE, Ranks
 from learner.policy import Policy
+from learner.publication import Rows
 from tests.fakes_broker import FakeRun
 from tests.groups import make_group
 from tests.random_groups import random_group

@@ -8,7 +8,6 @@ import pytest
 
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.journal.records import JournalError, VersionRecord
-from lambdapo_async.replay.limits import ReplayError
 from learner.replay import Recording, replay
 from tests.fakes_broker import FakeRun
 from tests.learner_stage import Stage, acting, journal_of, stage_config, staged, trained_in
@@ -142,8 +141,8 @@ def test_another_loss_trains_on_the_same_groups(folder: Path) -> None:
     assert (other / "final" / "config.json").exists()
     with pytest.raises(ConfigError, match="is not empty"):
         replay(Recording.open(folder, [model]), other)
-    with pytest.raises(ReplayError, match="not in the replay queue"):
-        replay(Recording.open(folder, [model, "rollout.groups_per_step=3"]), folder / "tight")
+    with pytest.raises(ConfigError, match="rollout cannot be changed"):
+        Recording.open(folder, [model, "rollout.groups_per_step=3"])
 
 
 def test_only_a_whole_recording_can_be_replayed(folder: Path) -> None:
