@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -36,6 +37,7 @@ FLEETS = (1, 10, 100, 1000)
 SIZES = (198_000, 1_570_000)
 LEASED_AT_ONCE = 4
 READ_AT_ONCE = 64
+STEP_GROUPS = 64
 REPLY_BYTES = 16 * 1024**2
 """Of one read, for both: far below the server's output buffer limit."""
 MAX_BYTES = 512 * 1024**2
@@ -79,13 +81,16 @@ def consume_ours(
         cpu_before = time.process_time()
         times: list[float] = []
         marks: dict[str, int] = {}
+        released = 0
         while not stop.is_set():
             deliveries = source.read(READ_AT_ONCE, timeout_s=0.1)
             if deliveries:
                 marks |= {one.descriptor.producer: one.descriptor.seq for one in deliveries}
                 source.commit(marks)
                 times += [time.monotonic()] * len(deliveries)
-                source.release(len(times))
+                if len(times) - released >= STEP_GROUPS:
+                    released = len(times)
+                    source.release(released)
     counts.put((times, time.process_time() - cpu_before))
 
 
@@ -222,17 +227,34 @@ def measure(kind: str, url: str, num_actors: int, num_bytes: int, seconds: float
     return found
 
 
-def main(seconds: float = 3.0, rounds: int = 3, output: Path = RESULT) -> None:
-    """Measure every fleet and size, ours and the bare stream in turn; write the medians."""
+def measure_reverb(python: Path, num_actors: int, num_bytes: int, seconds: float) -> dict[str, float]:
+    """The same bytes through dm-reverb, in its own environment."""
+    script = ROOT / "benchmarks" / "fleet_reverb.py"
+    done = subprocess.run(
+        [python, script, str(num_bytes), str(num_actors), str(seconds)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=TIMEOUT_S + seconds, check=True, cwd=script.parent,
+    )  # fmt: skip
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main(seconds: float = 3.0, rounds: int = 3, output: Path = RESULT, reverb_python: Path | None = None) -> None:
+    """Measure every fleet and size, the streams in turn; write the medians.
+
+    ``--reverb-python`` is the interpreter of an environment with ``dm-reverb[tensorflow]``; without it that column is
+    left out.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as folder, embedded_server(Path(folder)) as url:
         with contextlib.closing(connect(url, timeout_s=TIMEOUT_S)) as client:
             version = client.info("server")["redis_version"]
         for num_bytes, num_actors in itertools.product(SIZES, FLEETS):
-            found = {kind: [measure(kind, url, num_actors, num_bytes, seconds)] for kind in ("ours", "bare")}
-            for _ in range(rounds - 1):
-                for kind, results in found.items():
-                    results.append(measure(kind, url, num_actors, num_bytes, seconds))
+            found: dict[str, list[dict[str, float]]] = {"ours": [], "bare": [], "reverb": []}
+            for _ in range(rounds):
+                for kind in ("ours", "bare"):
+                    found[kind].append(measure(kind, url, num_actors, num_bytes, seconds))
+                if reverb_python is not None:
+                    found["reverb"].append(measure_reverb(reverb_python, num_actors, num_bytes, seconds))
             pairs = list(zip(found["ours"], found["bare"], strict=True))
             in_time = [ours["groups_per_s"] / bare["groups_per_s"] for ours, bare in pairs]
             in_cpu = [bare["cpu_ms_per_group"] / ours["cpu_ms_per_group"] for ours, bare in pairs]
@@ -242,7 +264,7 @@ def main(seconds: float = 3.0, rounds: int = 3, output: Path = RESULT) -> None:
                 "share_of_bare": statistics.median(in_time),
                 "share_of_bare_in_cpu": statistics.median(in_cpu),
                 "all_shares": {"in_time": in_time, "in_cpu": in_cpu},
-                **{kind: medians(results) for kind, results in found.items()},
+                **{kind: medians(results) for kind, results in found.items() if results},
             }
             rows.append(row)
             typer.echo(json.dumps(row))
