@@ -10,8 +10,10 @@ import time
 from dataclasses import dataclass
 
 from actors.canary import ActorCanary
-from actors.engine import Completion, InferenceEngine
+from actors.continuation import continue_group
+from actors.engine import CUT_OFF_S, Completion, InferenceEngine
 from actors.follower import WeightFollower
+from actors.handoff import Handoff, Sampled
 from actors.meter import EngineMeter
 from actors.outbox import Outbox
 from actors.prompts import LeasedPrompts, Prompt
@@ -39,6 +41,7 @@ class ActorParts:
     prompts: LeasedPrompts
     scorer: Scorer
     outbox: Outbox
+    handoff: Handoff
     admission: Admission
     fleet: Fleet
     run_store: RunStore
@@ -54,6 +57,7 @@ class Actor:
         self._in_flight: dict[Lease, asyncio.Task[None]] = {}
         self._delivering: set[Lease] = set()
         self._owed: set[Lease] = set()
+        self._unsent: dict[Lease, Sampled] = {}
         self._draining = asyncio.Event()
         self._slot_freed = asyncio.Event()
         self._lost_leases = 0
@@ -84,11 +88,11 @@ class Actor:
                 loops.create_task(self._parts.canary.watch(), name="watch_canary"),
                 loops.create_task(self._beat(), name="beat"),
             ]
-            await self._sample()
+            await self._answer_leases()
             for task in background:
                 task.cancel()
 
-    async def _sample(self) -> None:
+    async def _answer_leases(self) -> None:
         """Keep ``groups_in_flight`` groups going.
 
         consumes: leases    waits for: the admission gate, a free slot    unblocks: the learner's next batch
@@ -125,45 +129,52 @@ class Actor:
     def _forget(self, lease: Lease, answer: asyncio.Task[None]) -> None:
         self._in_flight.pop(lease, None)
         self._delivering.discard(lease)
-        if not answer.cancelled() and answer.exception() is None:
+        if not answer.cancelled() and answer.exception() is None and lease not in self._unsent:
             self._owed.discard(lease)
         self._slot_freed.set()
 
     async def _answer(self, lease: Lease) -> None:
         """One lease, from prompt to delivered group."""
         prompt = await asyncio.to_thread(self._parts.prompts.of, lease)
+        version = self._parts.engine.policy_version
+        begun = await asyncio.to_thread(self._parts.handoff.take, lease, prompt, version=version)
+        sampled = await self._sample(prompt, begun)
+        self._unsent[lease] = sampled
+        if sampled.is_cut_off:
+            return  # the lease is still owed: signing off hands it back, with what there is
+        sampled_at = time.monotonic()
+        texts = await asyncio.to_thread(self._parts.prompts.decode, sampled.completions)
+        scores = await self._parts.scorer.score(prompt.row, texts)
+        self._delivering.add(lease)
+        await self._parts.outbox.send(self._group(lease, sampled, texts, scores, time.monotonic() - sampled_at))
+        del self._unsent[lease]
+        await asyncio.to_thread(self._parts.handoff.done, lease)
+
+    async def _sample(self, prompt: Prompt, begun: Sampled | None) -> Sampled:
+        """All samples of ``prompt``, from its beginning or from where another actor left them."""
         started_at, started = time.time(), time.monotonic()
         with self._meter.request():
-            completions = await self._sample_group(prompt)
-        sampled = time.monotonic()
-        self._meter.count(len(completions), sum(len(completion.token_ids) for completion in completions))
-        if any(completion.finish_reason == "abort" for completion in completions):
-            await asyncio.to_thread(self._parts.admission.hand_back, [lease])
-            return
-        texts = await asyncio.to_thread(self._parts.prompts.decode, completions)
-        scores = await self._parts.scorer.score(prompt.row, texts)
-        timing = Timing(started_at=started_at, generation_s=sampled - started, scoring_s=time.monotonic() - sampled)
-        self._delivering.add(lease)
-        await self._parts.outbox.send(self._group(lease, prompt, completions, texts, scores, timing))
+            completions = await self._completions(prompt, begun)
+        generation_s = time.monotonic() - started
+        if begun is not None:
+            started_at, generation_s = begun.started_at, begun.generation_s + generation_s
+        sampled = Sampled(prompt=prompt, completions=completions, started_at=started_at, generation_s=generation_s)
+        self._meter.count(len(completions), sampled.num_tokens - (0 if begun is None else begun.num_tokens))
+        return sampled
 
-    async def _sample_group(self, prompt: Prompt) -> tuple[Completion, ...]:
-        deadline_s = self._config.actor.group_timeout_s
+    async def _completions(self, prompt: Prompt, begun: Sampled | None) -> tuple[Completion, ...]:
+        engine, deadline_s = self._parts.engine, self._config.actor.group_timeout_s
+        prompt_ids, sampling = prompt.token_ids.tolist(), self._config.sampling
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._parts.engine.sample_group(
-                    prompt.token_ids.tolist(), size=prompt.num_samples, sampling=self._config.sampling
-                )
+                if begun is not None:
+                    return await continue_group(engine, prompt_ids, begun.completions, sampling=sampling)
+                return await engine.sample_group(prompt_ids, size=prompt.num_samples, sampling=sampling)
         except TimeoutError as error:
             raise EngineError(f"a group was not sampled within actor.group_timeout_s = {deadline_s:g} s") from error
 
     def _group(
-        self,
-        lease: Lease,
-        prompt: Prompt,
-        completions: tuple[Completion, ...],
-        texts: list[str],
-        scores: list[Scored],
-        timing: Timing,
+        self, lease: Lease, sampled: Sampled, texts: list[str], scores: list[Scored], scoring_s: float
     ) -> RolloutGroup:
         rollouts = tuple(
             Rollout(
@@ -175,14 +186,14 @@ class Actor:
                 reward=scored.reward,
                 reward_parts=scored.parts,
             )
-            for completion, text, scored in zip(completions, texts, scores, strict=True)
+            for completion, text, scored in zip(sampled.completions, texts, scores, strict=True)
         )
         return RolloutGroup(
             lease=lease,
-            prompt_ids=prompt.token_ids,
+            prompt_ids=sampled.prompt.token_ids,
             rollouts=rollouts,
             actor_id=self._parts.actor_id,
-            timing=timing,
+            timing=Timing(started_at=sampled.started_at, generation_s=sampled.generation_s, scoring_s=scoring_s),
         )
 
     async def _finish_or_cancel(self) -> None:
@@ -190,6 +201,10 @@ class Actor:
         if not self._in_flight:
             return
         await asyncio.wait(list(self._in_flight.values()), timeout=self._config.actor.drain_s)
+        sampling = [task for lease, task in self._in_flight.items() if lease not in self._unsent]
+        if sampling and self._config.actor.handoff:
+            await self._parts.engine.abort_all()  # each returns what it has
+            await asyncio.wait(sampling, timeout=CUT_OFF_S)
         for task in self._in_flight.values():
             task.cancel()
 
@@ -214,6 +229,7 @@ class Actor:
         task = self._in_flight.get(lease)
         if task is not None and lease not in self._delivering:
             self._lost_leases += 1
+            self._unsent.pop(lease, None)
             self._owed.discard(lease)
             task.cancel()
 
@@ -239,6 +255,7 @@ class Actor:
             counters={
                 **parts.follower.counters(),
                 **parts.canary.counters(),
+                **parts.handoff.counters(),
                 "groups_late": parts.outbox.late,
                 "outbox_restarts": parts.outbox.restarts,
                 "leases_lost": self._lost_leases,
@@ -251,6 +268,7 @@ class Actor:
         """Hand back what was not answered, and leave the fleet."""
         if self._owed:
             logger.info("handing back %d unanswered leases", len(self._owed))
+            await asyncio.to_thread(self._parts.handoff.leave, self._unsent)
             await asyncio.to_thread(self._parts.admission.hand_back, sorted(self._owed, key=lambda lease: lease.index))
         await asyncio.to_thread(self._parts.fleet.leave, self._parts.actor_id)
 

@@ -14,6 +14,7 @@ from actors.between_groups import BetweenGroups
 from actors.canary import ActorCanary
 from actors.engine import InferenceEngine
 from actors.follower import WeightFollower
+from actors.handoff import Handoff
 from actors.outbox import Outbox
 from actors.prompts import LeasedPrompts
 from actors.scoring import Scorer
@@ -113,10 +114,25 @@ def _assemble(
             epoch=run.run_store.state().epoch,
             full_timeout_s=config.learner.data_timeout_s,
         ),
+        handoff=Handoff(
+            run.partials(actor_id),
+            config,
+            actor_id=actor_id,
+            vocab_size=_vocab_size(scratch / "model"),
+            newest_version=lambda: run.run_store.state().version,
+        ),
         admission=run.admission(actor_id),
         fleet=run.fleet,
         run_store=run.run_store,
     )
+
+
+def _vocab_size(model_folder: Path) -> int:
+    """Token ids that the model knows: an engine fails on any other."""
+    from transformers import AutoConfig
+
+    num_tokens: int = AutoConfig.from_pretrained(model_folder).get_text_config().vocab_size
+    return num_tokens
 
 
 def _write_model_files(run: RedisRun, scratch: Path) -> Path:

@@ -5,7 +5,7 @@ The braces are a hash tag: a cluster keeps the whole run in one slot, so that sc
 
 from dataclasses import dataclass
 
-from lambdapo_async.rollout import Split
+from lambdapo_async.rollout import Lease, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,15 @@ class RunKeys:
     def grant(self, actor_id: str) -> bytes:
         """String, expiring: request id and lease ids of the actor's last grant, for a lost reply."""
         return self._key(f"grant:{actor_id}")
+
+    @property
+    def partials(self) -> bytes:
+        """Hash: lease id -> expiry in milliseconds of server time, a blank, bytes of its partial."""
+        return self._key("partials")
+
+    def partial(self, lease: Lease) -> bytes:
+        """String, expiring: what an actor left of an unfinished group."""
+        return self._key(f"part:{lease.id}")
 
     @property
     def fleet(self) -> bytes:

@@ -21,6 +21,7 @@ from lambdapo_async.broker.interface import (
     RunLimits,
     RunState,
 )
+from lambdapo_async.broker.partials import SHARE_OF_QUEUE
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerError, FencedError, RunNotFoundError, TaskError, WeightsError
 from lambdapo_async.rollout import Lease, Split
@@ -57,6 +58,7 @@ class FakeRedisRun:
     committed: dict[str, int] = field(default_factory=dict)
     held: dict[Lease, tuple[str, float]] = field(default_factory=dict)
     lines: dict[Split, deque[Lease]] = field(default_factory=lambda: {"train": deque(), "heldout": deque()})
+    partials: dict[Lease, bytes] = field(default_factory=dict)
     answered: set[Lease] = field(default_factory=set)
     beats: dict[str, tuple[Heartbeat, float]] = field(default_factory=dict)
     weight_files: dict[Available, bytes] = field(default_factory=dict)
@@ -128,6 +130,34 @@ class FakeAdmission:
         with self._state.lock:
             ours = [lease for lease in leases if self._state.held.get(lease, ("",))[0] == self._actor_id]
             self._state.put_in_front(ours)
+
+
+class FakePartials:
+    """``interface.PartialStore``; nothing expires."""
+
+    def __init__(self, state: FakeRedisRun, actor_id: str) -> None:
+        self._state, self._actor_id = state, actor_id
+
+    def leave(self, lease: Lease, payload: bytes) -> bool:
+        state = self._state
+        with state.lock:
+            others = sum(len(kept) for of, kept in state.partials.items() if of != lease)
+            limit = 0.0 if state.limits is None else state.limits.max_bytes / SHARE_OF_QUEUE
+            if not self._holds(lease) or others + len(payload) > limit:
+                return False
+            state.partials[lease] = payload
+            return True
+
+    def take(self, lease: Lease) -> bytes | None:
+        with self._state.lock:
+            return self._state.partials.get(lease) if self._holds(lease) else None
+
+    def forget(self, lease: Lease) -> None:
+        with self._state.lock:
+            self._state.partials.pop(lease, None)
+
+    def _holds(self, lease: Lease) -> bool:
+        return self._state.held.get(lease, ("",))[0] == self._actor_id
 
 
 class FakeRolloutSink:
@@ -395,6 +425,9 @@ class FakeRun:
 
     def admission(self, actor_id: str) -> FakeAdmission:
         return FakeAdmission(self.shared, actor_id)
+
+    def partials(self, actor_id: str) -> FakePartials:
+        return FakePartials(self.shared, actor_id)
 
     def sink(self) -> FakeRolloutSink:
         return FakeRolloutSink(self.shared)

@@ -171,6 +171,19 @@ class Admission(Protocol):
         """Give leases up unanswered; they are granted next."""
 
 
+class PartialStore(Protocol):
+    """Unfinished groups between two actors, bounded in bytes and time; to lose one costs only its tokens."""
+
+    def leave(self, lease: Lease, payload: bytes) -> bool:
+        """Keep what was sampled of a lease that we hold and hand back next; False if it is lost or nothing fits."""
+
+    def take(self, lease: Lease) -> bytes | None:
+        """What was left of a lease that we hold; None for nothing, empty bytes where it was lost."""
+
+    def forget(self, lease: Lease) -> None:
+        """Delete it: the group is on its way, or the partial is of no use."""
+
+
 class RolloutSink(Protocol):
     """The actor's end of the queue: one outstanding offer per producer."""
 

@@ -9,6 +9,7 @@ from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.fleet import RedisFleet
 from lambdapo_async.broker.interface import RunLimits
 from lambdapo_async.broker.ownership import Ownership
+from lambdapo_async.broker.partials import RedisPartials
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.run_store import RedisRunStore
@@ -56,6 +57,10 @@ class RedisRun:
     def admission(self, actor_id: str) -> RedisAdmission:
         """The leases of one actor."""
         return RedisAdmission(self._broker, self.keys, actor_id)
+
+    def partials(self, actor_id: str) -> RedisPartials:
+        """Unfinished groups, as one actor leaves and takes them."""
+        return RedisPartials(self._broker, self.keys, actor_id)
 
     def sink(self) -> RedisRolloutSink:
         """The actor's end of the queue; its producers are named ``<actor_id>.<number>``, as leases are by actor."""

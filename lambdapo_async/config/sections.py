@@ -176,3 +176,5 @@ class ActorConfig(Section):
     samples anything."""
     drain_s: PositiveFloat = 30.0
     """After SIGTERM unfinished groups get this long before their leases are handed back."""
+    handoff: bool = False
+    """Hand back what was sampled of those groups, too: the next actor continues them instead of starting anew."""
