@@ -292,7 +292,7 @@ class SlowingEngine(ScriptedEngine):
 
     def __init__(self) -> None:
         super().__init__(bigram_script(VOCAB), eos_token_id=EOS, max_length=32)
-        self.is_paused = True
+        self.is_paused, self.num_paused = True, 0
 
     async def sample_group(self, prompt_ids, *, size, sampling, seed=None):
         if self.is_paused:
@@ -300,6 +300,7 @@ class SlowingEngine(ScriptedEngine):
         completions = await super().sample_group(prompt_ids, size=size, sampling=sampling, seed=seed)
         if not self.is_paused:
             return completions
+        self.num_paused += 1
         while self.is_paused:
             await asyncio.sleep(0.001)
         return tuple(
@@ -315,11 +316,11 @@ async def test_another_actor_continues_what_a_drained_one_began(tmp_path: Path) 
     """The finished group carries the tokens, log-probabilities and versions of both."""
     stage = Stage(tmp_path)
     hasty = config_with(drain_s=0.05, handoff=True)
-    stage.engine = SlowingEngine()
+    stage.engine = slowing = SlowingEngine()
     stage.actor = Actor(stage.parts(hasty))
     stage.open()
     async with acting(stage) as task:
-        await stage.until(lambda: stage.source.stats().leased == 3)
+        await stage.until(lambda: slowing.num_paused == 3)
         stage.actor.drain()
         await asyncio.wait_for(task, TIMEOUT_S)
     stats = stage.source.stats()
