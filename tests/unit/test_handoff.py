@@ -13,6 +13,7 @@ from lambdapo_async.config import RunConfig
 from lambdapo_async.rollout import FinishReason, Lease, VersionSpan
 from lambdapo_async.tasks.interface import Row
 from lambdapo_async.wire import decode_group, encode_group
+from tests.contract.broker_world import durable
 from tests.fakes_broker import FakeRun
 
 VOCAB = 20
@@ -49,7 +50,7 @@ class World:
         self.run = FakeRun("world")
         self.run.run_store.create(b"{}", {}, fence=1)
         source = self.run.source(1, RunLimits.of(CONFIG))
-        source.initialise(watermarks={}, consumed=0, next_index=0)
+        source.initialise(durable())
         self.run.run_store.set_phase("running", fence=1)
         self.admission = self.run.admission("a")
         assert LEASE in self.admission.lease(1)
