@@ -13,16 +13,17 @@ from actors.canary import ActorCanary
 from actors.continuation import continue_group
 from actors.engine import CUT_OFF_S, Completion, InferenceEngine
 from actors.follower import WeightFollower
-from actors.handoff import Handoff, Sampled
+from actors.handoff import Handoff
+from actors.holding import Holding, HoldLimits
 from actors.meter import EngineMeter
 from actors.outbox import Outbox
 from actors.prompts import LeasedPrompts, Prompt
+from actors.sampled import Sampled
 from actors.scoring import Scorer
 from lambdapo_async.broker.interface import Admission, Fleet, Heartbeat, RunStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import BrokerError, EngineError
-from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing
-from lambdapo_async.tasks.interface import Scored
+from lambdapo_async.rollout import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Actor:
         self._parts = parts
         self._config = parts.config
         self._meter = EngineMeter()
+        self._holding = Holding(HoldLimits.of(parts.config))
         self._in_flight: dict[Lease, asyncio.Task[None]] = {}
         self._delivering: set[Lease] = set()
         self._owed: set[Lease] = set()
@@ -93,15 +95,17 @@ class Actor:
                 task.cancel()
 
     async def _answer_leases(self) -> None:
-        """Keep ``groups_in_flight`` groups going.
+        """Keep as many groups going as suit this actor's speed.
 
         consumes: leases    waits for: the admission gate, a free slot    unblocks: the learner's next batch
         """
         async with asyncio.TaskGroup() as groups:
             while not self._draining.is_set():
-                free = self._config.actor.groups_in_flight - len(self._in_flight)
-                leases = await self._lease(free)
+                now = time.monotonic()
+                self._holding.saw_version(self._parts.engine.policy_version, now)
+                leases = await self._lease(self._holding.target(now) - len(self._in_flight))
                 for lease in leases:
+                    self._holding.leased(lease, now)
                     task = groups.create_task(self._answer(lease), name=lease.id)
                     self._in_flight[lease] = task
                     self._owed.add(lease)
@@ -112,7 +116,7 @@ class Actor:
 
     async def _lease(self, free: int) -> tuple[Lease, ...]:
         # A prompt leased while newer weights are on their way would be answered by the old ones.
-        if free == 0 or self._parts.follower.is_behind or not self._parts.canary.is_admitted:
+        if free <= 0 or self._parts.follower.is_behind or not self._parts.canary.is_admitted:
             return ()
         return await asyncio.to_thread(self._parts.admission.lease, free)
 
@@ -128,8 +132,10 @@ class Actor:
 
     def _forget(self, lease: Lease, answer: asyncio.Task[None]) -> None:
         self._in_flight.pop(lease, None)
+        is_answered = not answer.cancelled() and answer.exception() is None and lease not in self._unsent
+        self._holding.ended(lease, time.monotonic(), is_delivered=is_answered)
         self._delivering.discard(lease)
-        if not answer.cancelled() and answer.exception() is None and lease not in self._unsent:
+        if is_answered:
             self._owed.discard(lease)
         self._slot_freed.set()
 
@@ -138,7 +144,7 @@ class Actor:
         prompt = await asyncio.to_thread(self._parts.prompts.of, lease)
         version = self._parts.engine.policy_version
         begun = await asyncio.to_thread(self._parts.handoff.take, lease, prompt, version=version)
-        sampled = await self._sample(prompt, begun)
+        sampled = await self._sample(lease, prompt, begun)
         self._unsent[lease] = sampled
         if sampled.is_cut_off:
             return  # the lease is still owed: signing off hands it back, with what there is
@@ -146,16 +152,18 @@ class Actor:
         texts = await asyncio.to_thread(self._parts.prompts.decode, sampled.completions)
         scores = await self._parts.scorer.score(prompt.row, texts)
         self._delivering.add(lease)
-        await self._parts.outbox.send(self._group(lease, sampled, texts, scores, time.monotonic() - sampled_at))
+        scoring_s = time.monotonic() - sampled_at
+        await self._parts.outbox.send(sampled.rewarded(lease, self._parts.actor_id, texts, scores, scoring_s=scoring_s))
         del self._unsent[lease]
         await asyncio.to_thread(self._parts.handoff.done, lease)
 
-    async def _sample(self, prompt: Prompt, begun: Sampled | None) -> Sampled:
+    async def _sample(self, lease: Lease, prompt: Prompt, begun: Sampled | None) -> Sampled:
         """All samples of ``prompt``, from its beginning or from where another actor left them."""
         started_at, started = time.time(), time.monotonic()
         with self._meter.request():
             completions = await self._completions(prompt, begun)
         generation_s = time.monotonic() - started
+        self._holding.sampled(lease, [len(each.token_ids) for each in completions], sampling_s=generation_s)
         if begun is not None:
             started_at, generation_s = begun.started_at, begun.generation_s + generation_s
         sampled = Sampled(prompt=prompt, completions=completions, started_at=started_at, generation_s=generation_s)
@@ -172,29 +180,6 @@ class Actor:
                 return await engine.sample_group(prompt_ids, size=prompt.num_samples, sampling=sampling)
         except TimeoutError as error:
             raise EngineError(f"a group was not sampled within actor.group_timeout_s = {deadline_s:g} s") from error
-
-    def _group(
-        self, lease: Lease, sampled: Sampled, texts: list[str], scores: list[Scored], scoring_s: float
-    ) -> RolloutGroup:
-        rollouts = tuple(
-            Rollout(
-                completion_ids=completion.token_ids,
-                behavior_logprobs=completion.logprobs,
-                version_spans=completion.version_spans,
-                finish_reason=completion.finish_reason,
-                text=text,
-                reward=scored.reward,
-                reward_parts=scored.parts,
-            )
-            for completion, text, scored in zip(sampled.completions, texts, scores, strict=True)
-        )
-        return RolloutGroup(
-            lease=lease,
-            prompt_ids=sampled.prompt.token_ids,
-            rollouts=rollouts,
-            actor_id=self._parts.actor_id,
-            timing=Timing(started_at=sampled.started_at, generation_s=sampled.generation_s, scoring_s=scoring_s),
-        )
 
     async def _finish_or_cancel(self) -> None:
         """Give running groups ``drain_s``; the leases of those that are cut off are handed back at sign-off."""
@@ -256,6 +241,7 @@ class Actor:
                 **parts.follower.counters(),
                 **parts.canary.counters(),
                 **parts.handoff.counters(),
+                "groups_to_hold": self._holding.target(time.monotonic()),
                 "groups_late": parts.outbox.late,
                 "outbox_restarts": parts.outbox.restarts,
                 "leases_lost": self._lost_leases,

@@ -2,39 +2,17 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from actors.engine import Completion
 from actors.prompts import Prompt
+from actors.sampled import Sampled
 from lambdapo_async.broker.interface import PartialStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import WireFormatError
-from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing
+from lambdapo_async.rollout import Lease, RolloutGroup
 from lambdapo_async.wire import decode_group, encode_group
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sampled:
-    """A group as its engine returned it, before it is rewarded."""
-
-    prompt: Prompt
-    completions: tuple[Completion, ...]
-    started_at: float
-    """Unix time in seconds at which its first actor began."""
-    generation_s: float
-    """Seconds in engines, those of earlier actors included."""
-
-    @property
-    def is_cut_off(self) -> bool:
-        """Whether a completion did not end by itself."""
-        return any(completion.finish_reason == "abort" for completion in self.completions)
-
-    @property
-    def num_tokens(self) -> int:
-        """Completion tokens."""
-        return sum(len(completion.token_ids) for completion in self.completions)
 
 
 class Handoff:
@@ -69,7 +47,7 @@ class Handoff:
             if sampled.num_tokens == 0:
                 continue
             try:
-                is_kept = self._store.leave(lease, encode_group(_as_group(lease, sampled, self._actor_id)))
+                is_kept = self._store.leave(lease, encode_group(sampled.unrewarded(lease, self._actor_id)))
             except WireFormatError as error:
                 logger.warning("the samples of %s are lost: %s", lease.id, error)
                 is_kept = False
@@ -128,28 +106,6 @@ def check_continues(group: RolloutGroup, lease: Lease, prompt: Prompt, *, max_to
         longest = max_tokens - (rollout.finish_reason == "abort")
         if rollout.num_tokens > longest:
             raise WireFormatError(f"one has {rollout.num_tokens} tokens, at most {longest} fit")
-
-
-def _as_group(lease: Lease, sampled: Sampled, actor_id: str) -> RolloutGroup:
-    """On the wire a partial is a group without rewards and texts."""
-    rollouts = (
-        Rollout(
-            completion_ids=completion.token_ids,
-            behavior_logprobs=completion.logprobs,
-            version_spans=completion.version_spans,
-            finish_reason=completion.finish_reason,
-            text="",
-            reward=0.0,
-        )
-        for completion in sampled.completions
-    )
-    return RolloutGroup(
-        lease=lease,
-        prompt_ids=sampled.prompt.token_ids,
-        rollouts=tuple(rollouts),
-        actor_id=actor_id,
-        timing=Timing(started_at=sampled.started_at, generation_s=sampled.generation_s, scoring_s=0.0),
-    )
 
 
 def _as_sampled(group: RolloutGroup, prompt: Prompt) -> Sampled:

@@ -147,8 +147,8 @@ class BrokerConfig(Section):
 class ActorConfig(Section):
     """What every actor of the run does alike."""
 
-    groups_in_flight: PositiveInt = 16
-    """Groups an actor samples at once."""
+    max_groups_in_flight: PositiveInt = 64
+    """Groups an actor holds at most; how many it does hold follows its speed."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """The engine's compute type."""
     max_num_seqs: PositiveInt = 128

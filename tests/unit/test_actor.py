@@ -44,7 +44,7 @@ CONFIG = RunConfig.model_validate(
         "rollout": {"group_size": 3, "groups_per_step": 4},
         "staleness": {"max_staleness": 1},
         "broker": {"heartbeat_s": 0.02, "lease_s": 5.0},
-        "actor": {"groups_in_flight": 3, "drain_s": 5.0},
+        "actor": {"max_groups_in_flight": 3, "drain_s": 5.0},
     }
 )
 

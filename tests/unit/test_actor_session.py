@@ -51,9 +51,9 @@ def publish(redis_run: RedisRun) -> Callable[[object], str]:
 
 def test_a_run_is_read_with_the_actors_own_settings(publish: Callable[[object], str], redis_url: str) -> None:
     run_id = publish(config_of(ArithmeticTask()).published())
-    run, config = read_run(redis_url, run_id, ["actor.groups_in_flight=3"])
+    run, config = read_run(redis_url, run_id, ["actor.max_groups_in_flight=3"])
     run.close()
-    assert (config.model.path, config.actor.groups_in_flight) == ("some/model", 3)
+    assert (config.model.path, config.actor.max_groups_in_flight) == ("some/model", 3)
 
 
 def test_a_config_of_another_schema_is_refused(publish: Callable[[object], str], redis_url: str) -> None:

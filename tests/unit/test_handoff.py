@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from actors.engine import Completion
-from actors.handoff import Handoff, Sampled
+from actors.handoff import Handoff
 from actors.prompts import Prompt
+from actors.sampled import Sampled
 from lambdapo_async.broker.interface import RunLimits
 from lambdapo_async.config import RunConfig
 from lambdapo_async.rollout import FinishReason, Lease, VersionSpan
