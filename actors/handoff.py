@@ -10,7 +10,8 @@ from lambdapo_async.broker.interface import PartialStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import WireFormatError
 from lambdapo_async.rollout import Lease, RolloutGroup
-from lambdapo_async.wire import decode_group, encode_group
+from lambdapo_async.seal import Seal
+from lambdapo_async.wire import PARTIAL, decode_group, encode_group
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,14 @@ class Handoff:
     def __init__(
         self,
         store: PartialStore,
+        seal: Seal,
         config: RunConfig,
         *,
         actor_id: str,
         vocab_size: int,
         newest_version: Callable[[], int],
     ) -> None:
-        self._store, self._config, self._actor_id = store, config, actor_id
+        self._store, self._seal, self._config, self._actor_id = store, seal, config, actor_id
         self._vocab_size, self._newest_version = vocab_size, newest_version
         self._continued: set[Lease] = set()
         self._num_left = self._num_taken = self._tokens_taken = 0
@@ -47,7 +49,8 @@ class Handoff:
             if sampled.num_tokens == 0:
                 continue
             try:
-                is_kept = self._store.leave(lease, encode_group(sampled.unrewarded(lease, self._actor_id)))
+                payload = encode_group(sampled.unrewarded(lease, self._actor_id))
+                is_kept = self._store.leave(lease, self._seal.close(payload, purpose=PARTIAL))
             except WireFormatError as error:
                 logger.warning("the samples of %s are lost: %s", lease.id, error)
                 is_kept = False
@@ -61,7 +64,8 @@ class Handoff:
         if payload is None:
             return None
         try:
-            group = decode_group(payload, vocab_size=self._vocab_size, max_version=self._newest_version())
+            message = self._seal.open(payload, purpose=PARTIAL)
+            group = decode_group(message, vocab_size=self._vocab_size, max_version=self._newest_version())
             check_continues(group, lease, prompt, max_tokens=self._config.sampling.max_tokens)
         except WireFormatError as error:
             self._num_damaged += 1

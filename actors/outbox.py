@@ -6,7 +6,8 @@ import logging
 from lambdapo_async.broker.interface import Descriptor, EnqueueStatus, RolloutSink
 from lambdapo_async.errors import BrokerUnavailable
 from lambdapo_async.rollout import RolloutGroup
-from lambdapo_async.wire import encode_group
+from lambdapo_async.seal import Seal
+from lambdapo_async.wire import GROUP, encode_group
 
 logger = logging.getLogger(__name__)
 
@@ -16,8 +17,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 class Outbox:
     """Numbers this producer's groups 1, 2, 3, ... and offers them in order."""
 
-    def __init__(self, sink: RolloutSink, *, producer: str, epoch: str, full_timeout_s: float) -> None:
-        self._sink = sink
+    def __init__(self, sink: RolloutSink, seal: Seal, *, producer: str, epoch: str, full_timeout_s: float) -> None:
+        self._sink, self._seal = sink, seal
         self._producer, self._epoch = producer, epoch
         self._full_timeout_s = full_timeout_s
         self._last_seq = 0
@@ -31,9 +32,12 @@ class Outbox:
         Raises:
             BrokerUnavailable: Redis was gone, or the queue full, for longer than the deadline.
         """
-        payload = await asyncio.to_thread(encode_group, group)
+        payload = await asyncio.to_thread(self._sealed, group)
         # A caller cancelled in the middle of an offer must not leave its number in doubt for the next one.
         await asyncio.shield(asyncio.ensure_future(self._deliver(group, payload)))
+
+    def _sealed(self, group: RolloutGroup) -> bytes:
+        return self._seal.close(encode_group(group), purpose=GROUP)
 
     async def _deliver(self, group: RolloutGroup, payload: bytes) -> None:
         async with self._one_offer:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from actors.scoring import Scorer
 from actors.scratch import scratch_folder
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
-from lambdapo_async.config.load import parse_published
+from lambdapo_async.config.load import HMAC_KEY_VARIABLE, parse_published
 from lambdapo_async.errors import BrokerError, ConfigError
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
@@ -39,14 +40,14 @@ def read_run(url: str, run_id: str, overrides: Sequence[str]) -> tuple[RedisRun,
     Raises:
         BrokerUnreachableError: no Redis there.
         RunNotFoundError: no such run there, or one of a schema we do not know.
-        ConfigError: an override of something that is not the actor's to choose.
+        ConfigError: an override of something that is not the actor's to choose, or LAMBDAPO_HMAC_KEY is not the run's.
         TaskError: a reward function that this machine does not have.
     """
     foreign = [override for override in overrides if not override.startswith("actor.")]
     if foreign:
         key = foreign[0].partition("=")[0] if "=" in foreign[0] else "***"  # the value may be a password
         raise ConfigError(f"--set {key}: an actor takes everything but actor.* from its run")
-    run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S)
+    run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S, hmac_key=os.environ.get(HMAC_KEY_VARIABLE))
     run.check_reachable()
     config = parse_published(run.run_store.config_json(), overrides, run_id=run_id)
     build_task(config)  # finds missing rewards before an engine is started for them
@@ -110,12 +111,14 @@ def _assemble(
         scorer=scorer,
         outbox=Outbox(
             run.sink(),
+            run.seal,
             producer=actor_id,
             epoch=run.run_store.state().epoch,
             full_timeout_s=config.learner.data_timeout_s,
         ),
         handoff=Handoff(
             run.partials(actor_id),
+            run.seal,
             config,
             actor_id=actor_id,
             vocab_size=_vocab_size(scratch / "model"),

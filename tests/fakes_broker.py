@@ -26,6 +26,7 @@ from lambdapo_async.broker.partials import SHARE_OF_QUEUE
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerError, FencedError, LostDataError, RunNotFoundError, TaskError, WeightsError
 from lambdapo_async.rollout import Lease, Split
+from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.manifest import NewFile, check_version, name_of
 from lambdapo_async.weights.retention import Retention
@@ -433,6 +434,7 @@ class FakeRun:
 
     def __init__(self, run_id: str = "fake", state: FakeRedisRun | None = None) -> None:
         self.shared = state or FakeRedisRun()
+        self.seal = Seal(None, run_id=run_id)
         self._owner = uuid.uuid4().hex
         self.run_store = FakeRunStore(self.shared, self._owner, run_id)
         self.fleet = FakeFleet(self.shared)

@@ -6,7 +6,9 @@ Every field has its unit and default here; ``lambdapo config`` prints them resol
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr
+
+from lambdapo_async.seal import MIN_KEY_LENGTH
 
 
 class Section(BaseModel):
@@ -132,6 +134,9 @@ class BrokerConfig(Section):
 
     url: str = "redis://127.0.0.1:6379/0"
     """Also from ``--redis-url`` or REDIS_URL; never published, its password never logged."""
+    hmac_key: SecretStr | None = Field(None, min_length=MIN_KEY_LENGTH)
+    """Signs groups, weight manifests and the run's config; also from LAMBDAPO_HMAC_KEY, which every actor needs then.
+    At least 16 characters; never published, never logged."""
     max_groups: PositiveInt = 4096
     """Groups in the queue, the learner's uncommitted ones included."""
     max_bytes: PositiveInt = 2 * 1024**3

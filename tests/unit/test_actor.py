@@ -124,9 +124,16 @@ class Stage:
             ),
             prompts=LeasedPrompts(run.run_store, RowEncoder(), DigitTokenizer(), config),  # type: ignore[arg-type]
             scorer=self.scorer,  # type: ignore[arg-type]
-            outbox=Outbox(run.sink(), producer=actor_id, epoch=run.run_store.state().epoch, full_timeout_s=5.0),
+            outbox=Outbox(
+                run.sink(), run.seal, producer=actor_id, epoch=run.run_store.state().epoch, full_timeout_s=5.0
+            ),
             handoff=Handoff(
-                run.partials(actor_id), config, actor_id=actor_id, vocab_size=VOCAB, newest_version=lambda: 100
+                run.partials(actor_id),
+                run.seal,
+                config,
+                actor_id=actor_id,
+                vocab_size=VOCAB,
+                newest_version=lambda: 100,
             ),
             admission=run.admission(actor_id),
             fleet=run.fleet,

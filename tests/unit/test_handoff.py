@@ -59,7 +59,12 @@ class World:
 
     def handoff(self, actor_id: str, config: RunConfig = CONFIG) -> Handoff:
         return Handoff(
-            self.run.partials(actor_id), config, actor_id=actor_id, vocab_size=VOCAB, newest_version=lambda: 5
+            self.run.partials(actor_id),
+            self.run.seal,
+            config,
+            actor_id=actor_id,
+            vocab_size=VOCAB,
+            newest_version=lambda: 5,
         )
 
     def hand_over(self) -> None:

@@ -8,6 +8,7 @@ import pytest
 from actors.outbox import Outbox
 from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus
 from lambdapo_async.errors import BrokerUnavailable
+from lambdapo_async.seal import Seal
 from lambdapo_async.wire import decode_group
 from tests.groups import make_group
 
@@ -33,7 +34,7 @@ class ScriptedSink:
 
 
 def outbox_on(sink: ScriptedSink, *, full_timeout_s: float = 60.0) -> Outbox:
-    return Outbox(sink, producer="p", epoch="epoch-1", full_timeout_s=full_timeout_s)
+    return Outbox(sink, Seal(None, run_id="r"), producer="p", epoch="epoch-1", full_timeout_s=full_timeout_s)
 
 
 async def test_numbers_are_consecutive_and_repeated_until_accepted() -> None:
