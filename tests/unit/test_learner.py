@@ -300,10 +300,10 @@ def test_a_stopped_learner_leaves_a_run_that_goes_on(folder: Path) -> None:
 
 def test_a_queue_half_full_of_uncommitted_groups_forces_a_checkpoint(folder: Path) -> None:
     run = FakeRun("run")
-    settings = config(learner={"num_steps": 4, "checkpoint_every": 100}, broker={"max_bytes": 6_000})
+    settings = config(learner={"num_steps": 20, "checkpoint_every": 100}, broker={"max_bytes": 25_000})
     with staged(run, folder, settings) as stage, acting(run):
         stage.learner.run()
-    assert len([step for step, text in stage.recorder.events if text == "checkpoint" and 0 < step < 4]) > 0
+    assert len([step for step, text in stage.recorder.events if text == "checkpoint" and 0 < step < 20]) > 0
 
 
 def test_no_actor_is_an_error_after_the_deadline(folder: Path) -> None:
