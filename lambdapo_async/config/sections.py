@@ -138,7 +138,7 @@ class BrokerConfig(Section):
     """Signs groups, weight manifests and the run's config; also from LAMBDAPO_HMAC_KEY, which every actor needs then.
     At least 16 characters; never published, never logged."""
     max_groups: PositiveInt = 4096
-    """Groups in the queue, the learner's uncommitted ones included."""
+    """Groups in the queue; they leave it as soon as the learner's disk holds them."""
     max_bytes: PositiveInt = 2 * 1024**3
     """Payload bytes in the queue."""
     lease_s: PositiveFloat = 60.0
@@ -147,6 +147,8 @@ class BrokerConfig(Section):
     """Seconds between an actor's heartbeats (each renews its leases)."""
     timeout_s: PositiveFloat = 30.0
     """Deadline of one Redis call, retries included."""
+    outage_s: PositiveFloat = 600.0
+    """Seconds without Redis, or with one that keeps losing data, after which a process gives up."""
 
 
 class ActorConfig(Section):
