@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from actors.canary import ActorCanary
 from actors.continuation import continue_group
@@ -63,6 +64,7 @@ class Actor:
         self._draining = asyncio.Event()
         self._slot_freed = asyncio.Event()
         self._lost_leases = 0
+        self._is_set_aside = False
 
     def drain(self) -> None:
         """Lease nothing more, send what is finished, hand the rest back, end. Idempotent."""
@@ -118,7 +120,12 @@ class Actor:
         # A prompt leased while newer weights are on their way would be answered by the old ones.
         if free <= 0 or self._parts.follower.is_behind or not self._parts.canary.is_admitted:
             return ()
-        return await asyncio.to_thread(self._parts.admission.lease, free)
+        granting = asyncio.ensure_future(asyncio.to_thread(self._parts.admission.lease, free))
+        try:
+            return await asyncio.shield(granting)
+        except asyncio.CancelledError:
+            self._owed.update(await granting)  # they are ours by now, to be handed back
+            raise
 
     async def _wait_for_room(self) -> None:
         """Until a slot is free, new weights came (they open the gate), we drain, or a moment passed."""
@@ -200,7 +207,9 @@ class Actor:
         """
         parts, beat_s = self._parts, self._config.broker.heartbeat_s
         while True:
-            await asyncio.to_thread(parts.fleet.beat, self._heartbeat())
+            self._is_set_aside = await asyncio.to_thread(parts.fleet.beat, self._heartbeat())
+            if self._is_set_aside:
+                parts.canary.doubt()
             held = list(self._in_flight)
             for lease in await asyncio.to_thread(parts.admission.renew, held) if held else ():
                 self._drop_lost(lease)
@@ -226,7 +235,7 @@ class Actor:
             actor_id=parts.actor_id,
             host=socket.gethostname()[:256],
             pid=os.getpid(),
-            state="draining" if self._draining.is_set() else "sampling" if parts.canary.is_admitted else "starting",
+            state=self._state(),
             device=info.device,
             dtype=info.dtype,
             engine=info.name,
@@ -249,6 +258,13 @@ class Actor:
             },
             sent_at=time.time(),
         )
+
+    def _state(self) -> Literal["starting", "sampling", "quarantined", "draining"]:
+        if self._draining.is_set():
+            return "draining"
+        if self._is_set_aside:
+            return "quarantined"
+        return "sampling" if self._parts.canary.is_admitted else "starting"
 
     async def _sign_off(self) -> None:
         """Hand back what was not answered, and leave the fleet."""

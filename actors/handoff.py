@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from actors.engine import Completion
 from actors.prompts import Prompt
 from actors.sampled import Sampled
-from lambdapo_async.broker.interface import PartialStore
+from lambdapo_async.broker.partials import PartialStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import WireFormatError
 from lambdapo_async.rollout import Lease, RolloutGroup

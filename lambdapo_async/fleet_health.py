@@ -19,7 +19,7 @@ MISMATCH_FACTOR = 10.0
 MIN_FRESH_TOKENS = 512
 """An actor is judged from so many tokens at staleness 0 on."""
 KEPT_SHARE = 1.0 - 1.0 / 64
-"""Of the older sums at each new group: an actor is what its last 64 groups were."""
+"""Of mismatch and truncation at each new group: an actor is what its last 64 groups were."""
 MAX_ACTORS = 4096
 """Actors remembered; the one that was silent longest is forgotten first."""
 
@@ -34,62 +34,49 @@ class FreshTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupReport:
-    """What one group says of the actor that sent it."""
-
-    actor_id: str
-    is_trained: bool
-    """False where it was discarded."""
-    num_rollouts: int
-    num_truncated: int
-    """Rollouts that ended at ``sampling.max_tokens``."""
-    fresh: FreshTokens = FreshTokens(0, 0.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ActorHealth:
-    """One actor, over its last groups; NaN where nothing is known."""
+    """One actor; NaN where nothing is known."""
 
     mismatch: float
     """k3 estimate of KL(mu || pi) at staleness 0, nats per token."""
     acceptance: float
-    """Share of its groups that were trained."""
+    """Share of its groups that were trained; those that wait for their step are not yet."""
     truncated: float
     """Share of its rollouts that ended at ``sampling.max_tokens``."""
 
 
 class _Sums(NamedTuple):
-    groups: float = 0.0
+    received: float = 0.0
     trained: float = 0.0
     rollouts: float = 0.0
     truncated: float = 0.0
     fresh_tokens: float = 0.0
     fresh_k3: float = 0.0
 
-    def plus(self, report: GroupReport) -> "_Sums":
-        newest = _Sums(
-            groups=1.0,
-            trained=float(report.is_trained),
-            rollouts=report.num_rollouts,
-            truncated=report.num_truncated,
-            fresh_tokens=report.fresh.count,
-            fresh_k3=report.fresh.k3_sum,
-        )
-        return _Sums(*(KEPT_SHARE * old + new for old, new in zip(self, newest, strict=True)))
-
 
 class FleetHealth:
-    """Adds up what groups report, by actor."""
+    """Adds up what groups say of the actors that sent them."""
 
     def __init__(self) -> None:
         self._sums: OrderedDict[str, _Sums] = OrderedDict()
 
-    def add(self, report: GroupReport) -> None:
-        """Take one group."""
-        self._sums[report.actor_id] = self._sums.get(report.actor_id, _Sums()).plus(report)
-        self._sums.move_to_end(report.actor_id)
-        if len(self._sums) > MAX_ACTORS:
-            self._sums.popitem(last=False)
+    def received(self, actor_id: str, *, num_rollouts: int, num_truncated: int) -> None:
+        """A group came, whatever becomes of it; ``num_truncated`` rollouts ended at ``sampling.max_tokens``."""
+        sums = self._take(actor_id)
+        self._sums[actor_id] = sums._replace(
+            received=sums.received + 1,
+            rollouts=KEPT_SHARE * sums.rollouts + num_rollouts,
+            truncated=KEPT_SHARE * sums.truncated + num_truncated,
+        )
+
+    def trained(self, actor_id: str, fresh: FreshTokens) -> None:
+        """A group was trained on."""
+        sums = self._take(actor_id)
+        self._sums[actor_id] = sums._replace(
+            trained=sums.trained + 1,
+            fresh_tokens=KEPT_SHARE * sums.fresh_tokens + fresh.count,
+            fresh_k3=KEPT_SHARE * sums.fresh_k3 + fresh.k3_sum,
+        )
 
     def forget(self, actor_id: str) -> None:
         """Begin anew with an actor: what it was says nothing of what it is."""
@@ -100,7 +87,7 @@ class FleetHealth:
         return {
             actor_id: ActorHealth(
                 mismatch=_share(sums.fresh_k3, sums.fresh_tokens),
-                acceptance=_share(sums.trained, sums.groups),
+                acceptance=_share(min(sums.trained, sums.received), sums.received),
                 truncated=_share(sums.truncated, sums.rollouts),
             )
             for actor_id, sums in self._sums.items()
@@ -114,6 +101,14 @@ class FleetHealth:
             if sums.fresh_tokens >= MIN_FRESH_TOKENS
         }
         return outliers(judged)
+
+    def _take(self, actor_id: str) -> _Sums:
+        """An actor's sums, which become the newest."""
+        sums = self._sums.setdefault(actor_id, _Sums())
+        self._sums.move_to_end(actor_id)
+        if len(self._sums) > MAX_ACTORS:
+            self._sums.popitem(last=False)
+        return sums
 
 
 def outliers(mismatch: Mapping[str, float]) -> list[str]:

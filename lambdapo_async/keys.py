@@ -109,6 +109,11 @@ class RunKeys:
         return self._key("fleet_expiry")
 
     @property
+    def quarantined(self) -> bytes:
+        """Set: ids of the actors that are set aside."""
+        return self._key("quarantined")
+
+    @property
     def dead(self) -> bytes:
         """Stream: quarantined groups, the newest ones."""
         return self._key("dead")

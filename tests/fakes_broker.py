@@ -68,6 +68,7 @@ class FakeRedisRun:
     lines: dict[Split, deque[Lease]] = field(default_factory=lambda: {"train": deque(), "heldout": deque()})
     partials: dict[Lease, bytes] = field(default_factory=dict)
     answered: set[Lease] = field(default_factory=set)
+    set_aside: set[str] = field(default_factory=set)
     beats: dict[str, tuple[Heartbeat, float]] = field(default_factory=dict)
     weight_files: dict[Available, bytes] = field(default_factory=dict)
     head: int | None = None
@@ -119,6 +120,8 @@ class FakeAdmission:
         with state.lock:
             if state.phase != "running" or state.limits is None or not state.is_open:
                 return ()
+            if self._actor_id in state.set_aside:
+                return ()
             now = time.monotonic()
             expired = [lease for lease, (_, expiry) in state.held.items() if expiry <= now]
             state.put_in_front(sorted(expired, key=lambda lease: (state.held[lease][1], lease.id)))
@@ -157,7 +160,7 @@ class FakeAdmission:
 
 
 class FakePartials:
-    """``interface.PartialStore``; nothing expires."""
+    """``partials.PartialStore``; nothing expires."""
 
     def __init__(self, state: FakeRedisRun, actor_id: str) -> None:
         self._state, self._actor_id = state, actor_id
@@ -373,10 +376,11 @@ class FakeFleet:
     def __init__(self, state: FakeRedisRun) -> None:
         self._state = state
 
-    def beat(self, heartbeat: Heartbeat) -> None:
+    def beat(self, heartbeat: Heartbeat) -> bool:
         with self._state.lock:
             lease_s = self._state.limits.lease_s if self._state.limits else 60.0
             self._state.beats[heartbeat.actor_id] = (heartbeat, time.monotonic() + lease_s)
+            return heartbeat.actor_id in self._state.set_aside
 
     def members(self) -> tuple[Heartbeat, ...]:
         with self._state.lock:
@@ -386,6 +390,30 @@ class FakeFleet:
     def leave(self, actor_id: str) -> None:
         with self._state.lock:
             self._state.beats.pop(actor_id, None)
+
+
+class FakeFleetControl:
+    """``fleet_control.FleetControl``"""
+
+    def __init__(self, state: FakeRedisRun, fence: int) -> None:
+        self._state, self._fence = state, fence
+
+    def quarantine(self, actor_ids: Collection[str]) -> None:
+        state = self._state
+        with state.lock:
+            state.check_fence(self._fence)
+            state.set_aside |= set(actor_ids)
+            theirs = [lease for lease, (holder, _) in state.held.items() if holder in state.set_aside]
+            state.put_in_front(sorted(theirs, key=lambda lease: (state.held[lease][1], lease.id)))
+
+    def readmit(self, actor_ids: Collection[str]) -> None:
+        with self._state.lock:
+            self._state.check_fence(self._fence)
+            self._state.set_aside -= set(actor_ids)
+
+    def quarantined(self) -> frozenset[str]:
+        with self._state.lock:
+            return frozenset(self._state.set_aside)
 
 
 class FakeRunStore:
@@ -520,6 +548,9 @@ class FakeRun:
 
     def weights_for(self, config: WeightsConfig) -> FakeWeightStore:
         return FakeWeightStore(self.shared, config)
+
+    def fleet_control(self, fence: int) -> FakeFleetControl:
+        return FakeFleetControl(self.shared, fence)
 
     def source(self, fence: int, limits: RunLimits) -> FakeRolloutSource:
         return FakeRolloutSource(self.shared, self._owner, fence, limits)

@@ -158,7 +158,7 @@ class Heartbeat(BaseModel):
     actor_id: Annotated[str, Field(max_length=128)]
     host: Annotated[str, Field(max_length=256)]
     pid: int
-    state: Literal["starting", "sampling", "draining"]
+    state: Literal["starting", "sampling", "quarantined", "draining"]
     device: Annotated[str, Field(max_length=128)]
     dtype: Annotated[str, Field(max_length=32)]
     engine: Annotated[str, Field(max_length=128)]
@@ -208,19 +208,6 @@ class Admission(Protocol):
 
     def hand_back(self, leases: Sequence[Lease]) -> None:
         """Give leases up unanswered; they are granted next."""
-
-
-class PartialStore(Protocol):
-    """Unfinished groups between two actors, bounded in bytes and time; to lose one costs only its tokens."""
-
-    def leave(self, lease: Lease, payload: bytes) -> bool:
-        """Keep what was sampled of a lease that we hold and hand back next; False if it is lost or nothing fits."""
-
-    def take(self, lease: Lease) -> bytes | None:
-        """What was left of a lease that we hold; None for nothing, empty bytes where it was lost."""
-
-    def forget(self, lease: Lease) -> None:
-        """Delete it: the group is on its way, or the partial is of no use."""
 
 
 class RolloutSink(Protocol):
@@ -278,8 +265,8 @@ class RolloutSource(Protocol):
 class Fleet(Protocol):
     """Who is there."""
 
-    def beat(self, heartbeat: Heartbeat) -> None:
-        """Say that we live."""
+    def beat(self, heartbeat: Heartbeat) -> bool:
+        """Say that we live; True while the learner has set us aside (see ``fleet_control``)."""
 
     def members(self) -> tuple[Heartbeat, ...]:
         """Actors whose last heartbeat is younger than ``broker.lease_s``; unreadable records are left out."""

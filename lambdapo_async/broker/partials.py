@@ -1,5 +1,7 @@
 """Unfinished groups over Redis: what one actor sampled of a lease, for the actor that holds it next."""
 
+from typing import Protocol
+
 import redis
 
 from lambdapo_async.broker.client import Broker
@@ -13,8 +15,21 @@ SHARE_OF_QUEUE = 8
 """All partials together take at most an eighth of ``broker.max_bytes``, beside the queue."""
 
 
+class PartialStore(Protocol):
+    """Unfinished groups between two actors, bounded in bytes and time; to lose one costs only its tokens."""
+
+    def leave(self, lease: Lease, payload: bytes) -> bool:
+        """Keep what was sampled of a lease that we hold and hand back next; False if it is lost or nothing fits."""
+
+    def take(self, lease: Lease) -> bytes | None:
+        """What was left of a lease that we hold; None for nothing, empty bytes where it was lost."""
+
+    def forget(self, lease: Lease) -> None:
+        """Delete it: the group is on its way, or the partial is of no use."""
+
+
 class RedisPartials:
-    """One actor's view (see ``interface.PartialStore``).
+    """One actor's view (see ``PartialStore``).
 
     Bytes are counted from what is there at each call, so no crash can make the count drift.
     """

@@ -7,6 +7,7 @@ import redis
 from lambdapo_async.broker.admission import RedisAdmission
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.fleet import RedisFleet
+from lambdapo_async.broker.fleet_control import RedisFleetControl
 from lambdapo_async.broker.interface import RunLimits
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.partials import RedisPartials
@@ -72,6 +73,10 @@ class RedisRun:
     def weights_for(self, config: WeightsConfig) -> RedisWeightStore:
         """The learner's end of ``weights``, which publishes as ``config`` says; readers need no config."""
         return RedisWeightStore(self._broker, self.keys, config, self.seal)
+
+    def fleet_control(self, fence: int) -> RedisFleetControl:
+        """The learner's hand on the fleet."""
+        return RedisFleetControl(self._broker, self.keys, fence)
 
     def source(self, fence: int, limits: RunLimits) -> RedisRolloutSource:
         """The learner's end of the queue."""

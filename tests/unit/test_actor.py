@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from actors import canary
 from actors.actor import Actor, ActorParts
 from actors.canary import ActorCanary
 from actors.follower import WeightFollower
@@ -376,6 +377,22 @@ async def test_a_group_that_was_being_rewarded_is_handed_on_whole(tmp_path: Path
     left = [decode_group(kept, vocab_size=VOCAB, max_version=0) for kept in stage.run.shared.partials.values()]
     assert len(left) == 3
     assert all(rollout.finish_reason != "abort" for group in left for rollout in group.rollouts)
+
+
+async def test_an_actor_that_is_set_aside_passes_a_canary_to_come_back(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "_SOONEST_S", 0.01)
+    stage.open()
+    async with acting(stage):
+        await stage.take(8)
+        stage.run.fleet_control(1).quarantine(["a"])
+        stage.source.release(8)
+        await stage.until(lambda: stage.run.fleet.members()[0].state == "quarantined")
+        await stage.until(lambda: stage.run.fleet.members()[0].counters["canary_checks"] >= 2)
+        assert stage.source.stats().leased == 0
+        stage.run.fleet_control(1).readmit(["a"])
+        await stage.take(16)
 
 
 async def test_the_end_of_the_run_drains_the_actor(stage: Stage) -> None:

@@ -14,7 +14,6 @@ from lambdapo_async.fleet_health import (
     MISMATCH_FLOOR,
     FleetHealth,
     FreshTokens,
-    GroupReport,
     outliers,
 )
 
@@ -22,14 +21,10 @@ NAMES = st.text("abcdefgh", min_size=1, max_size=3)
 FLEETS = st.dictionaries(NAMES, st.floats(0.0, 5.0), max_size=12)
 
 
-def report(actor_id: str, *, k3: float = 0.0, tokens: int = 100, trained: bool = True, cut: int = 0) -> GroupReport:
-    return GroupReport(
-        actor_id=actor_id,
-        is_trained=trained,
-        num_rollouts=8,
-        num_truncated=cut,
-        fresh=FreshTokens(tokens, k3 * tokens),
-    )
+def add(health: FleetHealth, actor_id: str, *, k3: float = 0.0, tokens: int = 100, cut: int = 0) -> None:
+    """A group that was received and trained."""
+    health.received(actor_id, num_rollouts=8, num_truncated=cut)
+    health.trained(actor_id, FreshTokens(tokens, k3 * tokens))
 
 
 @given(FLEETS)
@@ -63,10 +58,10 @@ def test_worked_examples() -> None:
 def test_nobody_is_judged_from_a_few_tokens() -> None:
     health = FleetHealth()
     for _ in range(40):
-        health.add(report("good", k3=0.001))
-    health.add(report("bad", k3=1.0, tokens=MIN_FRESH_TOKENS - 1))
+        add(health, "good", k3=0.001)
+    add(health, "bad", k3=1.0, tokens=MIN_FRESH_TOKENS - 1)
     assert health.outliers() == []
-    health.add(report("bad", k3=1.0, tokens=100))
+    add(health, "bad", k3=1.0, tokens=100)
     assert health.outliers() == ["bad"]
     health.forget("bad")
     assert health.outliers() == []
@@ -74,19 +69,21 @@ def test_nobody_is_judged_from_a_few_tokens() -> None:
 
 def test_what_is_known_of_an_actor() -> None:
     health = FleetHealth()
-    health.add(report("a", k3=0.5, cut=2))
+    add(health, "a", k3=0.5, cut=2)
     known = health.actors()["a"]
     assert (known.mismatch, known.acceptance, known.truncated) == (0.5, 1.0, 0.25)
-    health.add(report("a", k3=0.5, trained=False, tokens=0))
-    assert health.actors()["a"].acceptance == pytest.approx(0.496, abs=1e-3)
-    health.add(report("stale", tokens=0))
+    health.received("a", num_rollouts=8, num_truncated=0)
+    assert health.actors()["a"].acceptance == 0.5
+    health.trained("resumed", FreshTokens(1, 0.0))
+    assert health.actors()["resumed"].acceptance != 1.0, "nothing is known of what it sent"
+    add(health, "stale", tokens=0)
     assert math.isnan(health.actors()["stale"].mismatch)
 
 
 def test_an_actor_is_what_its_last_groups_were() -> None:
     health = FleetHealth()
     for k3 in [1.0] * 100 + [0.0] * 400:
-        health.add(report("a", k3=k3))
+        add(health, "a", k3=k3)
     assert health.actors()["a"].mismatch < 0.01
 
 
@@ -95,5 +92,5 @@ def test_memory_is_bounded_and_the_silent_go_first(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fleet_health, "MAX_ACTORS", 2)
     health = FleetHealth()
     for actor in ("a", "b", "a", "c"):
-        health.add(report(actor))
+        add(health, actor)
     assert sorted(health.actors()) == ["a", "c"]
