@@ -58,6 +58,10 @@ class RedisRun:
             except BrokerUnavailable as error:
                 raise BrokerUnreachableError(f"{error}; does it run, and is its URL right?") from error
 
+    def wait_at_most(self, seconds: float) -> None:
+        """Change the deadline of every call, the running ones included."""
+        self._broker.wait_at_most(seconds)
+
     def admission(self, actor_id: str) -> RedisAdmission:
         """The leases of one actor."""
         return RedisAdmission(self._broker, self.keys, actor_id)
@@ -68,7 +72,7 @@ class RedisRun:
 
     def sink(self) -> RedisRolloutSink:
         """The actor's end of the queue; its producers are named ``<actor_id>.<number>``, as leases are by actor."""
-        return RedisRolloutSink(self._broker, self.keys)
+        return RedisRolloutSink(self._broker, self.keys, self.seal)
 
     def weights_for(self, config: WeightsConfig) -> RedisWeightStore:
         """The learner's end of ``weights``, which publishes as ``config`` says; readers need no config."""
