@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actors.canary import ActorCanary
-from actors.continuation import continue_group
-from actors.engine import CUT_OFF_S, Completion, InferenceEngine
+from actors.engine import CUT_OFF_S, InferenceEngine
 from actors.follower import WeightFollower
 from actors.handoff import Handoff
 from actors.holding import Holding, HoldLimits
 from actors.meter import EngineMeter
 from actors.outbox import Outbox
-from actors.prompts import LeasedPrompts, Prompt
+from actors.prompts import LeasedPrompts
 from actors.sampled import Sampled
+from actors.sampler import Sampler
 from actors.scoring import Scorer
 from actors.vigil import Vigil
 from lambdapo_async.broker.interface import Admission, Fleet, Heartbeat, RunStore
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import BrokerError, EngineError
+from lambdapo_async.errors import BrokerError
 from lambdapo_async.rollout import Lease
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Actor:
         self._parts = parts
         self._config = parts.config
         self._meter = EngineMeter()
+        self._sampler = Sampler(parts.engine, self._meter, parts.config)
         self._holding = Holding(HoldLimits.of(parts.config))
         self._in_flight: dict[Lease, asyncio.Task[None]] = {}
         self._delivering: set[Lease] = set()
@@ -167,42 +168,22 @@ class Actor:
         prompt = await asyncio.to_thread(self._parts.prompts.of, lease)
         version = self._parts.engine.policy_version
         begun = await asyncio.to_thread(self._parts.handoff.take, lease, prompt, version=version)
-        sampled = await self._sample(lease, prompt, begun)
+        started = time.monotonic()
+        sampled = await self._sampler.sample(prompt, begun)
+        sampled_at = time.monotonic()
         self._unsent[lease] = sampled
         if sampled.is_cut_off:
             return  # the lease is still owed: signing off hands it back, with what there is
-        sampled_at = time.monotonic()
+        lengths = [len(each.token_ids) for each in sampled.completions]
+        self._holding.sampled(lease, lengths, sampling_s=sampled_at - started)
         texts = await asyncio.to_thread(self._parts.prompts.decode, sampled.completions)
         scores = await self._parts.scorer.score(prompt.row, texts)
-        self._delivering.add(lease)
         scoring_s = time.monotonic() - sampled_at
-        await self._parts.outbox.send(sampled.rewarded(lease, self._parts.actor_id, texts, scores, scoring_s=scoring_s))
-        del self._unsent[lease]
+        group = sampled.rewarded(lease, self._parts.actor_id, texts, scores, scoring_s=scoring_s)
+        self._delivering.add(lease)
+        del self._unsent[lease]  # the outbox keeps it from here on
+        await self._parts.outbox.send(group)
         await asyncio.to_thread(self._parts.handoff.done, lease)
-
-    async def _sample(self, lease: Lease, prompt: Prompt, begun: Sampled | None) -> Sampled:
-        """All samples of ``prompt``, from its beginning or from where another actor left them."""
-        started_at, started = time.time(), time.monotonic()
-        with self._meter.request():
-            completions = await self._completions(prompt, begun)
-        generation_s = time.monotonic() - started
-        self._holding.sampled(lease, [len(each.token_ids) for each in completions], sampling_s=generation_s)
-        if begun is not None:
-            started_at, generation_s = begun.started_at, begun.generation_s + generation_s
-        sampled = Sampled(prompt=prompt, completions=completions, started_at=started_at, generation_s=generation_s)
-        self._meter.count(len(completions), sampled.num_tokens - (0 if begun is None else begun.num_tokens))
-        return sampled
-
-    async def _completions(self, prompt: Prompt, begun: Sampled | None) -> tuple[Completion, ...]:
-        engine, deadline_s = self._parts.engine, self._config.actor.group_timeout_s
-        prompt_ids, sampling = prompt.token_ids.tolist(), self._config.sampling
-        try:
-            async with asyncio.timeout(deadline_s):
-                if begun is not None:
-                    return await continue_group(engine, prompt_ids, begun.completions, sampling=sampling)
-                return await engine.sample_group(prompt_ids, size=prompt.num_samples, sampling=sampling)
-        except TimeoutError as error:
-            raise EngineError(f"a group was not sampled within actor.group_timeout_s = {deadline_s:g} s") from error
 
     async def _finish_or_cancel(self) -> None:
         """Give running groups ``drain_s``; the leases of those that are cut off are handed back at sign-off."""
