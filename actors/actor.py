@@ -7,52 +7,22 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-from actors.canary import ActorCanary
-from actors.engine import CUT_OFF_S, InferenceEngine
-from actors.follower import WeightFollower
-from actors.handoff import Handoff
+from actors.engine import CUT_OFF_S
 from actors.holding import Holding, HoldLimits
 from actors.meter import EngineMeter
-from actors.outbox import Outbox
-from actors.prompts import LeasedPrompts
+from actors.parts import ActorParts
 from actors.sampled import Sampled
 from actors.sampler import Sampler
-from actors.scoring import Scorer
 from actors.vigil import Vigil
-from lambdapo_async.broker.interface import Admission, Fleet, Heartbeat, RunStore
-from lambdapo_async.config import RunConfig
+from lambdapo_async.broker.interface import Heartbeat
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.rollout import Lease
 
 logger = logging.getLogger(__name__)
 
 _GATE_POLL_S = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActorParts:
-    """Everything an actor is put together from."""
-
-    actor_id: str
-    config: RunConfig
-    engine: InferenceEngine
-    follower: WeightFollower
-    canary: ActorCanary
-    prompts: LeasedPrompts
-    scorer: Scorer
-    outbox: Outbox
-    handoff: Handoff
-    orphans: tuple[Outbox, ...]
-    """What dead actors of this run left on this machine."""
-    admission: Admission
-    fleet: Fleet
-    run_store: RunStore
-    hurry: Callable[[], None]
-    """From now on no call waits long for Redis: we are leaving."""
 
 
 class Actor:

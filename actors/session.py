@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actors.actor import Actor, ActorParts
+from actors.actor import Actor
 from actors.between_groups import BetweenGroups
 from actors.canary import ActorCanary
 from actors.engine import InferenceEngine
 from actors.follower import WeightFollower
 from actors.handoff import Handoff
 from actors.outbox import Outbox
+from actors.parts import ActorParts
 from actors.prompts import LeasedPrompts
 from actors.scoring import Scorer
 from actors.scratch import scratch_folder

@@ -85,7 +85,7 @@ class FakeRedisRun:
         self.epoch = self.epoch or uuid.uuid4().hex
 
     def check_fence(self, fence: int) -> None:
-        if self.fence is None:
+        if self.fence is None or self.fence < fence:
             raise LostDataError("this Redis does not hold the run any more")
         if self.fence != fence:
             raise FencedError(f"another learner owns the run now (fence {self.fence})")

@@ -154,6 +154,23 @@ def _check_drop_above(config: RunConfig) -> str | None:
     )
 
 
+def _check_replay(config: RunConfig) -> str | None:
+    from lambdapo_async.group_bytes import largest_group  # made of these sections
+    from lambdapo_async.replay.limits import ReplayLimits
+
+    try:
+        limits = ReplayLimits.of(config)
+    except ValueError as error:
+        return f"replay: {error}"
+    needed = limits.rate.min_size * largest_group(config)
+    if needed <= limits.max_bytes:
+        return None
+    return (
+        f"replay.max_bytes = {limits.max_bytes} may hold fewer than the {limits.rate.min_size} groups that a step "
+        f"waits for: raise it to {needed}"
+    )
+
+
 def _check_queue_holds_a_step(config: RunConfig) -> str | None:
     from lambdapo_async.group_bytes import largest_group  # made of these sections
 
@@ -165,16 +182,6 @@ def _check_queue_holds_a_step(config: RunConfig) -> str | None:
         f"need broker.max_groups >= {step} (it is {config.broker.max_groups}) and "
         f"broker.max_bytes >= {step * group_bytes} (it is {config.broker.max_bytes}): raise them"
     )
-
-
-def _check_replay(config: RunConfig) -> str | None:
-    from lambdapo_async.replay.limits import ReplayLimits  # made of this config
-
-    try:
-        ReplayLimits.of(config)
-    except ValueError as error:
-        return f"replay: {error}"
-    return None
 
 
 def _check_lease(config: RunConfig) -> str | None:
@@ -202,8 +209,8 @@ _CHECKS = (
     _check_policy_loss,
     _check_minibatches,
     _check_drop_above,
-    _check_queue_holds_a_step,
     _check_replay,
+    _check_queue_holds_a_step,
     _check_lease,
     _check_starter,
 )

@@ -148,8 +148,8 @@ class BrokerConfig(Section):
     timeout_s: PositiveFloat = 30.0
     """Deadline of one Redis call, retries included."""
     outage_s: PositiveFloat = 600.0
-    """Seconds without Redis, or with one that keeps losing data, after which a process gives up; an actor also without
-    a sign of life from its learner."""
+    """Seconds without Redis, or with one that keeps losing data, after which a process gives up; an actor waits as long
+    for a learner that gives no sign of life."""
 
 
 class ActorConfig(Section):

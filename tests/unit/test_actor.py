@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from actors import canary
-from actors.actor import Actor, ActorParts
+from actors.actor import Actor
 from actors.canary import ActorCanary
 from actors.follower import WeightFollower
 from actors.handoff import Handoff
 from actors.outbox import Outbox
+from actors.parts import ActorParts
 from actors.prompts import LeasedPrompts
 from actors.scripted_engine import ScriptedEngine, bigram_script, sampling_logprobs
 from actors.spool import Spool
