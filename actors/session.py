@@ -13,7 +13,7 @@ from pathlib import Path
 from actors.actor import Actor
 from actors.between_groups import BetweenGroups
 from actors.canary import ActorCanary
-from actors.engine import InferenceEngine
+from actors.engine import CUT_OFF_S, InferenceEngine
 from actors.follower import WeightFollower
 from actors.handoff import Handoff
 from actors.outbox import Outbox
@@ -126,7 +126,7 @@ def _assemble(
         admission=run.admission(actor_id),
         fleet=run.fleet,
         run_store=run.run_store,
-        hurry=lambda: run.wait_at_most(config.actor.drain_s),
+        hurry=lambda: run.wait_at_most(max(config.actor.drain_s, CUT_OFF_S)),
     )
 
 
