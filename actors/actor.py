@@ -157,13 +157,17 @@ class Actor:
 
     async def _finish_or_cancel(self) -> None:
         """Give running groups ``drain_s``; the leases of those that are cut off are handed back at sign-off."""
-        if not self._in_flight:
+        if not self._in_flight or self._is_run_finished:  # then nobody waits for them
+            self._cancel_groups()
             return
         await asyncio.wait(list(self._in_flight.values()), timeout=self._config.actor.drain_s)
         sampling = [task for lease, task in self._in_flight.items() if lease not in self._unsent]
         if sampling and self._config.actor.handoff:
             await self._parts.engine.abort_all()  # each returns what it has
             await asyncio.wait(sampling, timeout=CUT_OFF_S)
+        self._cancel_groups()
+
+    def _cancel_groups(self) -> None:
         for task in self._in_flight.values():
             task.cancel()
 

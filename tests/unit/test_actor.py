@@ -414,6 +414,18 @@ async def test_the_end_of_the_run_drains_the_actor(stage: Stage) -> None:
         await asyncio.wait_for(task, TIMEOUT_S)
 
 
+async def test_an_actor_does_not_finish_groups_that_nobody_waits_for(stage: Stage) -> None:
+    """The run has ended; its groups would have ``drain_s`` otherwise."""
+    stage.scorer.gate.clear()
+    stage.actor = Actor(stage.parts(config_with(drain_s=1000.0)))
+    stage.open()
+    async with acting(stage) as task:
+        await stage.until(lambda: stage.scorer.waiting == 3)
+        stage.run.run_store.set_phase("finished", fence=1)
+        await asyncio.wait_for(task, TIMEOUT_S)
+    assert stage.source.stats().leased == 0
+
+
 async def test_a_lost_lease_is_not_sampled_to_the_end(stage: Stage) -> None:
     stage.scorer.gate.clear()
     stage.open()
