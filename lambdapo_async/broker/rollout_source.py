@@ -203,7 +203,7 @@ class RedisRolloutSource:
         return values
 
     def _check_fence(self, stored: bytes | None) -> None:
-        if stored is None:
+        if stored is None or int(stored) < self._fence:
             raise fence_error([])
         if int(stored) != self._fence:
             raise fence_error([stored])
