@@ -3,24 +3,28 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actors.actor import Actor, ActorParts
+from actors.actor import Actor
 from actors.between_groups import BetweenGroups
 from actors.canary import ActorCanary
-from actors.engine import InferenceEngine
+from actors.engine import CUT_OFF_S, InferenceEngine
 from actors.follower import WeightFollower
+from actors.handoff import Handoff
 from actors.outbox import Outbox
+from actors.parts import ActorParts
 from actors.prompts import LeasedPrompts
 from actors.scoring import Scorer
 from actors.scratch import scratch_folder
+from actors.spool import Spool, spool_root
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
-from lambdapo_async.config.load import parse_published
+from lambdapo_async.config.load import HMAC_KEY_VARIABLE, parse_published
 from lambdapo_async.errors import BrokerError, ConfigError
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
@@ -38,16 +42,17 @@ def read_run(url: str, run_id: str, overrides: Sequence[str]) -> tuple[RedisRun,
     Raises:
         BrokerUnreachableError: no Redis there.
         RunNotFoundError: no such run there, or one of a schema we do not know.
-        ConfigError: an override of something that is not the actor's to choose.
+        ConfigError: an override of something that is not the actor's to choose, or LAMBDAPO_HMAC_KEY is not the run's.
         TaskError: a reward function that this machine does not have.
     """
     foreign = [override for override in overrides if not override.startswith("actor.")]
     if foreign:
         key = foreign[0].partition("=")[0] if "=" in foreign[0] else "***"  # the value may be a password
         raise ConfigError(f"--set {key}: an actor takes everything but actor.* from its run")
-    run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S)
+    run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S, hmac_key=os.environ.get(HMAC_KEY_VARIABLE))
     run.check_reachable()
     config = parse_published(run.run_store.config_json(), overrides, run_id=run_id)
+    run.wait_at_most(config.broker.outage_s)
     build_task(config)  # finds missing rewards before an engine is started for them
     return run, config
 
@@ -91,6 +96,7 @@ def _assemble(
     tokenizer = AutoTokenizer.from_pretrained(scratch / "model")
     encoder = PromptEncoder(tokenizer, build_task(config), config)
     follower = WeightFollower(run.weights, engine, run_id=run_id, folder=scratch, config=config)
+    outbox, orphans = _outboxes(run, config, run_id, actor_id)
     canary = ActorCanary(
         run.canary,
         engine,
@@ -107,16 +113,38 @@ def _assemble(
         canary=canary,
         prompts=LeasedPrompts(run.run_store, encoder, tokenizer, config),
         scorer=scorer,
-        outbox=Outbox(
-            run.sink(),
-            producer=actor_id,
-            epoch=run.run_store.state().epoch,
-            full_timeout_s=config.learner.data_timeout_s,
+        handoff=Handoff(
+            run.partials(actor_id),
+            run.seal,
+            config,
+            actor_id=actor_id,
+            vocab_size=_vocab_size(scratch / "model"),
+            newest_version=lambda: run.run_store.state().version,
         ),
+        outbox=outbox,
+        orphans=orphans,
         admission=run.admission(actor_id),
         fleet=run.fleet,
         run_store=run.run_store,
+        hurry=lambda: run.wait_at_most(max(config.actor.drain_s, CUT_OFF_S)),
     )
+
+
+def _vocab_size(model_folder: Path) -> int:
+    """Token ids that the model knows: an engine fails on any other."""
+    from transformers import AutoConfig
+
+    num_tokens: int = AutoConfig.from_pretrained(model_folder).get_text_config().vocab_size
+    return num_tokens
+
+
+def _outboxes(run: RedisRun, config: RunConfig, run_id: str, actor_id: str) -> tuple[Outbox, tuple[Outbox, ...]]:
+    """Our own, and those of dead actors of this run on this machine."""
+    sink, root, epoch = run.sink(), spool_root(config.actor.spool_dir, run_id), run.run_store.state().epoch
+    outage_s = config.broker.outage_s
+    orphans = [Outbox.adopted(sink, spool, epoch=epoch, outage_s=outage_s) for spool in Spool.adopt(root)]
+    own = Outbox(sink, Spool.create(root, f"{actor_id}.0"), epoch=epoch, outage_s=outage_s)
+    return own, tuple(orphans)
 
 
 def _write_model_files(run: RedisRun, scratch: Path) -> Path:

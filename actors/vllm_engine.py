@@ -26,7 +26,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.adapters import AdapterVersions, lora_options, version_of
-from actors.engine import Completion, EngineInfo
+from actors.engine import CUT_OFF_S, Completion, EngineInfo
 from actors.published_shapes import published_shapes
 from actors.requests import NO_WEIGHTS, check_request
 from actors.weights_file import Layout, check_finite, check_names, check_same, in_layers_of, read_layout
@@ -56,7 +56,8 @@ class VllmEngine:
         self._shapes = published_shapes(model_dir, lora)
         self._layout: Layout | None = None
         self._policy_version = -1
-        self._running: set[str] = set()
+        self._sampling: set[str] = set()
+        self._scoring: set[str] = set()
         self._swapping = asyncio.Lock()
         self._death: str | None = None
         self._info = EngineInfo(
@@ -129,7 +130,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         with self._adapters.newest() as adapter:
-            output = await self._generate([int(token) for token in prompt_ids], params, adapter)
+            output = await self._generate([int(token) for token in prompt_ids], params, adapter, self._sampling)
         return tuple(_completion(sample, adapter) for sample in sorted(output.outputs, key=lambda sample: sample.index))
 
     async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> LogProbs:
@@ -143,23 +144,23 @@ class VllmEngine:
         ids = [int(token) for token in (*prompt_ids, *completion_ids)]
         async with self._swapping:
             with self._adapters.newest() as adapter:
-                output = await self._generate(ids, params, adapter)
+                output = await self._generate(ids, params, adapter, self._scoring)
         return np.array(output.prompt_logprobs.logprobs[len(prompt_ids) - 1 :], np.float32)  # the first token has none
 
     async def _generate(
-        self, prompt_ids: list[int], params: SamplingParams, adapter: LoRARequest | None
+        self, prompt_ids: list[int], params: SamplingParams, adapter: LoRARequest | None, running: set[str]
     ) -> RequestOutput:
         request_id = uuid.uuid4().hex
         # A cache that outlives an update must not serve those who come after it.
         prompt = tokens_input(prompt_ids, cache_salt=f"v{self._policy_version}" if self._stale_kv else None)
-        self._running.add(request_id)
+        running.add(request_id)
         try:
             stream = self._llm.generate(prompt, params, request_id, lora_request=adapter)
             outputs = [output async for output in stream]
         except VLLMError as error:
             raise EngineError(f"vLLM failed on a prompt of {len(prompt_ids)} tokens: {error!r}") from error
         finally:
-            self._running.discard(request_id)
+            running.discard(request_id)
         self._check_alive()  # a dying engine ends its requests as if they had been aborted
         if not outputs or not outputs[-1].finished:
             raise EngineError(f"vLLM ended a request of {params.n} samples without its completions")
@@ -176,8 +177,11 @@ class VllmEngine:
 
     async def abort_all(self) -> None:
         """See :meth:`actors.engine.InferenceEngine.abort_all`."""
+        await self._abort(self._sampling)
+
+    async def _abort(self, request_ids: Set[str]) -> None:
         with contextlib.suppress(VLLMError):  # a dead engine runs nothing, and each request says so itself
-            await self._llm.abort(list(self._running))
+            await self._llm.abort(list(request_ids))
 
     async def shutdown(self) -> None:
         """End the engine's process; idempotent."""
@@ -238,7 +242,7 @@ class VllmEngine:
     async def _die(self, reason: str) -> None:
         if self._death is None:
             self._death = reason
-            await self.abort_all()
+            await self._abort(self._sampling | self._scoring)
             self._llm.shutdown()
 
     def _check_alive(self) -> None:
@@ -274,7 +278,8 @@ def _engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
         seed=secrets.randbits(31),  # actors with one seed would draw the same noise
         worker_extension_cls="actors.vllm_worker.WeightSwap",
         enable_log_requests=False,
-        shutdown_timeout=math.ceil(actor.drain_s),  # a SIGTERM to every process must not cut off what we still drain
+        # A SIGTERM to every process must not cut off what we still drain.
+        shutdown_timeout=math.ceil(actor.drain_s + CUT_OFF_S),
         **lora_options(config),
     )
 

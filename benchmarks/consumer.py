@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.processes import Running, wait_for
-from lambdapo_async.broker.interface import Delivery, RunLimits
+from lambdapo_async.broker.interface import Delivery, Durable, RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.tasks.prompts import PromptEncoder
@@ -34,7 +34,7 @@ class Consumer:
         self.run.run_store.put_rows("train", [row.as_map() for row in rows.train])
         self.run.run_store.put_rows("heldout", [row.as_map() for row in rows.heldout])
         self.source = self.run.source(1, RunLimits.of(config))
-        self.source.initialise(watermarks={}, consumed=0, next_index=0)
+        self.source.initialise(Durable(watermarks={}, consumed=0, waiting=0, next_index=0, holes=()))
         publisher = Publisher(self.run.weights_for(config.weights), run_id=run_id, fence=1, config=config.weights)
         publisher.publish(0, policy, consumed=0)
         publisher.flush()

@@ -8,8 +8,10 @@ LambdaPOError
 ├── BrokerError           Redis answered something the protocol does not allow
 │   ├── BrokerUnavailable Redis did not answer before the deadline
 │   │   └── BrokerUnreachableError  it did not answer our first call (a UserError too)
+│   ├── LostDataError     Redis restarted, went back in time or lost something: initialise it again
 │   ├── FencedError       another learner owns the run now
 │   └── RunNotFoundError  this Redis holds no such run, or one of another schema
+├── NoGroupsError         no rollout group came before the learner's deadline
 ├── WeightsError          a weight version that is missing, damaged or of another model
 ├── CheckpointError       a checkpoint that is missing or damaged
 ├── RankLostError         another process of the same learner died or does not answer
@@ -49,12 +51,20 @@ class BrokerUnreachableError(BrokerUnavailable, UserError):
     """Redis did not answer the first call of this process: the URL is wrong, or it does not run."""
 
 
+class LostDataError(BrokerError):
+    """Redis restarted, went back in time, came back empty or lost a part: its owner must initialise it again."""
+
+
 class FencedError(BrokerError):
     """Another learner owns the run now; this one must stop."""
 
 
 class RunNotFoundError(BrokerError, UserError):
     """This Redis holds no such run, or one whose schema we do not know."""
+
+
+class NoGroupsError(LambdaPOError):
+    """No rollout group came before the learner's deadline."""
 
 
 class WeightsError(LambdaPOError):

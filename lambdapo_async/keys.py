@@ -5,7 +5,7 @@ The braces are a hash tag: a cluster keeps the whole run in one slot, so that sc
 
 from dataclasses import dataclass
 
-from lambdapo_async.rollout import Split
+from lambdapo_async.rollout import Lease, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,11 @@ class RunKeys:
 
     def _key(self, name: str) -> bytes:
         return f"{{lp:{self.run_id}}}:{name}".encode()
+
+    @property
+    def everything(self) -> bytes:
+        """Pattern of all keys of the run."""
+        return self._key("*")
 
     @property
     def state(self) -> bytes:
@@ -44,6 +49,11 @@ class RunKeys:
     def payload(self, producer: str, seq: int) -> bytes:
         """String: the group itself, beside its descriptor."""
         return self._key(f"g:{producer}:{seq}")
+
+    @property
+    def all_payloads(self) -> bytes:
+        """Pattern of every :meth:`payload` of this run (run ids hold no wildcard)."""
+        return self._key("g:*")
 
     @property
     def accepted(self) -> bytes:
@@ -85,6 +95,20 @@ class RunKeys:
         return self._key(f"grant:{actor_id}")
 
     @property
+    def partials(self) -> bytes:
+        """Hash: lease id -> expiry in milliseconds of server time, a blank, bytes of its partial."""
+        return self._key("partials")
+
+    @property
+    def all_partials(self) -> bytes:
+        """Pattern of what actors left of unfinished groups."""
+        return self._key("part:*")
+
+    def partial(self, lease: Lease) -> bytes:
+        """String, expiring: what an actor left of an unfinished group."""
+        return self._key(f"part:{lease.id}")
+
+    @property
     def fleet(self) -> bytes:
         """Hash: actor id -> heartbeat (msgpack)."""
         return self._key("fleet")
@@ -95,9 +119,19 @@ class RunKeys:
         return self._key("fleet_expiry")
 
     @property
+    def quarantined(self) -> bytes:
+        """Set: ids of the actors that are set aside."""
+        return self._key("quarantined")
+
+    @property
     def dead(self) -> bytes:
         """Stream: quarantined groups, the newest ones."""
         return self._key("dead")
+
+    @property
+    def all_weights(self) -> bytes:
+        """Pattern of everything that has to do with weights."""
+        return self._key("w:*")
 
     def weights_chunk(self, name: str, index: int) -> bytes:
         """String: one piece of a weight file."""

@@ -74,6 +74,9 @@ class MicroBatch:
         """[S] int64 the tokens with loss, in order."""
         return torch.nonzero_static(self.loss_mask_T, size=self.num_loss_tokens)[:, 0]
 
+    group_keys: tuple[str, ...]
+    """Of each rollout by its number; empty for a number that no token has."""
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``."""
         return MicroBatch(
@@ -87,6 +90,7 @@ class MicroBatch:
             token_versions_T=self.token_versions_T.to(device),
             segment_ids_T=self.segment_ids_T.to(device),
             num_loss_tokens=self.num_loss_tokens,
+            group_keys=self.group_keys,
         )
 
 
@@ -166,7 +170,13 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
         token_versions_T=_column([sequence.token_versions[rows] for sequence, rows in cut], np.int64),
         segment_ids_T=torch.from_numpy(np.repeat([part.rollout for part in parts], lengths)),
         num_loss_tokens=sum(int(sequence.loss_mask[rows].sum()) for sequence, rows in cut),
+        group_keys=_group_keys(parts),
     )
+
+
+def _group_keys(parts: Sequence[_Part]) -> tuple[str, ...]:
+    keys = {part.rollout: part.sequence.group_key for part in parts}
+    return tuple(keys.get(rollout, "") for rollout in range(max(keys) + 1))
 
 
 def _parts(pieces: Sequence[Sequence[TrainingSequence]]) -> list[_Part]:

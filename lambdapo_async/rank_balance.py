@@ -59,4 +59,5 @@ def filler() -> MicroBatch:
         token_versions_T=zero - 1,
         segment_ids_T=zero,
         num_loss_tokens=0,
+        group_keys=("",),
     )

@@ -63,6 +63,7 @@ def micro_batch(lengths: Sequence[int], *, prompt: int = 2, seed: int = 0, ids: 
         token_versions_T=torch.zeros(total, dtype=torch.int64),
         segment_ids_T=segments_T,
         num_loss_tokens=int((positions_T >= max(1, prompt)).sum()),
+        group_keys=tuple(map(str, range(len(lengths)))),
     )
 
 

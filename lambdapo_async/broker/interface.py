@@ -1,11 +1,13 @@
 """What the processes ask of Redis: the seams, each with a Redis side, a fake and one contract suite.
 
 All calls block with a deadline (``broker.timeout_s``) and raise ``BrokerUnavailable`` after it; an asyncio
-caller uses ``asyncio.to_thread``. Life of a group: leased -> sampled -> enqueued -> read -> trained (or
-discarded, counted) -> committed, when a durable checkpoint holds its effect.
+caller uses ``asyncio.to_thread``. Life of a group: leased -> sampled -> enqueued -> read -> journaled -> committed
+(gone from Redis and from its actor) -> trained (or discarded, counted).
+
+The learner's durable state is the only truth. Redis may lose, roll back or forget anything: it is made to agree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal, Protocol, Self
@@ -13,6 +15,7 @@ from typing import Annotated, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from lambdapo_async.config import RunConfig
+from lambdapo_async.group_bytes import largest_group
 from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.manifest import NewFile
@@ -29,6 +32,8 @@ class RunLimits:
     groups_per_step: int
     max_groups: int
     max_bytes: int
+    group_bytes: int
+    """Most bytes that an answer can have: a lease reserves as many."""
     lease_s: float
 
     @property
@@ -44,6 +49,7 @@ class RunLimits:
             groups_per_step=config.rollout.groups_per_step,
             max_groups=config.broker.max_groups,
             max_bytes=config.broker.max_bytes,
+            group_bytes=largest_group(config),
             lease_s=config.broker.lease_s,
         )
 
@@ -57,9 +63,11 @@ class EnqueueStatus(StrEnum):
     GAP = "GAP"
     """Redis lost earlier ones: offer again from ``last + 1``."""
     FULL = "FULL"
-    """No room in groups or bytes: wait and offer again."""
+    """No room in groups or bytes: wait and offer again. An answer to a lease that Redis knows always has room."""
     EPOCH = "EPOCH"
-    """The queue was declared untrustworthy: offer again from ``committed + 1``."""
+    """Redis came back empty and its learner filled it anew: offer again from ``committed + 1``."""
+    WAIT = "WAIT"
+    """Redis restarted and its learner has not come back to it yet: nothing is accepted until then."""
     LATE = "LATE"
     """Refused for good: the lease had expired and another actor holds or answered the prompt; the number is free."""
 
@@ -72,9 +80,22 @@ class EnqueueReply:
     last: int
     """Last sequence number accepted from this producer; 0 before the first."""
     committed: int
-    """Last sequence number whose effect is durable at the learner."""
+    """Last sequence number that is durable at the learner."""
     epoch: str
     """The queue's epoch now; use it in the next offer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What the queue knows of a producer."""
+
+    is_open: bool
+    """Whether offers are accepted: the learner has initialised this incarnation of the server."""
+    last: int
+    """Last sequence number accepted; less than before when Redis lost groups."""
+    committed: int
+    """Last sequence number that is durable at the learner."""
+    epoch: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +117,22 @@ class Delivery:
 
     descriptor: Descriptor
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durable:
+    """What the learner holds durably; Redis is made to agree with it."""
+
+    watermarks: Mapping[str, int]
+    """Producer -> last sequence number journaled."""
+    consumed: int
+    """Training groups trained or discarded; duplicates are not counted."""
+    waiting: int
+    """Training groups received and not consumed: at the learner, gone from Redis."""
+    next_index: int
+    """Training indices below it were leased at some time, as far as the learner knows."""
+    holes: tuple[int, ...]
+    """Training indices below ``next_index`` of which no group was received, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +159,7 @@ class Heartbeat(BaseModel):
     actor_id: Annotated[str, Field(max_length=128)]
     host: Annotated[str, Field(max_length=256)]
     pid: int
-    state: Literal["starting", "sampling", "draining"]
+    state: Literal["starting", "sampling", "quarantined", "draining"]
     device: Annotated[str, Field(max_length=128)]
     dtype: Annotated[str, Field(max_length=32)]
     engine: Annotated[str, Field(max_length=128)]
@@ -153,6 +190,8 @@ class RunState:
     version: int
     """Newest policy version published; -1 before the first."""
     schema: int
+    learner_silent_s: float
+    """Since the learner's last sign of life, by the server's clock."""
 
 
 class Admission(Protocol):
@@ -162,7 +201,7 @@ class Admission(Protocol):
         """At most ``max_count`` leases: held-out ones first, then returned ones, then new ones.
 
         Training leases are granted while admitted < (max_staleness + 1) * groups_per_step; empty means the
-        gate is closed or the run is not ``running``.
+        gate is closed, the queue has no room for one answer more, or the run is not ``running``.
         """
 
     def renew(self, leases: Sequence[Lease]) -> tuple[Lease, ...]:
@@ -178,27 +217,41 @@ class RolloutSink(Protocol):
     def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
         """Offer one group; the same sequence number may be offered any number of times."""
 
+    def marks(self, producer: str) -> Marks:
+        """What the queue knows of ``producer``: asked while there is nothing to offer, or offers are refused."""
+
 
 class RolloutSource(Protocol):
     """The learner's end of the queue. Every call is fenced: ``FencedError`` once another learner came."""
 
-    def initialise(self, *, watermarks: Mapping[str, int], consumed: int, next_index: int) -> None:
-        """Take the run over: raise fence and marks, drop what is already durable, recount, read from the start.
+    def initialise(self, durable: Durable) -> None:
+        """Make Redis agree with ``durable``, and read from the start. Idempotent; may be called at any time.
 
-        Args:
-            watermarks: producer -> last sequence number whose effect the checkpoint holds.
-            consumed: training groups trained or discarded in the surviving history.
-            next_index: training indices below it were leased in the surviving history.
+        What is durable goes, lost holes return to the front of the line, every counter is counted anew. Held-out
+        leases that wait in line are forgotten: request them again.
         """
 
     def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
-        """Groups not read before, oldest first; waits for the first one, empty after ``timeout_s``."""
+        """Groups not read before, oldest first; waits for the first one, empty after ``timeout_s``.
+
+        Raises:
+            LostDataError: Redis restarted, went back, or lost an entry or a payload: ``initialise`` before going on.
+        """
 
     def release(self, consumed: int) -> None:
         """Raise the consumed count, so that the gate opens for groups that were discarded."""
 
-    def commit(self, watermarks: Mapping[str, int]) -> None:
-        """Delete everything up to the marks: a checkpoint holds it. Idempotent."""
+    def commit(self, watermarks: Mapping[str, int], *, duplicates: Collection[tuple[str, int]] = ()) -> None:
+        """Delete everything up to the marks: it is durable at the learner. Idempotent.
+
+        Args:
+            watermarks: producer -> last sequence number journaled.
+            duplicates: (producer, sequence number) of training groups among them whose index was received before;
+                they leave the gate's count with their entry, because they will never be consumed.
+
+        Raises:
+            LostDataError: as :meth:`read`; nothing was deleted.
+        """
 
     def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
         """Keep an unreadable group aside (bounded, counted)."""
@@ -213,8 +266,8 @@ class RolloutSource(Protocol):
 class Fleet(Protocol):
     """Who is there."""
 
-    def beat(self, heartbeat: Heartbeat) -> None:
-        """Say that we live."""
+    def beat(self, heartbeat: Heartbeat) -> bool:
+        """Say that we live; True while the learner has set us aside (see ``fleet_control``)."""
 
     def members(self) -> tuple[Heartbeat, ...]:
         """Actors whose last heartbeat is younger than ``broker.lease_s``; unreadable records are left out."""
@@ -225,6 +278,13 @@ class Fleet(Protocol):
 
 class RunStore(Protocol):
     """What an actor needs to join: config, model files (no weights), rows, phase."""
+
+    def take_over(self, *, fence: int) -> None:
+        """Own the run, before anything is loaded: an older learner can commit nothing from here on.
+
+        Raises:
+            FencedError: a newer learner owns the run id.
+        """
 
     def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
         """Publish config and model files; ``FencedError`` if a newer learner owns the run id."""
@@ -262,6 +322,7 @@ class WeightStore(Protocol):
 
         Raises:
             WeightsError: the version is not above the head, or the byte budget is too small.
+            LostDataError: the version that the files lead from is not the head any more, or the server restarted.
             FencedError: another learner owns the run.
         """
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.config.objective import ObjectiveConfig, is_dotted
+from lambdapo_async.config.replay import ReplayConfig
 from lambdapo_async.config.sections import (
     ActorConfig,
     BrokerConfig,
@@ -26,7 +27,7 @@ CONFIG_SCHEMA = 1
 
 
 class RunConfig(Section):
-    """Everything that defines a run; the actors get all of it but ``broker.url``."""
+    """Everything that defines a run; the actors get all of it but ``broker.url`` and ``broker.hmac_key``."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]{1,64}$")
     """Run ids are made from it."""
@@ -46,6 +47,8 @@ class RunConfig(Section):
     """What a step is made of."""
     staleness: StalenessConfig = StalenessConfig()
     """How old a group may be."""
+    replay: ReplayConfig = ReplayConfig()
+    """How often a group is trained on."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What is maximised."""
     learner: LearnerConfig = LearnerConfig()
@@ -67,8 +70,9 @@ class RunConfig(Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """What the actors may know: JSON-ready, without the broker's URL; ``load.parse_published`` reads it."""
-        return {"config_schema": CONFIG_SCHEMA, **self.model_dump(mode="json", exclude={"broker": {"url"}})}
+        """What the actors may know: JSON-ready, without the broker's URL and key; ``load.parse_published`` reads it."""
+        secret = {"broker": {"url", "hmac_key"}}
+        return {"config_schema": CONFIG_SCHEMA, **self.model_dump(mode="json", exclude=secret)}
 
 
 def _check_context(config: RunConfig) -> str | None:
@@ -150,15 +154,33 @@ def _check_drop_above(config: RunConfig) -> str | None:
     )
 
 
-def _check_queue_holds_a_checkpoint_interval(config: RunConfig) -> str | None:
-    """Groups stay in Redis until a checkpoint holds their effect."""
-    steps = config.learner.checkpoint_every + config.staleness.max_staleness + 1
-    needed = steps * config.rollout.groups_per_step
-    if config.broker.max_groups >= needed:
+def _check_replay(config: RunConfig) -> str | None:
+    from lambdapo_async.group_bytes import largest_group  # made of these sections
+    from lambdapo_async.replay.limits import ReplayLimits
+
+    try:
+        limits = ReplayLimits.of(config)
+    except ValueError as error:
+        return f"replay: {error}"
+    needed = limits.rate.min_size * largest_group(config)
+    if needed <= limits.max_bytes:
         return None
     return (
-        f"broker.max_groups = {config.broker.max_groups} is below the {needed} groups between two checkpoints: "
-        "raise it or lower learner.checkpoint_every"
+        f"replay.max_bytes = {limits.max_bytes} may hold fewer than the {limits.rate.min_size} groups that a step "
+        f"waits for: raise it to {needed}"
+    )
+
+
+def _check_queue_holds_a_step(config: RunConfig) -> str | None:
+    from lambdapo_async.group_bytes import largest_group  # made of these sections
+
+    step, group_bytes = config.rollout.groups_per_step, largest_group(config)
+    if step * group_bytes <= config.broker.max_bytes and step <= config.broker.max_groups:
+        return None
+    return (
+        f"the queue cannot hold one step: rollout.groups_per_step = {step} groups of at most {group_bytes} bytes "
+        f"need broker.max_groups >= {step} (it is {config.broker.max_groups}) and "
+        f"broker.max_bytes >= {step * group_bytes} (it is {config.broker.max_bytes}): raise them"
     )
 
 
@@ -196,7 +218,8 @@ _CHECKS = (
     _check_policy_loss,
     _check_minibatches,
     _check_drop_above,
-    _check_queue_holds_a_checkpoint_interval,
+    _check_replay,
+    _check_queue_holds_a_step,
     _check_lease,
     _check_stale_kv,
     _check_starter,

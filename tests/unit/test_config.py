@@ -82,7 +82,11 @@ def test_a_wrong_key_or_value_is_named(config_file: Path, override: str, expecte
         (["learner.minibatches=2", "objective.policy_loss.preset=cispo"], "trust region"),
         (["learner.minibatches=17", "objective.policy_loss.preset=ppo"], "exceeds rollout.groups_per_step"),
         (["staleness.drop_above=2"], "must exceed staleness.max_staleness = 2"),
-        (["broker.max_groups=10"], "below the 368 groups between two checkpoints"),
+        (["replay.samples_per_insert=2"], "asks for more than max_uses = 1 gives: raise max_uses"),
+        (["replay.max_uses=2", "replay.samples_per_insert=2", "replay.error_buffer=1"], "raise it to 16"),
+        (["replay.min_size=4"], "min_size = 4 holds no sample of 16 groups"),
+        (["replay.max_groups=8"], "must hold min_size = 16"),
+        (["replay.max_bytes=1000000"], "replay.max_bytes = 1000000 may hold fewer than the 16 groups"),
         (["broker.lease_s=3"], "three times broker.heartbeat_s"),
     ],
 )
@@ -134,7 +138,7 @@ def test_the_published_config_reads_back(config_file: Path) -> None:
     config = load_config(config_file, environ={})
     published = json.dumps(config.published()).encode()
     assert parse_published(published, run_id="r") == config
-    assert parse_published(published, ["actor.groups_in_flight=3"], run_id="r").actor.groups_in_flight == 3
+    assert parse_published(published, ["actor.max_groups_in_flight=3"], run_id="r").actor.max_groups_in_flight == 3
     with pytest.raises(ConfigError, match=r"run r: actor\.drain_s = -1"):
         parse_published(published, ["actor.drain_s=-1"], run_id="r")
 
@@ -169,3 +173,10 @@ def test_every_field_is_documented() -> None:
 def test_toml_configs_name_only_what_they_change() -> None:
     for path in CONFIGS.glob("*.toml"):
         assert tomllib.loads(path.read_text())["name"]
+
+
+def test_a_queue_that_cannot_hold_one_step_is_refused(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"broker\.max_bytes >= \d+ \(it is 1000000\): raise them"):
+        load_config(config_file, ["broker.max_bytes=1000000"], environ={})
+    with pytest.raises(ConfigError, match="cannot hold one step"):
+        load_config(config_file, ["broker.max_groups=3"], environ={})
