@@ -120,7 +120,17 @@ def _panel(progress: Progress) -> Group:
 
 def _numbers(progress: Progress) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("staleness", "queue", "learner tokens/s", "idle", "actor tokens/s", "idle", "actors alive"):
+    for column in (
+        "staleness",
+        "queue",
+        "learner tokens/s",
+        "idle",
+        "actor tokens/s",
+        "idle",
+        "actors alive",
+        "set aside",
+        "worst mismatch",
+    ):
         table.add_column(column, justify="right")
     table.add_row(
         f"{number(progress.metric('staleness/mean'), 1)} (max {number(progress.metric('staleness/max'), 0)})",
@@ -130,6 +140,8 @@ def _numbers(progress: Progress) -> Table:
         f"{progress.actor_tokens_per_s:,.0f}",
         percent(progress.metric("actors/idle_share")),
         str(progress.actors_alive),
+        number(progress.metric("actors/quarantined"), 0),
+        number(progress.metric("actors/mismatch_max"), 4),
     )
     return table
 
