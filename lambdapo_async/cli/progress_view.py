@@ -127,9 +127,8 @@ def _numbers(progress: Progress) -> Table:
         "idle",
         "actor tokens/s",
         "idle",
+        "mismatch",
         "actors alive",
-        "set aside",
-        "worst mismatch",
     ):
         table.add_column(column, justify="right")
     table.add_row(
@@ -139,11 +138,15 @@ def _numbers(progress: Progress) -> Table:
         percent(progress.metric("speed/idle_share")),
         f"{progress.actor_tokens_per_s:,.0f}",
         percent(progress.metric("actors/idle_share")),
-        str(progress.actors_alive),
-        number(progress.metric("actors/quarantined"), 0),
         number(progress.metric("actors/mismatch_max"), 4),
+        _alive(progress),
     )
     return table
+
+
+def _alive(progress: Progress) -> str:
+    aside = progress.metric("actors/quarantined")
+    return f"{progress.actors_alive} ({aside:.0f} set aside)" if aside > 0 else str(progress.actors_alive)
 
 
 def _bar(value: float, total: float) -> ProgressBar:
