@@ -124,7 +124,7 @@ def test_an_actor_refuses_another_schema(redis_run: RedisRun, server: redis.Redi
 
 def test_too_many_rows_are_refused(redis_run: RedisRun) -> None:
     store = redis_run.run_store
-    small = type(store)(store._broker, redis_run.keys, store._ownership, max_split_bytes=100)
+    small = type(store)(store._broker, redis_run.keys, store._ownership, store._seal, max_split_bytes=100)
     with pytest.raises(TaskError, match=r"task\.max_rows"):
         small.put_rows("train", [{"prompt": str(index), "answer": ""} for index in range(600)])
 
