@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.broker.interface import (
     Delivery,
     Descriptor,
     Durable,
     EnqueueReply,
     EnqueueStatus,
-    Heartbeat,
     Marks,
     Phase,
     QueueStats,
