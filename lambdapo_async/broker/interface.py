@@ -290,6 +290,7 @@ class WeightStore(Protocol):
 
         Raises:
             WeightsError: the version is not above the head, or the byte budget is too small.
+            LostDataError: the version that the files lead from is not the head any more, or the server restarted.
             FencedError: another learner owns the run.
         """
 

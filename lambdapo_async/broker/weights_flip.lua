@@ -1,11 +1,15 @@
 -- List the files of a complete version and make it the head. Repeated by the same learner it changes nothing.
 -- KEYS[1] = state, KEYS[2] = head, KEYS[3] = log, KEYS[4] = files listed
 -- ARGV[1] = fence, ARGV[2] = version, ARGV[3] = consumed, ARGV[4] = log entries kept,
--- ARGV[5...] = name, description, name, description, ...
+-- ARGV[5] = version that the files lead from, or '' if from nothing, ARGV[6...] = name, description, ...
 local head = redis.call('GET', KEYS[2])
 if head and tonumber(head) > tonumber(ARGV[2]) then return {'OLD', head} end
 if head ~= ARGV[2] then
-  for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[4], ARGV[i], ARGV[i + 1]) end
+  -- Nothing may be listed that lost its base, or pieces of its own, on the way here.
+  local server = redis.call('HGET', KEYS[1], 'server')
+  if server and server ~= server_id() then return {'LOST', 'its server restarted'} end
+  if ARGV[5] ~= '' and head ~= ARGV[5] then return {'LOST', 'the newest weights are gone'} end
+  for i = 6, #ARGV, 2 do redis.call('HSET', KEYS[4], ARGV[i], ARGV[i + 1]) end
   redis.call('SET', KEYS[2], ARGV[2])
   redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[4], '*', 'v', ARGV[2])
   redis.call('HSET', KEYS[1], 'version', ARGV[2])
