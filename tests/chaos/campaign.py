@@ -1,0 +1,94 @@
+"""Runs under faults, and what came of them."""
+
+import contextlib
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos.faults import PROCESS_FAULTS, REDIS_FAULTS
+from tests.chaos.ledger import Kind, Violation, check, read_ledger
+from tests.chaos.profiles import PROFILES, Profile
+from tests.chaos.remains import read_remains
+from tests.chaos.scene import Scene, StuckError, scene_folder
+from tests.chaos.spec import BOUNDS
+
+_REDIS_SHARE = 0.4
+"""Of the faults, where a profile has any for Redis."""
+_GAP_S = (0.05, 0.5)
+_WITHOUT_PROGRESS = 0.25
+"""Share of the faults that come before anything has recovered from the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run under faults."""
+
+    profile: str
+    seed: int
+    faults: Counter[str]
+    exits: Counter[str]
+    """Processes that ended by themselves, by what they said last."""
+    num_steps: int
+    num_groups: int
+    """Trained in the surviving history."""
+    num_discarded: int
+    wall_s: float
+    violations: tuple[Violation, ...]
+
+    def count(self, kind: Kind) -> int:
+        return sum(violation.kind == kind for violation in self.violations)
+
+
+def run_under_faults(
+    folder: Path, profile: Profile, *, seed: int, num_faults: int, mutant: str = "", text_bytes: int = 0
+) -> Outcome:
+    """A run from its first step to its end, through ``num_faults`` faults."""
+    source, started = random.Random(f"{profile.name}-{seed}"), time.monotonic()
+    scene = Scene(folder, profile, seed=seed, mutant=mutant, text_bytes=text_bytes)
+    faults: Counter[str] = Counter()
+    problems: list[str] = []
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(scene.running())
+            while faults.total() < num_faults:
+                scene.tend(source.uniform(*_GAP_S))
+                if source.random() >= _WITHOUT_PROGRESS:
+                    scene.wait_for_step()
+                name = _choose(profile, source)
+                did = {**PROCESS_FAULTS, **REDIS_FAULTS}[name](scene, source)
+                scene.ledger.write("fault", name=name, did=did)
+                faults[name] += 1
+            scene.finish()
+        except StuckError as error:
+            problems.append(str(error))
+        remains = read_remains(folder, scene.redis, problems)
+    entries = read_ledger(folder)
+    violations = check(entries, remains, BOUNDS)
+    return Outcome(
+        profile=profile.name,
+        seed=seed,
+        faults=faults,
+        exits=scene.exits,
+        num_steps=len(remains.history),
+        num_groups=sum(len(step.groups) for step in remains.history),
+        num_discarded=len({e.fields["index"] for e in entries if e.what == "discarded"}),
+        wall_s=time.monotonic() - started,
+        violations=tuple(violations),
+    )
+
+
+def _choose(profile: Profile, source: random.Random) -> str:
+    if profile.redis_faults and source.random() < _REDIS_SHARE:
+        return source.choice(profile.redis_faults)
+    return source.choice(list(PROCESS_FAULTS))
+
+
+def campaign(profile: str, *, seed: int, num_faults: int) -> Outcome:
+    """One run in a folder of its own, which stays when a promise was broken."""
+    with scene_folder(f"{profile[:6]}{seed}") as folder:
+        outcome = run_under_faults(folder, PROFILES[profile], seed=seed, num_faults=num_faults)
+        if outcome.violations:
+            raise AssertionError(f"{folder}: {outcome}")
+    return outcome

@@ -1,0 +1,89 @@
+"""Named points at which a process kills itself, and the taps that put them around the product's own calls.
+
+Product code knows nothing of it: in the process that is to die a method is replaced by one that calls it between two
+points, ``NAME:before`` and ``NAME:after``. Which point is lethal is in a file, so that it can be armed at any moment.
+"""
+
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.ledger import Ledger
+
+Watch = Callable[..., None]
+"""Called with a tapped call's result and its arguments."""
+
+
+def arm(folder: Path, who: str, point: str, count: int) -> None:
+    """Let ``who`` die when it comes to ``point`` for the ``count``-th time from now on."""
+    path = _orders(folder, who)
+    partial = path.with_suffix(".partial")
+    partial.write_text(f"{point} {count}")
+    partial.rename(path)
+
+
+def disarm(folder: Path, who: str) -> None:
+    _orders(folder, who).unlink(missing_ok=True)
+
+
+def _orders(folder: Path, who: str) -> Path:
+    return folder / f"{who}.armed"
+
+
+@dataclass(slots=True)
+class FaultPoints:
+    """The points of one process."""
+
+    folder: Path
+    who: str
+    ledger: Ledger
+    names: list[str] = field(default_factory=list)
+    _armed: str = ""
+    _left: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def reach(self, point: str) -> None:
+        """Die here if it is the armed point's turn."""
+        with self._lock:
+            orders = _orders(self.folder, self.who)
+            if orders.exists():
+                self._armed, count = orders.read_text().split()
+                self._left = int(count)
+                orders.unlink()
+            if point != self._armed:
+                return
+            self._left -= 1
+            if self._left <= 0:
+                self.ledger.write("dying", point=point)
+                os.kill(os.getpid(), signal.SIGKILL)
+                threading.Event().wait()  # the signal is on its way; nothing may happen meanwhile
+
+    def tap(self, owner: Any, attribute: str, name: str, *, before: Watch | None = None, after: Watch | None = None) -> None:
+        """Put points around ``owner.attribute``; ``before`` gets its arguments, ``after`` the result first."""
+        call = getattr(owner, attribute)
+        self.names.append(name)
+
+        @functools.wraps(call)
+        def tapped(*args: Any, **named: Any) -> Any:
+            if before is not None:
+                before(*args, **named)
+            self.reach(f"{name}:before")
+            result = call(*args, **named)
+            if after is not None:
+                after(result, *args, **named)
+            self.reach(f"{name}:after")
+            return result
+
+        setattr(owner, attribute, tapped)
+
+
+LEARNER_POINTS = (
+    "fence", "load", "create", "rows", "initialise", "read", "commit", "release", "save", "renamed", "prune",
+    "train", "publish", "flip", "put_weights", "phase",
+)  # fmt: skip
+ACTOR_POINTS = ("lease", "renew", "enqueue", "load_weights", "sample", "beat")

@@ -1,0 +1,229 @@
+"""One run under faults: its Redis, its learner, its actors, and whoever starts them again."""
+
+import contextlib
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import redis
+
+from lambdapo_async.keys import RunKeys
+from tests.chaos.actor_process import run_actor_process
+from tests.chaos.learner_process import run_learner_process, write_model_files
+from tests.chaos.ledger import SUFFIX, Ledger
+from tests.chaos.profiles import Profile
+from tests.chaos.proxy import Proxy
+from tests.chaos.redis_control import RedisControl
+from tests.chaos.spec import RUN_ID, ProcessSpec, output_dir, write_config
+from tests.chaos.zygote import Forked
+
+NUM_ACTORS = 2
+STUCK_S = 30.0
+"""Without a step for this long, while nothing is being broken, a run counts as stuck."""
+_EXIT_S = 20.0
+_TEND_S = 0.02
+_SAMPLE_S = 0.2
+_FOREVER = 1_000_000
+_LAST_STEPS = 6
+
+
+class StuckError(AssertionError):
+    """The run does not go on, or does not end."""
+
+
+class Scene:
+    """Starts everything, keeps it going, ends it; faults are somebody else's."""
+
+    def __init__(self, folder: Path, profile: Profile, *, seed: int, mutant: str = "", text_bytes: int = 0) -> None:
+        """``folder``: short, and on storage whose fsync is cheap."""
+        self.folder, self.profile, self.mutant, self._text_bytes = folder, profile, mutant, text_bytes
+        self.seed = seed
+        self.ledger = Ledger(folder, "scene")
+        self.redis = RedisControl(folder / "r", profile.persistence)
+        self.proxy: Proxy | None = None
+        self.learner: Forked | None = None
+        self.actors: list[Forked] = []
+        self.sleepers: list[Forked] = []
+        """Learners that were replaced while they slept."""
+        self.exits: Counter[str] = Counter()
+        """Processes that ended by themselves, by what they said."""
+        self.redis_is_up = False
+        self._later: list[tuple[float, Callable[[], None]]] = []
+        self._started: Counter[str] = Counter()
+        self._expected: set[str] = set()
+        self._read: dict[Path, int] = {}
+        self._num_used = self.newest_step = 0
+        self._is_finishing = False
+        self._sampled_at = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Everything is up, with a first step made; nothing is left behind."""
+        write_model_files(self.folder)
+        write_config(self.folder, seed=self.seed, num_steps=_FOREVER)
+        self.start_redis()
+        if self.profile.proxy:
+            self.proxy = Proxy(self.folder / "p", self.redis.socket, hides_run_id=self.profile.hides_run_id)
+        try:
+            self.start_learner()
+            self.wait_for_step()
+            yield
+        finally:
+            self._end_everything()
+
+    @property
+    def url(self) -> str:
+        return self.proxy.url if self.proxy else self.redis.url
+
+    def start_redis(self) -> None:
+        self.redis.start()
+        self.redis_is_up = True
+
+    def start_learner(self) -> None:
+        resume = any((output_dir(self.folder) / RUN_ID / "checkpoints").glob("step-*"))
+        self.learner = Forked(run_learner_process, self._spec("learner", resume=resume))
+
+    def start_actor(self) -> None:
+        self.actors.append(Forked(run_actor_process, self._spec("actor")))
+
+    def expect_end(self, process: Forked) -> None:
+        """Its end, however it comes, is not by itself."""
+        self._expected.add(process.who)
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        self._later.append((time.monotonic() + delay_s, action))
+
+    def tend(self, duration_s: float) -> None:
+        """Keep everything going for a while: start what ended, do what is due, look at the bytes."""
+        deadline = time.monotonic() + duration_s
+        while True:
+            self._tend_once()
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return
+            sentinels = [process.sentinel for process in self._processes() if process.returncode is None]
+            wait(sentinels, timeout=min(left_s, _TEND_S))
+
+    def wait_for_step(self, count: int = 1) -> None:
+        """Until the learner has made ``count`` more steps."""
+        goal, deadline = self._num_used + count, time.monotonic() + STUCK_S
+        while self._num_used < goal:
+            self.tend(_TEND_S)
+            if time.monotonic() > deadline:
+                self._show_stacks()
+                raise StuckError(f"no step for {STUCK_S:g} s after step {self.newest_step}")
+
+    def finish(self) -> None:
+        """Let the run end by itself a few steps from now."""
+        self.wait_for_step()
+        write_config(self.folder, seed=self.seed, num_steps=self.newest_step + _LAST_STEPS)
+        assert self.learner is not None
+        self.expect_end(self.learner)
+        self.learner.send(signal.SIGTERM)
+        self._is_finishing = True
+        deadline = time.monotonic() + 2 * STUCK_S
+        while self.learner is not None:
+            self.tend(_TEND_S)
+            if time.monotonic() > deadline:
+                self._show_stacks()
+                raise StuckError(f"the learner did not finish within {2 * STUCK_S:g} s")
+        for process in [*self.actors, *self.sleepers]:
+            if process.wait(_EXIT_S) is None:
+                self._show_stacks()
+                raise StuckError(f"{process.who} still runs {_EXIT_S:g} s after the end")
+            if process in self.actors and process.returncode != 0 and process.who not in self._expected:
+                raise StuckError(f"{process.who} ended with {process.returncode}: {process.last_line()}")
+
+    def _spec(self, role: str, *, resume: bool = False) -> ProcessSpec:
+        self._started[role] += 1
+        who = f"{role}-{self._started[role]}"
+        return ProcessSpec(who, self.folder, self.url, resume, self.mutant, self._text_bytes)
+
+    def _processes(self) -> list[Forked]:
+        return [*([self.learner] if self.learner else []), *self.actors, *self.sleepers]
+
+    def _tend_once(self) -> None:
+        now = time.monotonic()
+        due = [action for at, action in self._later if at <= now]
+        self._later = [(at, action) for at, action in self._later if at > now]
+        for action in due:
+            action()
+        self._read_steps()
+        if self.learner is not None and self.learner.returncode is not None:
+            self._replace_learner(self.learner)
+        for actor in [each for each in self.actors if each.returncode is not None]:
+            self.actors.remove(actor)
+            self._note_end(actor)
+        while len(self.actors) < NUM_ACTORS and not (self._is_finishing and self.learner is None):
+            self.start_actor()
+        if now - self._sampled_at > _SAMPLE_S:
+            self._sampled_at = now
+            self._sample()
+
+    def _replace_learner(self, ended: Forked) -> None:
+        is_over = self._is_finishing and ended.returncode == 0 and ended.who not in self._expected
+        self._note_end(ended)
+        self.learner = None
+        if not is_over:
+            self.start_learner()
+
+    def _note_end(self, process: Forked) -> None:
+        self.ledger.write("ended", process=process.who, returncode=process.returncode)
+        role = process.who.partition("-")[0]
+        if process.returncode == -signal.SIGKILL or process.returncode == 0 or process.who in self._expected:
+            return
+        self.exits[f"{role} {process.returncode}: {process.last_line()[:160]}"] += 1
+
+    def _read_steps(self) -> None:
+        """Follow the learners' ledgers."""
+        for path in self.folder.glob(f"learner-*{SUFFIX}"):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                whole, newline, _ = file.read().rpartition(b"\n")
+            if newline:
+                self._read[path] = self._read.get(path, 0) + len(whole) + 1
+                used = [line for line in whole.split(b"\n") if b'"used"' in line]
+                self._num_used += len(used)
+                for line in used:
+                    self.newest_step = max(self.newest_step, int(line.partition(b'"step":')[2].partition(b",")[0]))
+
+    def _sample(self) -> None:
+        if not self.redis_is_up:
+            return
+        with contextlib.suppress(redis.RedisError), contextlib.closing(self.redis.client(timeout_s=0.5)) as client:
+            counted = client.hget(RunKeys(RUN_ID).state, "bytes")
+            self.ledger.write("sampled", place="queue", bytes=int(counted or 0))
+
+    def _show_stacks(self) -> None:
+        """Every living process writes its stacks into its log."""
+        for process in self._processes():
+            process.send(signal.SIGUSR1)
+        time.sleep(0.3)
+
+    def _end_everything(self) -> None:
+        for process in self._processes():
+            process.kill()
+        if self.proxy is not None:
+            self.proxy.close()
+        self.redis_is_up = False
+        self.redis.close()
+
+
+@contextlib.contextmanager
+def scene_folder(name: str) -> Iterator[Path]:
+    """A short path in memory, where fsync is free; kept when what happens in it fails."""
+    import tempfile
+
+    parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    folder = Path(tempfile.mkdtemp(prefix=f"lp-{name}-", dir=parent))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def shuffled(source: random.Random, items: list[str]) -> list[str]:
+    return source.sample(items, len(items))

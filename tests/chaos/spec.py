@@ -1,0 +1,97 @@
+"""What a run under faults is: one config for every process, and how each is told who it is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos.ledger import Bounds
+
+RUN_ID = "chaos"
+GROUPS_PER_STEP = 4
+MAX_STALENESS = 2
+DROP_ABOVE = 6
+MAX_QUEUE_BYTES = 256 * 1024
+LEASE_S, HEARTBEAT_S, TIMEOUT_S = 1.5, 0.3, 3.0
+
+_CONFIG = f"""
+name = "chaos"
+seed = {{seed}}
+output_dir = "{{output_dir}}"
+[model]
+path = "counting"
+max_length = 24
+[task]
+kind = "arithmetic"
+digits = 2
+num_train = 96
+num_heldout = 4
+[sampling]
+max_tokens = 6
+[rollout]
+group_size = 2
+groups_per_step = {GROUPS_PER_STEP}
+[staleness]
+max_staleness = {MAX_STALENESS}
+drop_above = {DROP_ABOVE}
+[learner]
+num_steps = {{num_steps}}
+checkpoint_every = 5
+data_timeout_s = 60.0
+micro_batch_tokens = 64
+[evaluation]
+every_steps = 40
+num_prompts = 3
+[broker]
+max_groups = 64
+max_bytes = {MAX_QUEUE_BYTES}
+lease_s = {LEASE_S}
+heartbeat_s = {HEARTBEAT_S}
+timeout_s = {TIMEOUT_S}
+[actor]
+groups_in_flight = 3
+drain_s = 5.0
+[weights]
+grace_s = 1.0
+union_every = 4
+"""
+
+BOUNDS = Bounds(
+    groups_per_step=GROUPS_PER_STEP,
+    drop_above=DROP_ABOVE,
+    max_bytes={"queue": MAX_QUEUE_BYTES},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """One process that is about to be forked."""
+
+    who: str
+    """Names its ledger, its log and its fault point."""
+    folder: Path
+    """Of the run under faults: ledgers, logs, config, outputs."""
+    url: str
+    resume: bool = False
+    mutant: str = ""
+    """What is broken on purpose in it (``mutants.MUTANTS``)."""
+    text_bytes: int = 0
+    """Filler in every completion's text: how large groups are."""
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.who}.log"
+
+
+def output_dir(folder: Path) -> Path:
+    """Of the runs of a scene; there is one, ``RUN_ID``."""
+    return folder / "outputs"
+
+
+def write_config(folder: Path, *, seed: int, num_steps: int) -> None:
+    text = _CONFIG.format(seed=seed, output_dir=output_dir(folder), num_steps=num_steps)
+    partial = folder / "config.partial"
+    partial.write_text(text)
+    partial.rename(folder / "config.toml")
