@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.machine import ROOT, describe_machine
 from lambdapo_async.broker.connection import embedded_server
-from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueStatus, RunLimits
+from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, EnqueueStatus, RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig, load_config
 from lambdapo_async.errors import RunNotFoundError
@@ -121,7 +121,7 @@ class Consumer:
         self.run.run_store.put_rows("train", [row.as_map() for row in rows.train])
         self.run.run_store.put_rows("heldout", [row.as_map() for row in rows.heldout])
         self.source = self.run.source(1, RunLimits.of(config))
-        self.source.initialise(watermarks={}, consumed=0, next_index=0)
+        self.source.initialise(Durable(watermarks={}, consumed=0, waiting=0, next_index=0, holes=()))
         publisher = Publisher(self.run.weights_for(config.weights), run_id=run_id, fence=1, config=config.weights)
         publisher.publish(0, policy, consumed=0)
         publisher.flush()

@@ -8,6 +8,7 @@ LambdaPOError
 ├── BrokerError           Redis answered something the protocol does not allow
 │   ├── BrokerUnavailable Redis did not answer before the deadline
 │   │   └── BrokerUnreachableError  it did not answer our first call (a UserError too)
+│   ├── LostDataError     Redis restarted, went back in time or lost something: initialise it again
 │   ├── FencedError       another learner owns the run now
 │   └── RunNotFoundError  this Redis holds no such run, or one of another schema
 ├── WeightsError          a weight version that is missing, damaged or of another model
@@ -47,6 +48,10 @@ class BrokerUnavailable(BrokerError):  # noqa: N818 - a condition, not a fault
 
 class BrokerUnreachableError(BrokerUnavailable, UserError):
     """Redis did not answer the first call of this process: the URL is wrong, or it does not run."""
+
+
+class LostDataError(BrokerError):
+    """Redis restarted, went back in time, came back empty or lost a part: its owner must initialise it again."""
 
 
 class FencedError(BrokerError):

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lambdapo_async.broker.interface import RunLimits
+from lambdapo_async.broker.interface import Durable, RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, TaskError
@@ -200,7 +200,9 @@ def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
     fresh = LearnerState(step=0, version=0, consumed=0, next_index=0, watermarks={}, totals={})
     state = start.checkpoint.state if start.checkpoint else fresh
     source = run.source(start.fence, RunLimits.of(config))
-    source.initialise(watermarks=state.watermarks, consumed=state.consumed, next_index=state.next_index)
+    source.initialise(
+        Durable(watermarks=state.watermarks, consumed=state.consumed, waiting=0, next_index=state.next_index, holes=())
+    )
     metrics = resources.enter_context(MetricsLog(start.folder / "metrics.jsonl", after_step=state.step))
     samples = resources.enter_context(
         SampleLog(start.folder / "samples.jsonl", start.rows.heldout, after_step=state.step)

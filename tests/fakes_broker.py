@@ -7,12 +7,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lambdapo_async.broker.interface import (
     Delivery,
     Descriptor,
+    Durable,
     EnqueueReply,
     EnqueueStatus,
     Heartbeat,
@@ -22,7 +23,7 @@ from lambdapo_async.broker.interface import (
     RunState,
 )
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import BrokerError, FencedError, RunNotFoundError, TaskError, WeightsError
+from lambdapo_async.errors import BrokerError, FencedError, LostDataError, RunNotFoundError, TaskError, WeightsError
 from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.manifest import NewFile, check_version, name_of
@@ -75,7 +76,7 @@ class FakeRedisRun:
 
     def check_fence(self, fence: int) -> None:
         if self.fence is None:
-            raise BrokerError("this Redis does not hold the run any more")
+            raise LostDataError("this Redis does not hold the run any more")
         if self.fence != fence:
             raise FencedError(f"another learner owns the run now (fence {self.fence})")
 
@@ -185,18 +186,29 @@ class FakeRolloutSource:
         self._state, self._owner, self._fence, self._limits = state, owner, fence, limits
         self._received: dict[str, int] = {}
 
-    def initialise(self, *, watermarks: Mapping[str, int], consumed: int, next_index: int) -> None:
+    def initialise(self, durable: Durable) -> None:
         state = self._state
         with state.lock:
             state.take_over(self._fence, self._owner)
             state.limits = self._limits
-            self.commit(watermarks)
+            self.commit(durable.watermarks)
             state.lines["heldout"].clear()
-            unconsumed = [*state.held, *state.lines["train"], *(one.descriptor.lease for one in state.queue)]
-            state.consumed = consumed
-            state.admitted = consumed + sum(lease.split == "train" for lease in unconsumed)
-            state.frontier = max(state.frontier, next_index)
-            self._received = dict(watermarks)
+            state.frontier = max(state.frontier, durable.next_index)
+            missing = [Lease("train", at) for at in (*durable.holes, *range(durable.next_index, state.frontier))]
+            state.held = {lease: held for lease, held in state.held.items() if self._is_wanted(lease, missing)}
+            queued = [one.descriptor.lease for one in state.queue if one.descriptor.lease.split == "train"]
+            elsewhere = [*(lease for lease in state.held if lease.split == "train"), *queued]
+            in_line = [lease for lease in state.lines["train"] if lease in missing and lease not in elsewhere]
+            lost = [lease for lease in missing if lease not in elsewhere and lease not in in_line]
+            state.lines["train"] = deque(dict.fromkeys(lost + in_line))
+            state.answered -= set(state.lines["train"])
+            state.consumed = durable.consumed
+            state.admitted = durable.consumed + durable.waiting + len(elsewhere) + len(state.lines["train"])
+            self._received = dict(durable.watermarks)
+
+    @staticmethod
+    def _is_wanted(lease: Lease, missing: Collection[Lease]) -> bool:
+        return lease.split == "heldout" or lease in missing
 
     def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
         deadline = time.monotonic() + timeout_s
@@ -215,16 +227,20 @@ class FakeRolloutSource:
             self._state.check_fence(self._fence)
             self._state.consumed = max(self._state.consumed, consumed)
 
-    def commit(self, watermarks: Mapping[str, int]) -> None:
+    def commit(self, watermarks: Mapping[str, int], *, duplicates: Collection[tuple[str, int]] = ()) -> None:
         state = self._state
         with state.lock:
             state.check_fence(self._fence)
             for producer, mark in watermarks.items():
                 for marks in (state.accepted, state.committed):
                     marks[producer] = max(marks.get(producer, 0), mark)
-            state.queue = [
-                one for one in state.queue if one.descriptor.seq > watermarks.get(one.descriptor.producer, 0)
-            ]
+            kept = []
+            for one in state.queue:
+                if one.descriptor.seq > watermarks.get(one.descriptor.producer, 0):
+                    kept.append(one)
+                elif (one.descriptor.producer, one.descriptor.seq) in duplicates:
+                    state.admitted -= 1
+            state.queue = kept
 
     def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
         with self._state.lock:

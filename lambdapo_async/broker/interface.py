@@ -1,11 +1,13 @@
 """What the processes ask of Redis: the seams, each with a Redis side, a fake and one contract suite.
 
 All calls block with a deadline (``broker.timeout_s``) and raise ``BrokerUnavailable`` after it; an asyncio
-caller uses ``asyncio.to_thread``. Life of a group: leased -> sampled -> enqueued -> read -> trained (or
-discarded, counted) -> committed, when a durable checkpoint holds its effect.
+caller uses ``asyncio.to_thread``. Life of a group: leased -> sampled -> enqueued -> read -> journaled -> committed
+(gone from Redis and from its actor) -> trained (or discarded, counted).
+
+The learner's durable state is the only truth. Redis may lose, roll back or forget anything: it is made to agree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal, Protocol, Self
@@ -71,7 +73,7 @@ class EnqueueReply:
     last: int
     """Last sequence number accepted from this producer; 0 before the first."""
     committed: int
-    """Last sequence number whose effect is durable at the learner."""
+    """Last sequence number that is durable at the learner."""
     epoch: str
     """The queue's epoch now; use it in the next offer."""
 
@@ -95,6 +97,22 @@ class Delivery:
 
     descriptor: Descriptor
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durable:
+    """What the learner holds durably; Redis is made to agree with it."""
+
+    watermarks: Mapping[str, int]
+    """Producer -> last sequence number journaled."""
+    consumed: int
+    """Training groups trained or discarded; duplicates are not counted."""
+    waiting: int
+    """Training groups received and not consumed: at the learner, gone from Redis."""
+    next_index: int
+    """Training indices below it were leased at some time, as far as the learner knows."""
+    holes: tuple[int, ...]
+    """Training indices below ``next_index`` of which no group was received, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,23 +199,34 @@ class RolloutSink(Protocol):
 class RolloutSource(Protocol):
     """The learner's end of the queue. Every call is fenced: ``FencedError`` once another learner came."""
 
-    def initialise(self, *, watermarks: Mapping[str, int], consumed: int, next_index: int) -> None:
-        """Take the run over: raise fence and marks, drop what is already durable, recount, read from the start.
+    def initialise(self, durable: Durable) -> None:
+        """Make Redis agree with ``durable``, and read from the start. Idempotent; may be called at any time.
 
-        Args:
-            watermarks: producer -> last sequence number whose effect the checkpoint holds.
-            consumed: training groups trained or discarded in the surviving history.
-            next_index: training indices below it were leased in the surviving history.
+        What is durable goes, lost holes return to the front of the line, every counter is counted anew. Held-out
+        leases that wait in line are forgotten: request them again.
         """
 
     def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
-        """Groups not read before, oldest first; waits for the first one, empty after ``timeout_s``."""
+        """Groups not read before, oldest first; waits for the first one, empty after ``timeout_s``.
+
+        Raises:
+            LostDataError: Redis restarted, went back, or lost an entry or a payload: ``initialise`` before going on.
+        """
 
     def release(self, consumed: int) -> None:
         """Raise the consumed count, so that the gate opens for groups that were discarded."""
 
-    def commit(self, watermarks: Mapping[str, int]) -> None:
-        """Delete everything up to the marks: a checkpoint holds it. Idempotent."""
+    def commit(self, watermarks: Mapping[str, int], *, duplicates: Collection[tuple[str, int]] = ()) -> None:
+        """Delete everything up to the marks: it is durable at the learner. Idempotent.
+
+        Args:
+            watermarks: producer -> last sequence number journaled.
+            duplicates: (producer, sequence number) of training groups among them whose index was received before;
+                they leave the gate's count with their entry, because they will never be consumed.
+
+        Raises:
+            LostDataError: as :meth:`read`; nothing was deleted.
+        """
 
     def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
         """Keep an unreadable group aside (bounded, counted)."""

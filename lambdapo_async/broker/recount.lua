@@ -1,20 +1,61 @@
--- Set the counters from what is really there: heals whatever a learner's crash left behind.
--- KEYS[1] = state, KEYS[2] = queue, KEYS[3] = leases, KEYS[4] = todo, KEYS[5] = heldout
--- ARGV[1] = fence, ARGV[2] = consumed, ARGV[3] = first training index never leased in the surviving history
-local bytes, training = 0, redis.call('LLEN', KEYS[4])
+-- Make leases, lines and counters agree with what the learner holds and with what is really in the queue.
+-- Afterwards every training index below the frontier is received, queued, leased or in line.
+-- KEYS[1] = state, KEYS[2] = queue, KEYS[3] = leases, KEYS[4] = holders, KEYS[5] = todo, KEYS[6] = heldout,
+-- KEYS[7] = answered
+-- ARGV[1] = fence, ARGV[2] = consumed, ARGV[3] = waiting, ARGV[4] = next index, ARGV[5...] = holes below it, ascending
+local consumed, next_index = tonumber(ARGV[2]), tonumber(ARGV[4])
+local frontier = math.max(tonumber(redis.call('HGET', KEYS[1], 'frontier') or '0'), next_index)
+local missing = {}
+for i = 5, #ARGV do missing[#missing + 1] = 'train:0:' .. ARGV[i] end
+for index = next_index, frontier - 1 do missing[#missing + 1] = 'train:0:' .. string.format('%.0f', index) end
+local is_open, is_there = {}, {}
+for _, id in ipairs(missing) do is_open[id] = true end
+-- Neither received nor given out twice.
+local function is_stale(id)
+  return string.sub(id, 1, 6) == 'train:' and not is_open[id]
+end
+
+local bytes, queued, training = 0, 0, 0
 for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
   local fields = entry[2]
+  queued = queued + 1
   for i = 1, #fields, 2 do
-    if fields[i] == 'n' then bytes = bytes + tonumber(fields[i + 1]) end
-    if fields[i] == 'l' and string.sub(fields[i + 1], 1, 6) == 'train:' then training = training + 1 end
+    if fields[i] == 'n' then bytes = bytes + (tonumber(fields[i + 1]) or 0) end
+    if fields[i] == 'l' and string.sub(fields[i + 1], 1, 6) == 'train:' then
+      training, is_there[fields[i + 1]] = training + 1, true
+    end
   end
 end
+
 for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-  if string.sub(id, 1, 6) == 'train:' then training = training + 1 end
+  if is_stale(id) then
+    redis.call('ZREM', KEYS[3], id)
+    redis.call('HDEL', KEYS[4], id)
+  elseif string.sub(id, 1, 6) == 'train:' then
+    training, is_there[id] = training + 1, true
+  end
 end
--- Held-out answers that the last learner asked for: nobody waits for them any more.
+
+-- Lost ones first, then what was in line already.
+local in_line, line = redis.call('LRANGE', KEYS[5], 0, -1), {}
+for _, id in ipairs(in_line) do is_there[id] = is_there[id] or 'line' end
+for _, id in ipairs(missing) do
+  if not is_there[id] then line[#line + 1] = id end
+end
+for _, id in ipairs(in_line) do
+  if is_there[id] == 'line' and not is_stale(id) then
+    line[#line + 1], is_there[id] = id, true
+  end
+end
 redis.call('DEL', KEYS[5])
-local frontier = math.max(tonumber(redis.call('HGET', KEYS[1], 'frontier') or '0'), tonumber(ARGV[3]))
-redis.call('HSET', KEYS[1], 'bytes', bytes, 'consumed', ARGV[2], 'admitted', tonumber(ARGV[2]) + training,
-           'frontier', frontier)
+for _, id in ipairs(line) do
+  redis.call('RPUSH', KEYS[5], id)
+  -- An answer that was lost since: the next one is welcome.
+  redis.call('ZREM', KEYS[7], id)
+end
+
+-- Held-out answers that the last learner asked for: nobody waits for them any more.
+redis.call('DEL', KEYS[6])
+redis.call('HSET', KEYS[1], 'bytes', bytes, 'queued', queued, 'consumed', consumed, 'frontier', frontier,
+           'admitted', consumed + tonumber(ARGV[3]) + training + #line)
 return {'OK'}

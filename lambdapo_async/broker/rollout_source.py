@@ -1,23 +1,25 @@
 """The learner's end of the rollout queue over Redis: descriptors in a stream, payloads beside it.
 
-Entries stay until a checkpoint holds their effect; a restarted learner reads them again from the start.
+Entries stay until they are committed; a restarted learner reads them again from the start.
 """
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import redis
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.interface import Delivery, Descriptor, QueueStats, RunLimits
+from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats, RunLimits
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.script import Script, fence_error
-from lambdapo_async.errors import BrokerError, WireFormatError
+from lambdapo_async.errors import BrokerError, LostDataError, WireFormatError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
 
 StreamEntry = tuple[bytes, dict[bytes, bytes]]
+_Removal = tuple[bytes, str, int, bool]
+"""Stream id, producer, sequence number, and whether the group was received before under another number."""
 
 MAX_QUARANTINED = 256
 """Quarantined groups kept; older ones go, the count stays."""
@@ -46,9 +48,9 @@ class RedisRolloutSource:
         self._uncommitted: dict[tuple[str, int], bytes] = {}
         self._lock = threading.Lock()
 
-    def initialise(self, *, watermarks: Mapping[str, int], consumed: int, next_index: int) -> None:
-        """Take the run over. Every step may be repeated: a crash in between leaves it to the next learner."""
-        keys, limits = self._keys, self._limits
+    def initialise(self, durable: Durable) -> None:
+        """Make Redis agree with ``durable``. Every step may be repeated: a crash in between is healed by the next."""
+        keys, limits, watermarks = self._keys, self._limits, durable.watermarks
         fields = {
             "capacity": limits.capacity,
             "max_groups": limits.max_groups,
@@ -58,14 +60,15 @@ class RedisRolloutSource:
         self._ownership.take_over(self._fence, fields)
         marks = [argument for pair in watermarks.items() for argument in pair]
         self._raise_marks([keys.state, keys.accepted, keys.committed], [self._fence, *marks])
-        durable = [
-            (entry_id, descriptor.producer, descriptor.seq)
+        durable_entries = [
+            (entry_id, descriptor.producer, descriptor.seq, False)
             for entry_id, descriptor in self._scan()
             if descriptor.seq <= watermarks.get(descriptor.producer, 0)
         ]
-        self._delete(durable)
+        self._delete(durable_entries)
         self._recount(
-            [keys.state, keys.queue, keys.leases, keys.todo, keys.heldout], [self._fence, consumed, next_index]
+            [keys.state, keys.queue, keys.leases, keys.holders, keys.todo, keys.heldout, keys.answered],
+            [self._fence, durable.consumed, durable.waiting, durable.next_index, *durable.holes],
         )
         with self._lock:
             self._cursor = _FROM_THE_START
@@ -77,7 +80,7 @@ class RedisRolloutSource:
 
         Raises:
             FencedError: another learner came.
-            BrokerError: a number or a payload is missing: Redis lost data.
+            LostDataError: a number or a payload is missing.
         """
         entries = self._wait_for_entries(max_groups, timeout_s)
         descriptors = [_descriptor(fields) for _, fields in entries]
@@ -97,20 +100,20 @@ class RedisRolloutSource:
         """Raise the consumed count, so that the gate opens for groups that were discarded."""
         self._consumed([self._keys.state], [self._fence, consumed])
 
-    def commit(self, watermarks: Mapping[str, int]) -> None:
-        """Delete everything up to the marks: a checkpoint holds it. Idempotent."""
+    def commit(self, watermarks: Mapping[str, int], *, duplicates: Collection[tuple[str, int]] = ()) -> None:
+        """Delete everything up to the marks: it is durable at the learner. Idempotent."""
         keys = self._keys
         marks = [argument for pair in watermarks.items() for argument in pair]
         self._raise_marks([keys.state, keys.accepted, keys.committed], [self._fence, *marks])
         with self._lock:
             durable = [
-                (entry_id, producer, seq)
+                (entry_id, producer, seq, (producer, seq) in duplicates)
                 for (producer, seq), entry_id in self._uncommitted.items()
                 if seq <= watermarks.get(producer, 0)
             ]
         self._delete(durable)
         with self._lock:
-            for _, producer, seq in durable:
+            for _, producer, seq, _ in durable:
                 self._uncommitted.pop((producer, seq), None)
 
     def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
@@ -173,11 +176,12 @@ class RedisRolloutSource:
         )
         return entries
 
-    def _delete(self, durable: Sequence[tuple[bytes, str, int]]) -> None:
-        for first in range(0, len(durable), _REMOVED_AT_ONCE):
-            batch = durable[first : first + _REMOVED_AT_ONCE]
-            payloads = [self._keys.payload(producer, seq) for _, producer, seq in batch]
-            self._remove([self._keys.state, self._keys.queue, *payloads], [self._fence, *(entry[0] for entry in batch)])
+    def _delete(self, entries: Sequence[_Removal]) -> None:
+        for first in range(0, len(entries), _REMOVED_AT_ONCE):
+            batch = entries[first : first + _REMOVED_AT_ONCE]
+            payloads = [self._keys.payload(producer, seq) for _, producer, seq, _ in batch]
+            flags = [argument for entry_id, _, _, is_duplicate in batch for argument in (entry_id, int(is_duplicate))]
+            self._remove([self._keys.state, self._keys.queue, *payloads], [self._fence, *flags])
 
     def _payloads(self, descriptors: Sequence[Descriptor]) -> list[bytes | None]:
         """The payloads, fetched in batches of bounded size; None where one is missing."""
@@ -195,10 +199,7 @@ class RedisRolloutSource:
         for descriptor in descriptors:
             last = received.get(descriptor.producer, 0)
             if descriptor.seq != last + 1:
-                raise BrokerError(
-                    f"group {descriptor.seq} of {descriptor.producer} follows {last}: Redis lost data or came back "
-                    "with old data; start the learner with --resume"
-                )
+                raise LostDataError(f"group {descriptor.seq} of {descriptor.producer} follows {last}: Redis lost data")
             received[descriptor.producer] = descriptor.seq
 
     def _check_fence(self, stored: bytes | None) -> None:
@@ -224,7 +225,7 @@ def _descriptor(fields: Mapping[bytes, bytes]) -> Descriptor:
 
 def _delivery(descriptor: Descriptor, payload: bytes | None) -> Delivery:
     if payload is None:
-        raise BrokerError(f"the payload of group {descriptor.seq} of {descriptor.producer} is gone: Redis lost data")
+        raise LostDataError(f"the payload of group {descriptor.seq} of {descriptor.producer} is gone: Redis lost data")
     return Delivery(descriptor, payload)
 
 

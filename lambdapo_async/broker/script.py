@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import resources
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.errors import BrokerError, FencedError
+from lambdapo_async.errors import BrokerError, FencedError, LostDataError
 
 Argument = bytes | memoryview | str | int | float
 
@@ -36,7 +36,7 @@ class Script:
 def fence_error(stored: Sequence[bytes | int]) -> BrokerError:
     """What to raise when the run's fence is ``stored`` (empty: none) and not ours."""
     if not stored:
-        return BrokerError("this Redis does not hold the run any more: start the learner with --resume")
+        return LostDataError("this Redis does not hold the run any more")
     return FencedError(f"another learner owns the run now (fence {as_text(stored[0])}): this one must stop")
 
 

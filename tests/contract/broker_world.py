@@ -1,9 +1,10 @@
 """What the broker's contract tests share: a run that is under way, and short names for its moves."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, RolloutSource, RunLimits
+from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueReply, RolloutSource, RunLimits
 from lambdapo_async.rollout import Lease
 from tests.redis_fixtures import BrokerRun
 
@@ -17,9 +18,21 @@ def start(run: BrokerRun, limits: RunLimits = LIMITS, *, fence: int = 1) -> Roll
     """The run as its first learner leaves it: created, initialised, running."""
     run.run_store.create(b"{}", {}, fence=fence)
     source = run.source(fence, limits)
-    source.initialise(watermarks={}, consumed=0, next_index=0)
+    source.initialise(durable())
     run.run_store.set_phase("running", fence=fence)
     return source
+
+
+def durable(
+    watermarks: Mapping[str, int] = MappingProxyType({}),
+    *,
+    consumed: int = 0,
+    waiting: int = 0,
+    next_index: int = 0,
+    holes: tuple[int, ...] = (),
+) -> Durable:
+    """What a learner holds; by default nothing."""
+    return Durable(watermarks=watermarks, consumed=consumed, waiting=waiting, next_index=next_index, holes=holes)
 
 
 def offer(

@@ -6,7 +6,7 @@ import pytest
 
 from lambdapo_async.broker.interface import EnqueueStatus
 from lambdapo_async.rollout import Lease
-from tests.contract.broker_world import LIMITS, SHORT, eventually, heldout, offer, start, train
+from tests.contract.broker_world import LIMITS, SHORT, durable, eventually, heldout, offer, start, train
 from tests.redis_fixtures import BrokerRun, OpenRun
 from tests.weight_files import full
 
@@ -144,7 +144,7 @@ def test_after_a_crash_the_learner_recounts_what_is_there(open_run: OpenRun[Brok
     successor = open_run()
     successor.run_store.create(b"{}", {}, fence=2)
     resumed = successor.source(2, LIMITS)
-    resumed.initialise(watermarks={"a.0": 1}, consumed=1, next_index=1)
+    resumed.initialise(durable({"a.0": 1}, consumed=1, next_index=1))
     successor.run_store.set_phase("running", fence=2)
     # Queued 1, leased 2, handed back 3; the held-out lease that nobody waits for is gone.
     stats = resumed.stats()
@@ -155,5 +155,51 @@ def test_after_a_crash_the_learner_recounts_what_is_there(open_run: OpenRun[Brok
 def test_leases_begin_where_the_surviving_history_ended(broker_run: BrokerRun) -> None:
     start(broker_run)
     source = broker_run.source(1, LIMITS)
-    source.initialise(watermarks={"a.0": 7}, consumed=7, next_index=9)
+    source.initialise(durable({"a.0": 7}, consumed=7, next_index=9))
     assert broker_run.admission("b").lease(2) == train(9, 10)
+
+
+def test_holes_return_to_the_front_and_what_was_received_is_not_granted_again(open_run: OpenRun[BrokerRun]) -> None:
+    run = open_run()
+    start(run, dataclasses.replace(LIMITS, max_staleness=4))
+    admission = run.admission("a")
+    leases = admission.lease(8)
+    offer(run, 1, leases[2])
+    admission.hand_back(leases[4:6])
+    # The learner holds 0, 3, 4 and 6; of 7 it knows nothing, and 2 is in the queue.
+    source = run.source(1, LIMITS)
+    source.initialise(durable(consumed=1, waiting=3, next_index=7, holes=(1, 2, 5)))
+    stats = source.stats()
+    assert (stats.leased, stats.returned, stats.queued, stats.admitted) == (2, 1, 1, 3 + 4)
+    assert admission.renew(leases) == (*train(0), *train(2, 3, 4, 5, 6))
+    admission.hand_back(train(1))
+    assert run.admission("b").lease(9) == train(1, 5)
+
+
+def test_an_empty_redis_grants_what_was_never_received(broker_run: BrokerRun) -> None:
+    source = start(broker_run, dataclasses.replace(LIMITS, max_staleness=4))
+    source.initialise(durable({"a.0": 3}, consumed=2, waiting=1, next_index=6, holes=(1, 3, 4)))
+    assert source.stats().admitted == 4
+    assert broker_run.admission("a").lease(4) == train(1, 3, 4, 6)
+    source.initialise(durable({"a.0": 3}, consumed=2, waiting=1, next_index=6, holes=(1, 3, 4)))
+    assert (source.stats().leased, source.stats().returned, source.stats().admitted) == (4, 0, 5)
+
+
+def test_a_lost_answer_may_be_given_again(broker_run: BrokerRun) -> None:
+    source = start(broker_run)
+    broker_run.admission("a").lease(1)
+    offer(broker_run, 1, *train(0))
+    # It was read and lost with the learner, and its mark says so: the number is used up, the prompt is not.
+    source.initialise(durable({"a.0": 1}, next_index=1, holes=(0,)))
+    assert broker_run.admission("b").lease(1) == train(0)
+    assert offer(broker_run, 1, *train(0), producer="b.0").status is EnqueueStatus.OK
+
+
+def test_a_duplicate_leaves_the_gate(broker_run: BrokerRun) -> None:
+    source = start(broker_run)
+    offer(broker_run, 1, *train(0))
+    offer(broker_run, 2, *train(1))
+    source.read(9, timeout_s=1.0)
+    for _ in range(2):
+        source.commit({"a.0": 2}, duplicates=[("a.0", 1)])
+    assert source.stats().admitted == 1

@@ -11,7 +11,7 @@ from lambdapo_async.broker.interface import Descriptor, EnqueueReply, RolloutSou
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import LambdaPOError
 from lambdapo_async.rollout import Lease
-from tests.contract.broker_world import start
+from tests.contract.broker_world import durable, start
 from tests.fakes_broker import FakeRedisRun, FakeRun
 from tests.redis_fixtures import TIMEOUT_S, BrokerRun, next_run_id
 from tests.weight_files import full
@@ -94,7 +94,7 @@ class Player:
         self.run = self.open_run()
         self.source = self.run.source(self.fence, LIMITS)
         marks = {f"{actor}.0": self.marks(actor).committed for actor in ACTORS}
-        self.source.initialise(watermarks=marks, consumed=consumed, next_index=next_index)
+        self.source.initialise(durable(marks, consumed=consumed, next_index=next_index))
 
 
 train_leases = st.builds(Lease, st.just("train"), st.integers(0, 9))

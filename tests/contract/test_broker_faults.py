@@ -18,7 +18,7 @@ from lambdapo_async.broker.connection import BrokerRefusedError, connect, embedd
 from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import BrokerError, BrokerUnavailable, RunNotFoundError, TaskError
-from tests.contract.broker_world import FOREVER_S, LIMITS, offer, start, train, until
+from tests.contract.broker_world import FOREVER_S, LIMITS, durable, offer, start, train, until
 from tests.contract.test_broker_run import heartbeat
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S, OpenRun
@@ -84,7 +84,7 @@ def test_a_learner_whose_replies_are_lost_does_everything_once(
     (seq_1, seq_2) = train(0, 1)
     life: list[Callable[[], object]] = [
         lambda: shaky_run.run_store.create(b"{}", {"f": b"1"}, fence=1),
-        lambda: source.initialise(watermarks={}, consumed=0, next_index=0),
+        lambda: source.initialise(durable()),
         lambda: shaky_run.run_store.set_phase("running", fence=1),
         lambda: epoch_seen.append(shaky_run.run_store.state().epoch),
         lambda: [offer(redis_run, 1, seq_1), offer(redis_run, 2, seq_2), source.read(9, timeout_s=FOREVER_S)],

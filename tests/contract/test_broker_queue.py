@@ -6,7 +6,7 @@ import pytest
 
 from lambdapo_async.broker.interface import EnqueueStatus
 from lambdapo_async.errors import BrokerError, FencedError
-from tests.contract.broker_world import FOREVER_S, LIMITS, SHORT, eventually, heldout, offer, start, train
+from tests.contract.broker_world import FOREVER_S, LIMITS, SHORT, durable, eventually, heldout, offer, start, train
 from tests.redis_fixtures import BrokerRun, OpenRun
 from tests.weight_files import full
 
@@ -147,7 +147,7 @@ def test_the_next_learner_reads_again_what_no_checkpoint_holds(open_run: OpenRun
         offer(run, seq, *train(seq), payload=bytes([seq]))
     source.read(3, timeout_s=FOREVER_S)
     resumed = open_run().source(2, LIMITS)
-    resumed.initialise(watermarks={"a.0": 1}, consumed=1, next_index=2)
+    resumed.initialise(durable({"a.0": 1}, consumed=1, next_index=2))
     assert [one.payload for one in resumed.read(9, timeout_s=FOREVER_S)] == [b"\x02", b"\x03"]
     assert offer(run, 1, *train(1)).status is EnqueueStatus.DUP
     assert (resumed.stats().queued, resumed.stats().num_bytes) == (2, 2)
@@ -156,7 +156,7 @@ def test_the_next_learner_reads_again_what_no_checkpoint_holds(open_run: OpenRun
 def test_a_mark_above_what_redis_knows_is_not_accepted_again(broker_run: BrokerRun) -> None:
     start(broker_run)
     source = broker_run.source(1, LIMITS)
-    source.initialise(watermarks={"a.0": 5}, consumed=5, next_index=5)
+    source.initialise(durable({"a.0": 5}, consumed=5, next_index=5))
     assert offer(broker_run, 5, *train(4)).status is EnqueueStatus.DUP
     assert offer(broker_run, 6, *train(5)).status is EnqueueStatus.OK
     assert [one.descriptor.seq for one in source.read(9, timeout_s=FOREVER_S)] == [6]
@@ -168,7 +168,7 @@ def test_an_old_learner_can_do_nothing_any_more(open_run: OpenRun[BrokerRun]) ->
     offer(run, 1, *train(0))
     (delivery,) = old.read(1, timeout_s=FOREVER_S)
     new = open_run().source(2, LIMITS)
-    new.initialise(watermarks={}, consumed=0, next_index=0)
+    new.initialise(durable())
     for forbidden in (
         lambda: old.read(1, timeout_s=0.01),
         lambda: old.commit({"a.0": 1}),
@@ -176,7 +176,7 @@ def test_an_old_learner_can_do_nothing_any_more(open_run: OpenRun[BrokerRun]) ->
         lambda: old.quarantine(delivery.descriptor, b"", "reason"),
         lambda: old.request_evaluation(heldout(0)),
         lambda: old.stats(),
-        lambda: old.initialise(watermarks={}, consumed=0, next_index=0),
+        lambda: old.initialise(durable()),
         lambda: run.weights.publish(1, [full(1)], consumed=1, fence=1),
         lambda: run.run_store.set_phase("finished", fence=1),
         lambda: run.run_store.create(b"{}", {}, fence=1),
@@ -193,7 +193,7 @@ def test_the_same_fence_of_another_learner_is_refused(open_run: OpenRun[BrokerRu
     with pytest.raises(FencedError):
         stranger.run_store.create(b"{}", {}, fence=3)
     with pytest.raises(FencedError):
-        stranger.source(3, LIMITS).initialise(watermarks={}, consumed=0, next_index=0)
+        stranger.source(3, LIMITS).initialise(durable())
 
 
 def test_a_learner_of_a_run_that_redis_lost_is_told(broker_run: BrokerRun) -> None:

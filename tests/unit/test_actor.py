@@ -27,6 +27,7 @@ from lambdapo_async.weights.delta_file import write_full
 from lambdapo_async.weights.manifest import NewFile
 from lambdapo_async.weights.state import State
 from lambdapo_async.wire import decode_group
+from tests.contract.broker_world import durable
 from tests.fakes_broker import FakeRun
 from tests.weight_states import POOL
 
@@ -99,7 +100,7 @@ class Stage:
             rows = [Row(prompt=f"{i + 1} 2", answer="x").as_map() for i in range(num_rows)]
             self.run.run_store.put_rows(split, rows)
         self.source = self.run.source(1, RunLimits.of(CONFIG))
-        self.source.initialise(watermarks={}, consumed=0, next_index=0)
+        self.source.initialise(durable())
         self.engine = ScriptedEngine(bigram_script(VOCAB), eos_token_id=EOS, max_length=32)
         self.scorer = LengthScorer()
         self.actor = Actor(self._parts())

@@ -29,6 +29,7 @@ from learner.publisher import Publisher
 from learner.reporting import Reporter, StepReport
 from learner.trainer import Trainer
 from learner.watermarks import Watermarks
+from tests.contract.broker_world import durable
 from tests.fakes_broker import FakeRun
 from tests.groups import make_group
 from tests.tiny_models import tiny_model_folder
@@ -156,7 +157,7 @@ class Stage:
         self.canary_store = WatchedCanary(run, self.policy)
         run.run_store.create(b"{}", {}, fence=fence)
         self.source = run.source(fence, RunLimits.of(settings))
-        self.source.initialise(watermarks=state.watermarks, consumed=state.consumed, next_index=state.next_index)
+        self.source.initialise(durable(state.watermarks, consumed=state.consumed, next_index=state.next_index))
         self.publisher = Publisher(run.weights_for(settings.weights), run_id="run", fence=fence)
         self.ingest = Ingest(self.source, settings, vocab_size=61, newest_version=lambda: self.publisher.newest_version)
         self.ingest.start()
