@@ -8,7 +8,7 @@ from tests.chaos.ledger import Bounds
 RUN_ID = "chaos"
 GROUPS_PER_STEP = 4
 MAX_STALENESS = 2
-DROP_ABOVE = 6
+DROP_ABOVE = 8
 MAX_QUEUE_BYTES = 256 * 1024
 LEASE_S, HEARTBEAT_S, TIMEOUT_S = 1.5, 0.3, 3.0
 
@@ -41,7 +41,7 @@ micro_batch_tokens = 64
 every_steps = 40
 num_prompts = 3
 [broker]
-max_groups = 64
+max_groups = 400
 max_bytes = {MAX_QUEUE_BYTES}
 lease_s = {LEASE_S}
 heartbeat_s = {HEARTBEAT_S}
