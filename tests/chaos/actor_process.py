@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import actors.session as session
 from actors.actor import Actor
+from actors.mirror import Mirror
 from actors.scripted_engine import ScriptedEngine
 from lambdapo_async.broker.admission import RedisAdmission
 from lambdapo_async.broker.fleet import RedisFleet
@@ -18,7 +19,7 @@ from lambdapo_async.broker.rollout_sink import RedisRolloutSink
 from lambdapo_async.config import RunConfig
 from lambdapo_async.tasks.interface import Row, Scored
 from tests.chaos.counting_policy import logit_table, name_of_weights
-from tests.chaos.fault_points import FaultPoints
+from tests.chaos.fault_points import ACTOR_POINTS, FaultPoints
 from tests.chaos.learner_process import become
 from tests.chaos.ledger import Ledger
 from tests.chaos.spec import RUN_ID, ProcessSpec
@@ -99,5 +100,8 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
     points.tap(RedisRolloutSink, "enqueue", "enqueue", after=offered)
     points.tap(RedisFleet, "beat", "beat")
     points.tap(Actor, "_group", "sampled")
+    points.tap(Mirror, "advance", "advance")
+    points.tap_scripts()
+    points.check(ACTOR_POINTS)
 
 

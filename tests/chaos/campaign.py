@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.faults import PROCESS_FAULTS, REDIS_FAULTS
+from tests.chaos.faults import POINT_FAULTS, PROCESS_FAULTS, REDIS_FAULTS
 from tests.chaos.ledger import Kind, Violation, check, read_ledger
 from tests.chaos.profiles import PROFILES, Profile
 from tests.chaos.remains import read_remains
@@ -28,6 +28,8 @@ class Outcome:
     profile: str
     seed: int
     faults: Counter[str]
+    points: Counter[str]
+    """Fault points that killed, by process and name."""
     exits: Counter[str]
     """Processes that ended by themselves, by what they said last."""
     num_steps: int
@@ -52,14 +54,14 @@ def run_under_faults(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(scene.running())
-            while faults.total() < num_faults:
+            while faults.total() + scene.points.total() < num_faults:
                 scene.tend(source.uniform(*_GAP_S))
                 if source.random() >= _WITHOUT_PROGRESS:
                     scene.wait_for_step()
                 name = _choose(profile, source)
                 did = {**PROCESS_FAULTS, **REDIS_FAULTS}[name](scene, source)
                 scene.ledger.write("fault", name=name, did=did)
-                faults[name] += 1
+                faults[name] += name not in POINT_FAULTS  # counted when they kill
             scene.finish()
         except StuckError as error:
             problems.append(str(error))
@@ -69,7 +71,8 @@ def run_under_faults(
     return Outcome(
         profile=profile.name,
         seed=seed,
-        faults=faults,
+        faults=+faults,
+        points=scene.points,
         exits=scene.exits,
         num_steps=len(remains.history),
         num_groups=sum(len(step.groups) for step in remains.history),

@@ -6,13 +6,16 @@ points, ``NAME:before`` and ``NAME:after``. Which point is lethal is in a file, 
 
 import functools
 import os
+import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lambdapo_async import broker
+from lambdapo_async.broker.script import Script
 from tests.chaos.ledger import Ledger
 
 Watch = Callable[..., None]
@@ -81,9 +84,46 @@ class FaultPoints:
 
         setattr(owner, attribute, tapped)
 
+    def tap_scripts(self) -> None:
+        """Points around every Lua script: ``lua`` for any of them, ``lua.NAME`` for one."""
+        names: dict[int, str] = {}
+        initialise, call = Script.__init__, Script.__call__
+
+        def named(script: Script, broker: Any, name: str, **kind: Any) -> None:
+            initialise(script, broker, name, **kind)
+            names[id(script)] = name
+
+        def tapped(script: Script, *args: Any, **more: Any) -> Any:
+            name = names[id(script)]
+            self.reach("lua:before")
+            self.reach(f"lua.{name}:before")
+            reply = call(script, *args, **more)
+            self.reach(f"lua.{name}:after")
+            self.reach("lua:after")
+            return reply
+
+        Script.__init__, Script.__call__ = named, tapped  # type: ignore[method-assign]
+        self.names += ["lua", *(f"lua.{path.stem}" for path in Path(*broker.__path__).glob("*.lua"))]
+
+    def check(self, names: Sequence[str]) -> None:
+        """A point that no tap makes would never be lethal."""
+        missing = sorted(set(names) - set(self.names))
+        assert not missing, f"no tap makes the points {missing}"
+
 
 LEARNER_POINTS = (
-    "fence", "load", "create", "rows", "initialise", "read", "commit", "release", "save", "renamed", "prune",
-    "train", "publish", "flip", "put_weights", "phase",
+    "fence", "load", "create", "rows", "initialise", "read", "receive", "commit", "release", "save", "renamed", "prune",
+    "train", "publish", "flip", "phase", "fsync", "lua", "lua.take_over", "lua.weights_begin", "lua.weights_put",
+    "lua.weights_flip", "lua.weights_retire",
 )  # fmt: skip
-ACTOR_POINTS = ("lease", "renew", "enqueue", "load_weights", "sample", "beat")
+ACTOR_POINTS = (
+    "lease", "renew", "enqueue", "hand_back", "sampled", "beat", "advance", "lua", "lua.weights_reader", "lua.beat",
+)  # fmt: skip
+FREQUENT = ("fsync", "lua", "read", "receive", "release", "beat", "lease", "enqueue", "sampled")
+"""Reached many times a second: any of the next ones may be it."""
+
+
+def choose_point(source: random.Random, names: Sequence[str]) -> tuple[str, int]:
+    """A point and which of its turns is lethal."""
+    name = source.choice(names)
+    return f"{name}:{source.choice(('before', 'after'))}", source.randrange(1, 40 if name in FREQUENT else 4)

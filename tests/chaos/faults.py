@@ -4,7 +4,7 @@ import random
 import signal
 from collections.abc import Callable
 
-from tests.chaos.fault_points import ACTOR_POINTS, LEARNER_POINTS, arm
+from tests.chaos.fault_points import ACTOR_POINTS, LEARNER_POINTS, arm, choose_point
 from tests.chaos.scene import Scene
 from tests.chaos.spec import LEASE_S, TIMEOUT_S
 from tests.chaos.zygote import Forked
@@ -27,23 +27,23 @@ def kill_learner(scene: Scene, source: random.Random) -> str:
 
 def actor_point(scene: Scene, source: random.Random) -> str:
     actor = source.choice(scene.actors)
-    point = f"{source.choice(ACTOR_POINTS)}:{source.choice(('before', 'after'))}"
-    arm(scene.folder, actor.who, point, source.randrange(1, 4))
-    return f"{actor.who} {point}"
+    point, count = choose_point(source, ACTOR_POINTS)
+    arm(scene.folder, actor.who, point, count)
+    return f"{actor.who} {point} {count}"
 
 
 def learner_point(scene: Scene, source: random.Random) -> str:
     """Now and then in the next life, so that the points of a start have their turn."""
     learner = _learner(scene)
-    point = f"{source.choice(LEARNER_POINTS)}:{source.choice(('before', 'after'))}"
+    point, count = choose_point(source, LEARNER_POINTS)
     who = learner.who
     if source.random() < 0.5:
         name, _, number = who.partition("-")
         who = f"{name}-{int(number) + 1}"
-    arm(scene.folder, who, point, source.randrange(1, 3))
+    arm(scene.folder, who, point, count)
     if who != learner.who:
         learner.kill()
-    return f"{who} {point}"
+    return f"{who} {point} {count}"
 
 
 def end_actor(scene: Scene, source: random.Random) -> str:
@@ -159,3 +159,5 @@ REDIS_FAULTS: dict[str, Fault] = {
         lose_replies,
     )
 }  # fmt: skip
+POINT_FAULTS = frozenset({"actor_point", "learner_point"})
+"""They only lay a trap."""

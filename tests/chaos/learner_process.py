@@ -23,7 +23,7 @@ from learner.ingest import Discarded, Ingest
 from learner.batcher import Batcher
 from learner.publisher import Publisher
 from tests.chaos.counting_policy import CountingPolicy, CountingTrainer, name_of_weights
-from tests.chaos.fault_points import FaultPoints
+from tests.chaos.fault_points import LEARNER_POINTS, FaultPoints
 from tests.chaos.ledger import Ledger, digest
 from tests.chaos.spec import RUN_ID, ProcessSpec
 
@@ -136,3 +136,6 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
     points.tap(Batcher, "_sort", "sort", after=dropped)
     points.tap(Publisher, "publish", "publish", before=announce)
     points.tap(RedisWeightStore, "publish", "flip", after=flipped)
+    points.tap(os, "fsync", "fsync")
+    points.tap_scripts()
+    points.check(LEARNER_POINTS)

@@ -1,6 +1,7 @@
 """One run under faults: its Redis, its learner, its actors, and whoever starts them again."""
 
 import contextlib
+import json
 import random
 import shutil
 import signal
@@ -14,8 +15,9 @@ import redis
 
 from lambdapo_async.keys import RunKeys
 from tests.chaos.actor_process import run_actor_process
+from tests.chaos.fault_points import disarm
 from tests.chaos.learner_process import run_learner_process, write_model_files
-from tests.chaos.ledger import SUFFIX, Ledger
+from tests.chaos.ledger import SUFFIX, Entry, Ledger
 from tests.chaos.profiles import Profile
 from tests.chaos.proxy import Proxy
 from tests.chaos.redis_control import RedisControl
@@ -52,6 +54,8 @@ class Scene:
         """Learners that were replaced while they slept."""
         self.exits: Counter[str] = Counter()
         """Processes that ended by themselves, by what they said."""
+        self.points: Counter[str] = Counter()
+        """Fault points at which a process killed itself."""
         self.redis_is_up = False
         self._later: list[tuple[float, Callable[[], None]]] = []
         self._started: Counter[str] = Counter()
@@ -121,6 +125,10 @@ class Scene:
 
     def finish(self) -> None:
         """Let the run end by itself a few steps from now."""
+        for process in self._processes():
+            disarm(self.folder, process.who)
+        while self._later:
+            self.tend(_TEND_S)
         self.wait_for_step()
         write_config(self.folder, seed=self.seed, num_steps=self.newest_step + _LAST_STEPS)
         assert self.learner is not None
@@ -184,6 +192,9 @@ class Scene:
     def _note_end(self, process: Forked) -> None:
         self.ledger.write("ended", process=process.who, returncode=process.returncode)
         role = process.who.partition("-")[0]
+        if process.returncode == -signal.SIGKILL and not process.was_killed:
+            last = (self.folder / f"{process.who}{SUFFIX}").read_bytes().splitlines()[-1]
+            self.points[f"{role} {Entry(*json.loads(last)).fields['point']}"] += 1
         if process.returncode == -signal.SIGKILL or process.returncode == 0 or process.who in self._expected:
             return
         self.exits[f"{role} {process.returncode}: {process.last_line()[:160]}"] += 1
@@ -233,6 +244,3 @@ def scene_folder(name: str) -> Iterator[Path]:
     yield folder
     shutil.rmtree(folder)
 
-
-def shuffled(source: random.Random, items: list[str]) -> list[str]:
-    return source.sample(items, len(items))

@@ -19,6 +19,7 @@ class Forked:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         self.spec = spec
+        self.was_killed = False
         self._process: BaseProcess = context.Process(target=_run, args=(body, spec), name=spec.who)
         self._process.start()
 
@@ -46,6 +47,7 @@ class Forked:
 
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""
+        self.was_killed = True
         self.send(signal.SIGKILL)
         self.wait(10.0)
 
