@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tests.chaos.faults import POINT_FAULTS, PROCESS_FAULTS, REDIS_FAULTS
 from tests.chaos.ledger import Kind, Violation, check, read_ledger
-from tests.chaos.profiles import PROFILES, Profile
+from tests.chaos.profiles import Profile
 from tests.chaos.remains import read_remains
-from tests.chaos.scene import Scene, StuckError, scene_folder
+from tests.chaos.scene import Scene, StuckError
 from tests.chaos.spec import BOUNDS
 
 _REDIS_SHARE = 0.4
@@ -38,6 +38,10 @@ class Outcome:
     num_discarded: int
     wall_s: float
     violations: tuple[Violation, ...]
+
+    @property
+    def num_faults(self) -> int:
+        return self.faults.total() + self.points.total()
 
     def count(self, kind: Kind) -> int:
         return sum(violation.kind == kind for violation in self.violations)
@@ -87,11 +91,3 @@ def _choose(profile: Profile, source: random.Random) -> str:
         return source.choice(profile.redis_faults)
     return source.choice(list(PROCESS_FAULTS))
 
-
-def campaign(profile: str, *, seed: int, num_faults: int) -> Outcome:
-    """One run in a folder of its own, which stays when a promise was broken."""
-    with scene_folder(f"{profile[:6]}{seed}") as folder:
-        outcome = run_under_faults(folder, PROFILES[profile], seed=seed, num_faults=num_faults)
-        if outcome.violations:
-            raise AssertionError(f"{folder}: {outcome}")
-    return outcome

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 
 from tests.chaos.fault_points import ACTOR_POINTS, LEARNER_POINTS, arm, choose_point
+from tests.chaos.redis_control import RedisControl
 from tests.chaos.scene import Scene
 from tests.chaos.spec import LEASE_S, TIMEOUT_S
 from tests.chaos.zygote import Forked
@@ -107,6 +108,27 @@ def redis_freeze_long(scene: Scene, source: random.Random) -> str:
     return _freeze(scene, source.uniform(1.1, 1.6) * TIMEOUT_S)
 
 
+def promote_replica(scene: Scene, source: random.Random) -> str:
+    """The primary dies with what it had not sent yet; now and then the replica is far behind."""
+    assert scene.proxy is not None
+    replica = RedisControl(scene.folder / f"r{source.randrange(10**6)}", scene.profile.persistence)
+    replica.start()
+    replica.follow(scene.redis)
+    lag_s = source.choice((0.0, source.uniform(0.0, 1.0)))
+    if lag_s:
+        replica.freeze()
+        scene.tend(lag_s)
+    primary, scene.redis = scene.redis, replica
+    primary.kill()
+    scene.redis_is_up = False
+    if lag_s:
+        replica.thaw()
+    replica.promote()
+    scene.proxy.target = replica.socket
+    scene.redis_is_up = True
+    return f"{lag_s:.2f} s behind"
+
+
 def cut_connections(scene: Scene, source: random.Random) -> str:
     assert scene.proxy is not None
     scene.proxy.cut()
@@ -155,7 +177,7 @@ PROCESS_FAULTS: dict[str, Fault] = {
 REDIS_FAULTS: dict[str, Fault] = {
     each.__name__: each
     for each in (
-        redis_restart, redis_power_loss, redis_empty, redis_snapshot, redis_freeze, redis_freeze_long, cut_connections,
+        promote_replica, redis_restart, redis_power_loss, redis_empty, redis_snapshot, redis_freeze, redis_freeze_long, cut_connections,
         lose_replies,
     )
 }  # fmt: skip

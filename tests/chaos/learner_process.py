@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import learner.session as session
+from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.run_store import RedisRunStore
 from lambdapo_async.parent_death import die_with_parent
@@ -24,7 +25,7 @@ from learner.batcher import Batcher
 from learner.publisher import Publisher
 from tests.chaos.counting_policy import CountingPolicy, CountingTrainer, name_of_weights
 from tests.chaos.fault_points import LEARNER_POINTS, FaultPoints
-from tests.chaos.ledger import Ledger, digest
+from tests.chaos.ledger import Field, Ledger, digest
 from tests.chaos.spec import RUN_ID, ProcessSpec
 
 
@@ -91,17 +92,16 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
 
     def received(deliveries: Any, *_: object, **__: object) -> None:
         for delivery in deliveries:
-            of = delivery.descriptor
-            if of.lease.split == "train":
-                ledger.write("received", producer=of.producer, seq=of.seq, index=of.lease.index)
+            if delivery.descriptor.lease.split == "train":
+                ledger.write("received", **_fields(delivery.descriptor))
 
     def sorted_out(result: Any, *_: object, **__: object) -> None:
         if isinstance(result, Discarded) and result.descriptor.lease.split == "train":
-            ledger.write("discarded", index=result.descriptor.lease.index, reason=result.reason)
+            ledger.write("discarded", **_fields(result.descriptor), reason=result.reason)
 
     def dropped(_: Any, __: Any, received: Any, batch: Any, version: int) -> None:
         if received.group is not None and not any(received is kept for kept in batch.groups):
-            ledger.write("discarded", index=received.descriptor.lease.index, reason="late or without signal")
+            ledger.write("discarded", **_fields(received.descriptor), reason="late or without signal")
 
     def saved(path: Any, _: Any, state: Any, policy: CountingPolicy) -> None:
         ledger.write("checkpoint", step=state.step, version=state.version, digest=digest(policy.history))
@@ -139,3 +139,7 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
     points.tap(os, "fsync", "fsync")
     points.tap_scripts()
     points.check(LEARNER_POINTS)
+
+
+def _fields(of: Descriptor) -> dict[str, Field]:
+    return {"producer": of.producer, "seq": of.seq, "index": of.lease.index}

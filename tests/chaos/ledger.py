@@ -84,6 +84,8 @@ class Remains:
     """Indices below it were granted, as Redis says."""
     held: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """Place (``queue``, ``learner``, ``leased``, ``todo``, ``outbox``) -> indices that are there."""
+    kept: frozenset[tuple[str, int]] = frozenset()
+    """(producer, sequence number) of the groups that the learner holds durably and has not consumed."""
     counted_bytes: int = 0
     """The byte counter in Redis."""
     queued_bytes: int = 0
@@ -120,6 +122,7 @@ def check(entries: Sequence[Entry], remains: Remains, bounds: Bounds) -> list[Vi
     """Every promise that the run broke."""
     return [
         *_missing(entries, remains),
+        *_lost_groups(entries, remains),
         *_twice(remains, bounds),
         *_reused_versions(entries),
         *_stale(remains, bounds),
@@ -150,6 +153,30 @@ def _missing(entries: Sequence[Entry], remains: Remains) -> list[Violation]:
         for index in range(end)
         if index not in accounted
     ]
+
+
+def _lost_groups(entries: Sequence[Entry], remains: Remains) -> list[Violation]:
+    """Once a learner says that a group is durable its actor forgets it: then it is in the surviving history, or kept.
+
+    That its prompt was asked again, and the second answer arrived, does not bring the first one back.
+    """
+    marks: dict[str, int] = {}
+    for entry in entries:
+        if entry.what == "committed":
+            for producer, mark in entry.fields["watermarks"].items():  # type: ignore[union-attr]
+                marks[producer] = max(marks.get(producer, 0), mark)  # type: ignore[type-var, assignment]
+    received = {_group_of(entry) for entry in entries if entry.what == "received"}
+    trained = {(group.producer, group.seq) for step in remains.history for group in step.groups}
+    discarded = {_group_of(entry) for entry in entries if entry.what == "discarded"}
+    return [
+        Violation("lost", f"group {seq} of {producer} was committed, and is neither trained, discarded nor kept")
+        for producer, seq in sorted(received - trained - discarded - remains.kept)
+        if seq <= marks.get(producer, 0)
+    ]
+
+
+def _group_of(entry: Entry) -> tuple[str, int]:
+    return str(entry.fields["producer"]), int(entry.fields["seq"])  # type: ignore[arg-type]
 
 
 def _trained(remains: Remains) -> set[int]:

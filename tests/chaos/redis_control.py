@@ -1,9 +1,11 @@
 """A Redis server that is killed, frozen, rolled back and emptied, and always comes back at the same address."""
 
+import contextlib
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from lambdapo_async.broker.connection import connect, redis_executable
 from lambdapo_async.parent_death import prepare_to_die_with
 
 _READY_S, _POLL_S = 10.0, 0.005
-_COMMON = ("port 0", "unixsocketperm 700", "maxmemory 512mb", "maxmemory-policy noeviction", "daemonize no")
+_COMMON = ("bind 127.0.0.1", "unixsocketperm 700", "repl-diskless-sync yes", "repl-diskless-sync-delay 0", "maxmemory 512mb", "maxmemory-policy noeviction", "daemonize no")
 PERSISTENCE = {
     "none": ('save ""', "appendonly no"),
     "everysec": ('save ""', "appendonly yes", "appendfsync everysec"),
@@ -32,6 +34,7 @@ class RedisControl:
         self._folder, self._persistence = folder, persistence
         folder.mkdir(parents=True, exist_ok=True)
         self.socket = folder / "s"
+        self._port = free_port()
         self.url = f"unix://{self.socket}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -44,7 +47,8 @@ class RedisControl:
         """Start it and wait until it has read its data."""
         assert self._process is None
         self.socket.unlink(missing_ok=True)
-        lines = (*_COMMON, *PERSISTENCE[self._persistence], f"unixsocket {self.socket}", f'dir "{self._folder}"')
+        lines = (*_COMMON, *PERSISTENCE[self._persistence], f"port {self._port}", f"unixsocket {self.socket}")
+        lines = (*lines, f'dir "{self._folder}"')
         with (self._folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [redis_executable(), "-"],
@@ -103,8 +107,18 @@ class RedisControl:
                 path.unlink()
 
     def follow(self, primary: "RedisControl") -> None:
-        """Become a replica of ``primary``, whose data comes as a whole first."""
-        raise NotImplementedError
+        """Become a replica of ``primary``; returns once it has all of its data."""
+        with contextlib.closing(self.client()) as client:
+            client.replicaof("127.0.0.1", primary._port)
+            deadline = time.monotonic() + _READY_S
+            while client.info("replication").get("master_link_status") != "up":
+                assert time.monotonic() < deadline, "the replica did not catch up"
+                time.sleep(_POLL_S)
+
+    def promote(self) -> None:
+        """Stop being a replica."""
+        with contextlib.closing(self.client()) as client:
+            client.replicaof("NO", "ONE")
 
     def _append_only_file(self) -> Path:
         """Redis 6.2 has one, 7 a folder of them whose newest increment is written to."""
@@ -130,3 +144,11 @@ class RedisControl:
                     return
         finally:
             client.close()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -24,7 +24,7 @@ HISTORY = (Step(0, (group(0), group(1))), Step(1, (group(3), group(4, min_versio
 GOOD = [
     *(entry("leased", "actor-1", index=index) for index in range(7)),
     *(entry("received", producer="a.0", seq=index + 1, index=index) for index in (0, 1, 2, 3, 4)),
-    entry("discarded", index=2, reason="zero_variance"),
+    entry("discarded", producer="a.0", seq=3, index=2, reason="zero_variance"),
     entry("published", version=0, weights="aa"),
     entry("adopted", "actor-1", version=0, weights="aa"),
     entry("checkpoint", step=1, version=1, digest=digest(HISTORY[:1])),
@@ -52,6 +52,16 @@ def test_a_group_that_was_received_and_is_nowhere_is_lost() -> None:
     assert kinds([*GOOD, entry("received", producer="b.0", seq=1, index=5)], replace(REMAINS, held=held)) == ["lost"]
 
 
+def test_a_committed_group_is_lost_even_if_its_prompt_was_answered_again() -> None:
+    first = entry("received", producer="b.0", seq=1, index=4)
+    committed = entry("committed", watermarks={"b.0": 1})
+    assert kinds([*GOOD, first]) == [], "its actor still has it"
+    assert kinds([*GOOD, first, committed]) == ["lost"]
+    assert kinds([*GOOD, first, committed], replace(REMAINS, kept=frozenset({("b.0", 1)}))) == []
+    duplicate = entry("discarded", producer="b.0", seq=1, index=4, reason="duplicate")
+    assert kinds([*GOOD, first, committed, duplicate]) == []
+
+
 def test_a_prompt_that_was_leased_and_is_nowhere_is_skipped() -> None:
     assert kinds(remains=replace(REMAINS, held={"queue": frozenset({5})})) == ["skipped"]
     assert kinds([*GOOD, entry("leased", "actor-2", index=7)]) == ["skipped"]
@@ -62,7 +72,7 @@ def test_a_prompt_below_the_frontier_that_nobody_ever_leased_is_skipped() -> Non
 
 
 def test_a_duplicate_is_no_answer() -> None:
-    only_duplicate = [e for e in GOOD if e.what != "discarded"] + [entry("discarded", index=2, reason="duplicate")]
+    only_duplicate = [e for e in GOOD if e.what != "discarded"] + [entry("discarded", producer="a.0", seq=3, index=2, reason="duplicate")]
     assert kinds(only_duplicate, replace(REMAINS, consumed=4)) == ["lost"]
 
 
@@ -117,8 +127,8 @@ def test_counters_that_disagree_with_what_is_there(changes: dict[str, object]) -
 
 
 def test_a_group_that_a_dead_learner_discarded_and_that_is_held_is_not_consumed() -> None:
-    assert kinds([*GOOD, entry("discarded", index=5, reason="stale")]) == []
-    assert kinds([*GOOD, entry("discarded", index=5, reason="stale")], replace(REMAINS, held={"todo": frozenset({6})})) == [
+    assert kinds([*GOOD, entry("discarded", producer="b.0", seq=1, index=5, reason="stale")]) == []
+    assert kinds([*GOOD, entry("discarded", producer="b.0", seq=1, index=5, reason="stale")], replace(REMAINS, held={"todo": frozenset({6})})) == [
         "miscounted"
     ]
 
