@@ -46,9 +46,7 @@ class LedgerEngine(ScriptedEngine):
     def __init__(self, ledger: Ledger, *, max_length: int) -> None:
         table = logit_table()
         # The same table under every version: what is tested is delivery, and the canary stays exact.
-        super().__init__(
-            lambda _, tokens: table[tokens[-1]], eos_token_id=EOS, max_length=max_length, seed=os.getpid()
-        )
+        super().__init__(lambda _, tokens: table[tokens[-1]], eos_token_id=EOS, max_length=max_length, seed=os.getpid())
         self._ledger = ledger
 
     async def load_weights(self, version: int, path: Path, *, changed: Set[str] | None = None) -> float:
@@ -103,5 +101,3 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
     points.tap(Mirror, "advance", "advance")
     points.tap_scripts()
     points.check(ACTOR_POINTS)
-
-

@@ -90,4 +90,3 @@ def _choose(profile: Profile, source: random.Random) -> str:
     if profile.redis_faults and source.random() < _REDIS_SHARE:
         return source.choice(profile.redis_faults)
     return source.choice(list(PROCESS_FAULTS))
-

@@ -66,7 +66,9 @@ class FaultPoints:
                 os.kill(os.getpid(), signal.SIGKILL)
                 threading.Event().wait()  # the signal is on its way; nothing may happen meanwhile
 
-    def tap(self, owner: Any, attribute: str, name: str, *, before: Watch | None = None, after: Watch | None = None) -> None:
+    def tap(
+        self, owner: Any, attribute: str, name: str, *, before: Watch | None = None, after: Watch | None = None
+    ) -> None:
         """Put points around ``owner.attribute``; ``before`` gets its arguments, ``after`` the result first."""
         call = getattr(owner, attribute)
         self.names.append(name)

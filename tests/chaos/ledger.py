@@ -210,7 +210,9 @@ def _reused_versions(entries: Sequence[Entry]) -> list[Violation]:
             version, weights = int(entry.fields["version"]), str(entry.fields["weights"])  # type: ignore[arg-type]
             seen.setdefault(version, {}).setdefault(weights, entry.who)
     return [
-        Violation("version_reused", f"version {version} is {' and '.join(f'{w[:8]} of {who}' for w, who in by.items())}")
+        Violation(
+            "version_reused", f"version {version} is {' and '.join(f'{w[:8]} of {who}' for w, who in by.items())}"
+        )
         for version, by in sorted(seen.items())
         if len(by) > 1
     ]
@@ -245,7 +247,9 @@ def _rewritten(entries: Sequence[Entry], remains: Remains) -> list[Violation]:
         if entry.what == "checkpoint":
             step = int(entry.fields["step"])  # type: ignore[arg-type]
             if step > steps or digest(remains.history[:step]) != entry.fields["digest"]:
-                violations.append(Violation("rewritten", f"the checkpoint of step {step} by {entry.who} did not survive"))
+                violations.append(
+                    Violation("rewritten", f"the checkpoint of step {step} by {entry.who} did not survive")
+                )
     return violations + _redone_differently(entries, remains)
 
 
@@ -257,7 +261,9 @@ def _redone_differently(entries: Sequence[Entry], remains: Remains) -> list[Viol
         if step > len(remains.history):
             violations.append(Violation("rewritten", f"step {step}, journaled by {entry.who}, was never trained"))
         elif [group.index for group in remains.history[step - 1].groups] != entry.fields["indices"]:
-            violations.append(Violation("rewritten", f"step {step} was trained otherwise than {entry.who} journaled it"))
+            violations.append(
+                Violation("rewritten", f"step {step} was trained otherwise than {entry.who} journaled it")
+            )
     return violations
 
 

@@ -16,7 +16,15 @@ from lambdapo_async.broker.connection import connect, redis_executable
 from lambdapo_async.parent_death import prepare_to_die_with
 
 _READY_S, _POLL_S = 10.0, 0.005
-_COMMON = ("bind 127.0.0.1", "unixsocketperm 700", "repl-diskless-sync yes", "repl-diskless-sync-delay 0", "maxmemory 512mb", "maxmemory-policy noeviction", "daemonize no")
+_COMMON = (
+    "bind 127.0.0.1",
+    "unixsocketperm 700",
+    "repl-diskless-sync yes",
+    "repl-diskless-sync-delay 0",
+    "maxmemory 512mb",
+    "maxmemory-policy noeviction",
+    "daemonize no",
+)
 PERSISTENCE = {
     "none": ('save ""', "appendonly no"),
     "everysec": ('save ""', "appendonly yes", "appendfsync everysec"),

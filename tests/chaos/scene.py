@@ -243,4 +243,3 @@ def scene_folder(name: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"lp-{name}-", dir=parent))
     yield folder
     shutil.rmtree(folder)
-

@@ -72,7 +72,9 @@ def test_a_prompt_below_the_frontier_that_nobody_ever_leased_is_skipped() -> Non
 
 
 def test_a_duplicate_is_no_answer() -> None:
-    only_duplicate = [e for e in GOOD if e.what != "discarded"] + [entry("discarded", producer="a.0", seq=3, index=2, reason="duplicate")]
+    only_duplicate = [e for e in GOOD if e.what != "discarded"] + [
+        entry("discarded", producer="a.0", seq=3, index=2, reason="duplicate")
+    ]
     assert kinds(only_duplicate, replace(REMAINS, consumed=4)) == ["lost"]
 
 
@@ -128,9 +130,10 @@ def test_counters_that_disagree_with_what_is_there(changes: dict[str, object]) -
 
 def test_a_group_that_a_dead_learner_discarded_and_that_is_held_is_not_consumed() -> None:
     assert kinds([*GOOD, entry("discarded", producer="b.0", seq=1, index=5, reason="stale")]) == []
-    assert kinds([*GOOD, entry("discarded", producer="b.0", seq=1, index=5, reason="stale")], replace(REMAINS, held={"todo": frozenset({6})})) == [
-        "miscounted"
-    ]
+    assert kinds(
+        [*GOOD, entry("discarded", producer="b.0", seq=1, index=5, reason="stale")],
+        replace(REMAINS, held={"todo": frozenset({6})}),
+    ) == ["miscounted"]
 
 
 def test_a_run_that_does_not_end_is_stuck() -> None:
