@@ -17,11 +17,11 @@ from lambdapo_async.broker.run_store import RedisRunStore
 from lambdapo_async.parent_death import die_with_parent
 from lambdapo_async.weights.redis_store import RedisWeightStore
 from learner import checkpoint as checkpoint_module
+from learner.batcher import Batcher
 from learner.character_tokenizer import build_tokenizer
 from learner.checkpoint import CheckpointStore
 from learner.crew_member import Origin
 from learner.ingest import Discarded, Ingest
-from learner.batcher import Batcher
 from learner.publisher import Publisher
 from tests.chaos.counting_policy import CountingPolicy, CountingTrainer, name_of_weights
 from tests.chaos.fault_points import LEARNER_POINTS, FaultPoints
@@ -37,8 +37,8 @@ def run_learner_process(spec: ProcessSpec, parent_pid: int) -> None:
     points = FaultPoints(spec.folder, spec.who, ledger)
     _replace_maths(ledger, spec, points)
     _tap(points, ledger)
-    from learner.__main__ import app
     from lambdapo_async.cli.errors import run_main
+    from learner.__main__ import app
 
     resume = ["--resume"] if spec.resume else []
     run_main(app, [str(spec.config_path), "--run-id", RUN_ID, "--redis-url", spec.url, *resume])

@@ -2,9 +2,6 @@
 
 import gc
 
-import transformers.models.auto.tokenization_auto
-import transformers.tokenization_utils_tokenizers
-
 import tests.chaos.actor_process
 import tests.chaos.learner_process  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""`scripts/fuzz`: every reader of foreign bytes for as long as wanted; with atheris (coverage-guided) where it is there.
+"""`scripts/fuzz`: every reader of foreign bytes for as long as wanted; coverage-guided where atheris is there.
 
 A find ends it: the bytes lie in ``outputs/fuzz`` then, and the exception is shown.
 """
