@@ -13,7 +13,7 @@ from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import estimate_advantages
 from lambdapo_async.packing import TrainingSequence, pack
 from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing, VersionSpan
-from learner.ingest import ReceivedGroup
+from learner.arrivals import ReceivedGroup
 from learner.sequences import training_sequences
 
 

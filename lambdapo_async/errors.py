@@ -11,6 +11,7 @@ LambdaPOError
 │   ├── LostDataError     Redis restarted, went back in time or lost something: initialise it again
 │   ├── FencedError       another learner owns the run now
 │   └── RunNotFoundError  this Redis holds no such run, or one of another schema
+├── NoGroupsError         no rollout group came before the learner's deadline
 ├── WeightsError          a weight version that is missing, damaged or of another model
 ├── CheckpointError       a checkpoint that is missing or damaged
 ├── RankLostError         another process of the same learner died or does not answer
@@ -60,6 +61,10 @@ class FencedError(BrokerError):
 
 class RunNotFoundError(BrokerError, UserError):
     """This Redis holds no such run, or one whose schema we do not know."""
+
+
+class NoGroupsError(LambdaPOError):
+    """No rollout group came before the learner's deadline."""
 
 
 class WeightsError(LambdaPOError):

@@ -65,16 +65,24 @@ METRICS: Mapping[str, str] = {
     "alarm/masked": "1 while more than 10 % of the tokens are masked or rejected",
     "alarm/negative_shift": "1 while the mean advantage is below 0 and groups are stale",
     "alarm/density_not_value": "1 while density rises over 20 steps and the verifiable reward does not",
-    "queue/groups": "groups in Redis, uncommitted ones included",
+    "queue/groups": "groups in Redis that the learner has not journaled yet",
     "queue/bytes": "payload bytes in Redis",
     "queue/leased": "prompts held by actors",
     "queue/admitted": "prompts granted and not consumed yet",
     "groups/trained": "groups trained, so far",
     "groups/zero_variance": "groups left out because all rewards were equal, so far",
     "groups/dropped_stale": "groups dropped above staleness.drop_above, so far",
+    "groups/evicted": "groups that made room in the replay queue, so far",
+    "groups/too_large": "groups larger than replay.max_bytes, so far",
+    "groups/duplicate": "answers to prompts that were answered before, so far; nothing was trained on them",
     "groups/malformed": "groups quarantined, so far",
     "groups/without_confidence": "rollouts of the step that took their group's mean confidence",
     "frac_reward_zero_std": "share of the groups that arrived whose rewards were all equal",
+    "replay/groups": "groups in the replay queue behind the step",
+    "replay/bytes": "payload bytes of the groups in the replay queue",
+    "replay/rate_error": "samples owed (> 0) or ahead (< 0) of replay.samples_per_insert; 0 without it",
+    "bias/length_ratio": "mean length of trained groups over that of generated ones, so far; below 1 long ones starve",
+    "bias/difficulty_gap": "mean 1 - V of trained minus that of generated groups, so far; below 0 hard ones starve",
     "tokens/trained": "completion tokens of the step",
     "speed/tokens_per_s": "completion tokens trained per second, waiting included",
     "speed/sequences_per_s": "rollouts trained per second, waiting included",
@@ -100,7 +108,8 @@ METRICS: Mapping[str, str] = {
     # kind "event"
     "text": "what happened",
 }
-"""Name -> meaning. Beside these, ``reward/<name>`` of each reward function."""
+"""Name -> meaning. Beside these ``reward/<name>`` of each reward function, and ``bias/<reason>_upto_<tokens>``: groups
+never trained on so far, by why and by their longest completion in powers of two."""
 
 
 @dataclass(frozen=True, slots=True)

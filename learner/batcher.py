@@ -1,23 +1,20 @@
-"""From a stream of deliveries to the groups of one step, with every group accounted for exactly once."""
+"""From arrivals to the groups of one step: waits for them, and writes the step down before anybody trains on it."""
 
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lambdapo_async.broker.interface import Descriptor, RolloutSource
+from lambdapo_async.broker.interface import RolloutSource
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import BrokerUnavailable, TaskError
-from lambdapo_async.rollout import RolloutGroup
+from lambdapo_async.errors import NoGroupsError, TaskError
+from lambdapo_async.journal.journal import Journal
+from learner.arrivals import Arrival
 from learner.evaluation import Evaluation
-from learner.ingest import Discarded, Ingest, ReceivedGroup
+from learner.ingest import Ingest
 from learner.parallel import ALONE, Ranks
-from learner.watermarks import Watermarks
+from learner.pool import Pool, StepBatch
 
 logger = logging.getLogger(__name__)
 
@@ -26,148 +23,169 @@ _LOG_EVERY_STEPS = 5
 _MOST_DISCARDED_STEPS = 50
 """Steps' worth of discarded groups after which a step gives up."""
 _TAKE_S = 0.5
-"""Longest wait for one delivery; between two the loop looks whether it should stop."""
+"""Longest wait for one arrival; between two the loop looks whether it should stop."""
 _IDLE_S = 0.02
 """From this wait on the learner has time for others: what it does for them delays no group that is already there."""
-
-
-@dataclass(slots=True)
-class StepBatch:
-    """The groups of one optimizer step, and what else arrived on the way."""
-
-    groups: list[ReceivedGroup] = field(default_factory=list)
-    """What is trained on."""
-    seen: list[RolloutGroup] = field(default_factory=list)
-    """Every training group that arrived, discarded ones included: what rewards are averaged over."""
-    discarded: Counter[str] = field(default_factory=Counter)
-    """Groups discarded, by reason."""
-    taken: list[Descriptor] = field(default_factory=list)
-    """Everything that the step answers for."""
-    wait_s: float = 0.0
-    """Seconds in which the learner had nothing to do but wait for groups."""
-
-    def staleness(self, version: int) -> NDArray[np.int64]:
-        """[groups] versions between a group's oldest token and ``version``."""
-        return np.array([version - received.group.min_version for received in self.groups])
+_USELESS = ("malformed", "zero_variance", "stale", "too_large", "duplicate", "unleased")
+"""What may happen to a group that no step was made of."""
+_SAY_EVERY_S = 30.0
+"""Seconds of silence after which a waiting learner says what for."""
 
 
 class Batcher:
-    """Gathers batches; knows what of the stream is done (trained, evaluated or discarded)."""
+    """Gathers batches from the pool, which it feeds with what arrives."""
 
-    def __init__(  # noqa: PLR0913 - the last three before ranks are a checkpoint's
+    def __init__(
         self,
         ingest: Ingest,
         source: RolloutSource,
         evaluation: Evaluation,
+        pool: Pool,
+        journal: Journal,
         config: RunConfig,
-        *,
-        watermarks: Watermarks,
-        consumed: int,
-        next_index: int,
         ranks: Ranks = ALONE,
     ) -> None:
         self._ingest, self._source, self._evaluation = ingest, source, evaluation
+        self.pool, self._journal = pool, journal
         self._config, self._ranks = config, ranks
-        self._watermarks = watermarks
-        # What is discarded stays in Redis until a checkpoint, and none can be taken within a step.
-        self._most_discards = min(
-            _MOST_DISCARDED_STEPS * config.rollout.groups_per_step, max(1, config.broker.max_groups // 4)
-        )
-        self.consumed = consumed
-        """Training groups trained or discarded: what the admission gate counts."""
-        self.durable_consumed = consumed
-        """The same up to the last trained batch: what a checkpoint holds."""
-        self.next_index = next_index
-        """Training indices below it were leased in the surviving history."""
+        self._pending: deque[Arrival] = deque()  # comes before anything that the ingest hands over
+        self.released = pool.consumed
+        """Training groups that the gate was told are consumed; a step's are, with the version that it makes."""
 
     def next_batch(
-        self, version: int, *, stopping: threading.Event, while_idle: Callable[[], None]
+        self, step: int, version: int, *, stopping: threading.Event, while_idle: Callable[[], None]
     ) -> StepBatch | None:
-        """Wait for the groups of one step; None once ``stopping`` is set.
+        """Wait for the groups of ``step`` and journal that it trains on them; None once ``stopping`` is set.
 
-        consumes: deliveries    waits for: ``groups_per_step`` groups with a signal    unblocks: a step
+        consumes: arrivals    waits for: as many groups as the replay queue wants    unblocks: a step
 
         Args:
             version: of the policy that will be trained on them.
             while_idle: called again and again while no group is there: what actors wait for before they sample.
 
         Raises:
-            BrokerUnavailable: no group came for ``learner.data_timeout_s``.
+            NoGroupsError: no group came for ``learner.data_timeout_s``.
+            LostDataError, BrokerUnavailable: of Redis; call it again once that is dealt with, nothing is lost.
+            TaskError: too many groups in a row carried no signal.
         """
-        batch = StepBatch()
-        started = time.monotonic()
-        while len(batch.groups) < self._config.rollout.groups_per_step:
+        self.pool.advance(version)
+        self._release()
+        patience, discarded = _Patience(self._config.learner.data_timeout_s), _Discards(self._config, self.pool)
+        wait_s = 0.0
+        self._drain()
+        while not self.pool.can_sample():
             if stopping.is_set():
                 return None
-            received, waited_s = self._take()
-            batch.wait_s += waited_s
+            arrival, waited_s = self._take(timeout_s=_TAKE_S)
+            wait_s += waited_s
+            if arrival is not None:
+                self._deal_with(arrival)
+                discarded.check()
             if waited_s >= _IDLE_S:
                 while_idle()
-            if received is not None:
-                self._sort(received, batch, version)
-            if received is not None or waited_s < _TAKE_S:
-                started = time.monotonic()
-            elif time.monotonic() - started > self._config.learner.data_timeout_s:
-                raise BrokerUnavailable(
-                    f"no rollout group came for learner.data_timeout_s = {self._config.learner.data_timeout_s:g} s: "
-                    "is an actor alive?"
-                )
+            patience.check(self.pool, has_arrival=arrival is not None)
+        record, batch = self.pool.sample(step, version)
+        self._journal.append([record])
+        batch.wait_s = wait_s
         return batch
 
-    def trained(self, batch: StepBatch) -> None:
-        """The batch's effect is in the policy: a checkpoint from now on holds it."""
-        for descriptor in batch.taken:
-            self._watermarks.done(descriptor.producer, descriptor.seq)
-            self.next_index = max(self.next_index, descriptor.lease.index + 1)
-        self.consumed += len(batch.groups)
-        self.durable_consumed = self.consumed
+    def resume(self, pending: Iterable[Arrival]) -> None:
+        """``pending`` arrived in an earlier life, after the last step that was taken again; it comes first."""
+        self._pending.extend(pending)
+        self.released = self.pool.consumed
+
+    def evaluate(self, arrival: Arrival) -> None:
+        """Hand a held-out answer to the evaluation."""
+        if arrival.received is not None:
+            self._evaluation.add(arrival.received.group)
+        else:
+            self._evaluation.skip(arrival.record.descriptor.lease)
 
     def serve_evaluation(self) -> None:
-        """Take held-out results while no training is due; training groups stay undone, for a later resume."""
-        self._take()
+        """Take held-out results while no training is due; training groups stay where they are durable."""
+        arrival, _ = self._take(timeout_s=_TAKE_S)
+        if arrival is not None and not arrival.is_training:
+            self.evaluate(arrival)
 
-    def watermarks(self) -> dict[str, int]:
-        """producer -> number up to which all is done."""
-        return self._watermarks.snapshot()
+    def _drain(self) -> None:
+        """With reuse a step draws from everything that is here; a plain stream takes no more than it needs."""
+        if self._config.replay.max_uses == 1:
+            return
+        while (arrival := self._take(timeout_s=0.0)[0]) is not None:
+            if not self._deal_with(arrival):
+                return
 
-    def _take(self) -> tuple[ReceivedGroup | Discarded | None, float]:
-        """The next training delivery, or None if it was a held-out one or none came; and the seconds it took."""
+    def _take(self, *, timeout_s: float) -> tuple[Arrival | None, float]:
+        """The next arrival, and the seconds it took."""
         self._ranks.pulse()
+        if self._pending:
+            return self._pending.popleft(), 0.0
         started = time.monotonic()
-        received = self._ingest.get(timeout_s=_TAKE_S)
-        waited_s = time.monotonic() - started
-        if received is None or received.descriptor.lease.split == "train":
-            return received, waited_s
-        self._watermarks.done(received.descriptor.producer, received.descriptor.seq)
-        if isinstance(received, ReceivedGroup):
-            self._evaluation.add(received.group)
-        else:
-            self._evaluation.skip(received.descriptor.lease)
-        return None, waited_s
+        return self._ingest.take(timeout_s=timeout_s), time.monotonic() - started
 
-    def _sort(self, received: ReceivedGroup | Discarded, batch: StepBatch, version: int) -> None:
-        batch.taken.append(received.descriptor)
-        if received.group is not None:
-            batch.seen.append(received.group)
-        match received:
-            case Discarded(reason=reason):
-                self._discard(reason, batch)
-            case ReceivedGroup() if version - received.group.min_version > self._config.staleness.drop_above:
-                self._discard("stale", batch)
-            case ReceivedGroup():
-                batch.groups.append(received)
+    def _deal_with(self, arrival: Arrival) -> bool:
+        """Whether the pool took it; after False a batch can be taken, and it comes next."""
+        if not self.pool.offer(arrival):
+            self._pending.appendleft(arrival)
+            return False
+        if not arrival.is_training:
+            self.evaluate(arrival)
+        self._release()
+        return True
 
-    def _discard(self, reason: str, batch: StepBatch) -> None:
-        """The gate opens at once; the mark moves with the batch, so that a crash in between counts nothing twice."""
-        batch.discarded[reason] += 1
-        self.consumed += 1
-        self._source.release(self.consumed)
-        num_discarded = batch.discarded.total()
-        if num_discarded % (_LOG_EVERY_STEPS * self._config.rollout.groups_per_step) == 0:
-            logger.warning("%d groups in a row were discarded: %s", num_discarded, dict(batch.discarded))
-        if num_discarded >= self._most_discards:
-            raise TaskError(
-                f"{num_discarded} groups for one step were discarded ({dict(batch.discarded)}): if their rewards are "
-                "all equal, check task.rewards and task.answer_format, or make the task easier; if most rightly carry "
-                "no signal, raise broker.max_groups or set rollout.filter_zero_variance = false"
+    def _release(self) -> None:
+        """The gate opens at once for what will not be trained on; for a step's groups, with the version it makes."""
+        if self.pool.consumed > self.released:
+            self._source.release(self.pool.consumed)
+            self.released = self.pool.consumed
+
+
+class _Patience:
+    """Says what a learner waits for, now and then, and for how long it does at most."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._since = self._said = time.monotonic()
+
+    def check(self, pool: Pool, *, has_arrival: bool) -> None:
+        now = time.monotonic()
+        if has_arrival:
+            self._since = self._said = now
+        if now - self._since > self._timeout_s:
+            raise NoGroupsError(
+                f"no rollout group came for learner.data_timeout_s = {self._timeout_s:g} s, and {_needed(pool)}: is an "
+                "actor alive?"
             )
+        if now - self._said > _SAY_EVERY_S:
+            self._said = now
+            logger.info("waiting for groups for %.0f s: %s", now - self._since, _needed(pool))
+
+
+def _needed(pool: Pool) -> str:
+    return f"the replay queue, which holds {pool.num_groups}, needs {pool.missing_inserts()} more for a step"
+
+
+class _Discards:
+    """Ends a run from which nothing can be learned."""
+
+    def __init__(self, config: RunConfig, pool: Pool) -> None:
+        self._step_groups, self._pool = config.rollout.groups_per_step, pool
+        self._before = self._count()
+        self._said = 0
+
+    def check(self) -> None:
+        now = self._count()
+        discarded = {reason: count - self._before[reason] for reason, count in now.items()}
+        total = sum(discarded.values())
+        if total - self._said >= _LOG_EVERY_STEPS * self._step_groups:
+            self._said = total
+            logger.warning("%d groups in a row were discarded: %s", total, discarded)
+        if total >= _MOST_DISCARDED_STEPS * self._step_groups:
+            raise TaskError(
+                f"{total} groups for one step were discarded ({discarded}): if their rewards are all equal, check "
+                "task.rewards and task.answer_format, or make the task easier; if most rightly carry no signal, set "
+                "rollout.filter_zero_variance = false"
+            )
+
+    def _count(self) -> dict[str, int]:
+        return {reason: self._pool.totals.get(reason, 0) for reason in _USELESS}

@@ -5,7 +5,7 @@ checkpoints/step-00000040.fence-3.save-2/  complete, for it got its name by a re
     model/              float32 weights, config and tokenizer: AutoModelForCausalLM.from_pretrained reads it
     optimizer/          AdamW's moments in slices, one set of files per rank (learner.moments)
     random.safetensors  random state of rank 0; the other ranks draw nothing
-    state.json          counters, watermarks, the rest of the random state
+    state.json          counters, receipts, replay queue, the rest of the random state
     manifest.json       file -> bytes and xxh3_128; damage of any file is found before it is used
 
 With several ranks all write into the same partial folder, on storage that they share; rank 0 alone holds the fence,
@@ -13,6 +13,7 @@ and gives the folder its name once every rank has written. Any number of ranks r
 """
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -27,11 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lambdapo_async.errors import CheckpointError
+from lambdapo_async.journal.receipts import ReceiptsState
 from learner.crew import Crew
 from learner.durable import sync, sync_tree
 from learner.fence import check_owner, take_fence
 from learner.moments import read_moments, write_moments
 from learner.parallel import ALONE, Ranks
+from learner.pool import PoolState
 from learner.rng import RandomState
 
 logger = logging.getLogger(__name__)
@@ -48,15 +51,13 @@ class LearnerState(BaseModel):
     step: NonNegativeInt
     """Optimizer steps taken."""
     version: NonNegativeInt
-    """Newest policy version published."""
-    consumed: NonNegativeInt
-    """Training groups trained or discarded."""
-    next_index: NonNegativeInt
-    """Training indices below it were leased."""
-    watermarks: dict[str, int]
-    """producer -> last sequence number whose effect the policy holds."""
-    totals: dict[str, int]
-    """What metrics count over the whole run, by name."""
+    """Newest policy version that was claimed."""
+    receipts: ReceiptsState = ReceiptsState()
+    """What was journaled; the journal may hold more."""
+    pool: PoolState = PoolState()
+    """What was made of it."""
+    open_rounds: tuple[NonNegativeInt, ...] = ()
+    """Steps whose evaluations wait for answers."""
 
 
 class Saveable(Protocol):
@@ -184,8 +185,8 @@ class CheckpointStore:
     def load_latest(self) -> Checkpoint | None:
         """The newest checkpoint; None when there is none.
 
-        A damaged one is left alone and the next older one taken, with a warning: groups committed between the
-        two are lost to the run.
+        A damaged one is left alone and the next older one taken, with a warning: the journal leads from there to
+        the same steps.
 
         Raises:
             CheckpointError: there are checkpoints, but none is whole.
@@ -201,12 +202,22 @@ class CheckpointStore:
             raise CheckpointError(f"no checkpoint in {self._folder} is whole: {'; '.join(problems)}")
         return None
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the ``keep`` newest, and what earlier learners left half written."""
+    def prune(self, keep: int) -> float:
+        """Delete all but the ``keep`` newest, and what earlier learners left half written.
+
+        Returns:
+            The first journal record that one of those left needs.
+        """
         self._owned()
         partial = [path for path in self._folder.iterdir() if path.name.startswith("partial-")]
-        for folder in [*partial, *self._newest_first()[max(1, keep) :]]:
+        kept, surplus = self._newest_first()[: max(1, keep)], self._newest_first()[max(1, keep) :]
+        for folder in [*partial, *surplus]:
             shutil.rmtree(folder)
+        return min(_keep_from(folder) for folder in kept)
+
+    def check_owner(self) -> None:
+        """``FencedError`` once a later learner took over."""
+        self._owned()
 
     def _owned(self) -> int:
         if self._fence is None:
@@ -220,6 +231,15 @@ class CheckpointStore:
             return []
         found = [(match, path) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found, key=lambda item: _age(item[0]), reverse=True)]
+
+
+def _keep_from(folder: Path) -> float:
+    """First journal record that a checkpoint needs; infinity for one that nobody can resume from."""
+    try:
+        return Checkpoint.open(folder).state.pool.keep_from
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        return math.inf
 
 
 def _age(name: re.Match[str]) -> tuple[int, int, int]:

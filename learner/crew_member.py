@@ -10,10 +10,10 @@ from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import group_confidence
 from lambdapo_async.rollout import RolloutGroup
+from learner.arrivals import ReceivedGroup
 from learner.canary import canary_sequence, score
 from learner.checkpoint import Checkpoint, write_share
 from learner.crew import take_orders
-from learner.ingest import ReceivedGroup
 from learner.parallel import Ranks
 from learner.policy import Policy, pick_device
 from learner.reference_policy import ReferencePolicy

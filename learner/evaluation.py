@@ -51,9 +51,23 @@ class Evaluation:
 
     def ask(self, step: int) -> None:
         """Offer the held-out prompts to the actors."""
-        self._asked.add(step)
-        self._open[step] = {}
-        self._source.request_evaluation([Lease("heldout", index, step) for index in range(self.num_prompts)])
+        self.open(step)
+        self._request(step)
+
+    def open(self, step: int) -> None:
+        """Wait for the round of ``step``, which an earlier life of the learner asked; not if it was answered."""
+        if step not in self._asked:
+            self._asked.add(step)
+            self._open[step] = {}
+
+    def ask_again(self) -> None:
+        """Offer what is not answered yet: Redis may have forgotten that it was asked."""
+        for step in self._open:
+            self._request(step)
+
+    def open_rounds(self) -> tuple[int, ...]:
+        """Steps whose rounds wait for answers, for a checkpoint."""
+        return tuple(sorted(self._open))
 
     def add(self, group: RolloutGroup) -> None:
         """Take one answer; one of a round that is not open (before a restart) is only logged."""
@@ -77,6 +91,10 @@ class Evaluation:
             self._finished.append(_result(lease.round, readable))
         else:
             logger.warning("the evaluation of step %d has no readable answer", lease.round)
+
+    def _request(self, step: int) -> None:
+        missing = [index for index in range(self.num_prompts) if index not in self._open[step]]
+        self._source.request_evaluation([Lease("heldout", index, step) for index in missing])
 
     def is_open(self, step: int) -> bool:
         """Whether answers of ``step``'s round are still missing."""

@@ -1,58 +1,44 @@
-"""Reads the rollout queue on a thread, so that decoding never waits for a step nor a step for Redis."""
+"""Reads the rollout queue on a thread: what it read is durable before Redis is told, and before it is trained on."""
 
 import logging
-import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lambdapo_async.broker.interface import Delivery, Descriptor, RolloutSource
+from lambdapo_async.broker.interface import Delivery, RolloutSource
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import WireFormatError
-from lambdapo_async.objective.advantage import group_confidence
-from lambdapo_async.rollout import RolloutGroup
-from lambdapo_async.wire import decode_group
+from lambdapo_async.errors import BrokerUnavailable, LostDataError
+from lambdapo_async.journal.receipts import NOT_COUNTED
+from learner.arrivals import Arrival, Screen
+from learner.hand_over import HandOver
+from learner.receipt_book import ReceiptBook
 
 logger = logging.getLogger(__name__)
 
 _READ_WAIT_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReceivedGroup:
-    """A decoded group and what depends on nothing but it."""
-
-    descriptor: Descriptor
-    group: RolloutGroup
-    confidence_G: NDArray[np.float64]
-    """[G] float64 s_i of each rollout under the behavior policy."""
-    num_missing_confidence: int
-
-
-@dataclass(frozen=True, slots=True)
-class Discarded:
-    """A delivery that will not be trained on."""
-
-    descriptor: Descriptor
-    reason: str
-    group: RolloutGroup | None
-    """None when it could not be decoded."""
+_HAND_OVER_SHARE = 4
+"""The hand-over may hold this part of what the replay queue may."""
 
 
 class Ingest:
-    """A bounded hand-over from Redis to the loop. ``get`` re-raises what the thread died of."""
+    """Reads, decodes, journals, commits and hands over, in this order; so a death anywhere loses nothing.
+
+    consumes: deliveries    waits for: room in the hand-over    unblocks: actors, whose groups are durable now
+
+    Backpressure needs no word: while nothing is taken nothing is read, Redis fills up, and its gate grants no lease.
+    """
 
     def __init__(
-        self, source: RolloutSource, config: RunConfig, *, vocab_size: int, newest_version: Callable[[], int]
+        self,
+        source: RolloutSource,
+        book: ReceiptBook,
+        screen: Screen,
+        config: RunConfig,
+        *,
+        newest_version: Callable[[], int],
     ) -> None:
-        self._source, self._config = source, config
-        self._vocab_size, self._newest_version = vocab_size, newest_version
-        self._step_groups = config.rollout.groups_per_step
-        capacity = (config.staleness.max_staleness + 2) * self._step_groups
-        self._received: queue.Queue[ReceivedGroup | Discarded | BaseException] = queue.Queue(capacity)
+        self._source, self._book, self._screen, self._config = source, book, screen, config
+        self._newest_version = newest_version
+        self._hand_over = HandOver(config.replay.max_bytes // _HAND_OVER_SHARE)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read_until_stopped, name="ingest", daemon=True)
 
@@ -60,79 +46,67 @@ class Ingest:
         """Begin to read; the source must be initialised."""
         self._thread.start()
 
-    def get(self, *, timeout_s: float) -> ReceivedGroup | Discarded | None:
-        """The next delivery in order of arrival, or None after ``timeout_s``."""
-        try:
-            received = self._received.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if isinstance(received, BaseException):
-            raise received
-        return received
+    def take(self, *, timeout_s: float) -> Arrival | None:
+        """The next arrival in the journal's order, or None after ``timeout_s``.
+
+        Raises:
+            LostDataError, BrokerUnavailable: Redis lost data or is away: nothing is read until :meth:`go_on`.
+        """
+        return self._hand_over.take(timeout_s=timeout_s)
+
+    def go_on(self) -> None:
+        """The source was initialised again: read on."""
+        self._hand_over.go_on()
 
     def close(self) -> None:
-        """Stop reading; what was handed over but not taken is read again by the next learner."""
+        """Stop reading; what was handed over and not taken is in the journal."""
         self._stopping.set()
+        self._hand_over.close()
         if self._thread.is_alive():
             self._thread.join(timeout=2 * self._config.broker.timeout_s)
 
     def _read_until_stopped(self) -> None:
         try:
             while not self._stopping.is_set():
-                for delivery in self._source.read(self._step_groups, timeout_s=_READ_WAIT_S):
-                    self._hand_over(self._receive(delivery))
+                try:
+                    self._read()
+                except (LostDataError, BrokerUnavailable) as error:
+                    self._hand_over.pause(error)
         except BaseException as error:  # noqa: BLE001 - carried to the loop, which raises it
-            self._hand_over(error)
+            self._hand_over.fail(error)
 
-    def _hand_over(self, received: ReceivedGroup | Discarded | BaseException) -> None:
-        while not self._stopping.is_set():
-            try:
-                self._received.put(received, timeout=_READ_WAIT_S)
-            except queue.Full:
-                continue
+    def _read(self) -> None:
+        deliveries = self._source.read(self._config.rollout.groups_per_step, timeout_s=_READ_WAIT_S)
+        if not deliveries:
             return
-
-    def _receive(self, delivery: Delivery) -> ReceivedGroup | Discarded:
-        descriptor = delivery.descriptor
+        # Redis may bring back what it had been told to forget.
+        fresh = [delivery for delivery in deliveries if not self._book.is_known(delivery.descriptor)]
+        arrivals = self._enter(fresh)
         try:
-            group = self._decode(delivery)
-        except WireFormatError as error:
-            logger.warning("quarantined group %s of %s: %s", descriptor.seq, descriptor.producer, error)
-            self._source.quarantine(descriptor, delivery.payload, str(error))
-            return Discarded(descriptor, "malformed", None)
-        if group.lease.split == "train" and self._has_no_signal(group):
-            return Discarded(descriptor, "zero_variance", group)
-        confidence_G, num_missing = group_confidence(
-            [rollout.behavior_logprobs for rollout in group.rollouts],
-            kind=self._config.objective.advantage.confidence,
-        )
-        return ReceivedGroup(descriptor, group, confidence_G, num_missing)
+            self._commit(deliveries, arrivals)
+        finally:
+            # They are ours now, whatever Redis says: nobody would bring them again.
+            for arrival in arrivals:
+                self._hand_over.put(arrival)
 
-    def _decode(self, delivery: Delivery) -> RolloutGroup:
-        group = decode_group(delivery.payload, vocab_size=self._vocab_size, max_version=self._newest_version())
-        if group.lease != delivery.descriptor.lease:
-            raise WireFormatError(f"payload answers {group.lease.id}, its entry {delivery.descriptor.lease.id}")
-        check_fits_run(group, self._config)
-        return group
+    def _commit(self, deliveries: Sequence[Delivery], arrivals: Sequence[Arrival]) -> None:
+        records = [arrival.record for arrival in arrivals]
+        duplicates = {
+            (record.descriptor.producer, record.descriptor.seq) for record in records if record.discarded in NOT_COUNTED
+        }
+        producers = {delivery.descriptor.producer for delivery in deliveries}
+        self._source.commit(self._book.watermarks(producers), duplicates=duplicates)
 
-    def _has_no_signal(self, group: RolloutGroup) -> bool:
-        return self._config.rollout.filter_zero_variance and bool(np.ptp(group.rewards) == 0.0)
-
-
-def check_fits_run(group: RolloutGroup, config: RunConfig) -> None:
-    """``WireFormatError`` unless ``group`` is an answer that this run could have asked for."""
-    num_rollouts = len(group.rollouts)
-    wanted = config.rollout.group_size if group.lease.split == "train" else 1
-    if num_rollouts != wanted:
-        raise WireFormatError(f"{group.lease.id} has {num_rollouts} rollouts, this run asks for {wanted}")
-    longest = max(rollout.num_tokens for rollout in group.rollouts)
-    total = len(group.prompt_ids) + longest
-    if longest > config.sampling.max_tokens or total > config.model.max_length:
-        raise WireFormatError(
-            f"{group.lease.id} has a completion of {longest} tokens, with its prompt {total}; this run allows "
-            f"{config.sampling.max_tokens} and {config.model.max_length}"
-        )
-    if any("verifiable" not in rollout.reward_parts for rollout in group.rollouts):
-        raise WireFormatError(f"{group.lease.id} lacks the reward part 'verifiable'")
-    if group.lease.split == "heldout" and group.lease.index >= config.evaluation.num_prompts:
-        raise WireFormatError(f"{group.lease.id} is none of the {config.evaluation.num_prompts} held-out prompts")
+    def _enter(self, deliveries: Sequence[Delivery]) -> list[Arrival]:
+        newest_version = self._newest_version()
+        verdicts = [self._screen.examine(delivery, newest_version=newest_version) for delivery in deliveries]
+        for delivery, verdict in zip(deliveries, verdicts, strict=True):
+            if verdict.problem:
+                descriptor = delivery.descriptor
+                logger.warning("quarantined group %d of %s: %s", descriptor.seq, descriptor.producer, verdict.problem)
+                self._source.quarantine(descriptor, delivery.payload, verdict.problem)
+        entered = self._book.enter([verdict.record for verdict in verdicts])
+        return [
+            self._screen.arrival(number, record, verdict.group)
+            for (number, record), verdict in zip(entered, verdicts, strict=True)
+        ]

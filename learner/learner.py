@@ -3,24 +3,30 @@
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
-from lambdapo_async.broker.interface import Fleet, QueueStats, RolloutSource, RunStore
+from lambdapo_async.broker.interface import Fleet
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import BrokerUnavailable
-from learner.batcher import Batcher, StepBatch
+from lambdapo_async.journal.journal import Journal
+from lambdapo_async.weights.hf_folder import replace_hf_folder
+from learner.arrivals import Screen
+from learner.batcher import Batcher
 from learner.canary import LearnerCanary
-from learner.checkpoint import CheckpointStore, LearnerState
-from learner.crew import Crew
-from learner.evaluation import Evaluation, EvaluationResult
-from learner.flops import utilisation
-from learner.parallel import ALONE
+from learner.checkpoint import LearnerState
+from learner.evaluation import EvaluationResult
 from learner.policy import Policy
-from learner.publisher import Publisher
-from learner.reporting import Reporter, StepReport
-from learner.trainer import StepResult, Trainer
+from learner.pool import StepBatch
+from learner.reporting import Reporter, Surroundings
+from learner.rerun import Rerun
+from learner.resync import Resync
+from learner.stepper import Stepper, Trained
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,32 +34,37 @@ class LearnerParts:
     """Everything a learner is put together from."""
 
     config: RunConfig
-    fence: int
+    folder: Path
+    """Of the run."""
     policy: Policy
-    trainer: Trainer
+    stepper: Stepper
     batcher: Batcher
-    evaluation: Evaluation
-    publisher: Publisher
+    screen: Screen
+    journal: Journal
+    resync: Resync
     canary: LearnerCanary
-    checkpoints: CheckpointStore
-    source: RolloutSource
-    run_store: RunStore
     fleet: Fleet
     reporter: Reporter
-    crew: Crew = field(default_factory=lambda: Crew(ALONE))
-    """The other ranks."""
 
 
 class Learner:
-    """Trains until ``num_steps``, the evaluation target, or :meth:`stop`."""
+    """Trains until ``num_steps``, the evaluation target, or :meth:`stop`.
 
-    def __init__(self, parts: LearnerParts, *, step: int, version: int, resumed: bool) -> None:
+    Args:
+        resumed: whether the policy comes from a checkpoint; the journal may lead beyond it.
+        target_reached: whether an evaluation of an earlier life did.
+    """
+
+    def __init__(self, parts: LearnerParts, *, resumed: bool, target_reached: bool = False) -> None:
         self._parts, self._config = parts, parts.config
-        self._step = step
-        self._version = version
-        self._target_reached = False
+        self._stepper, self._batcher, self._resync = parts.stepper, parts.batcher, parts.resync
+        self._evaluation, self._publisher, self._versions = (
+            parts.resync.evaluation, parts.resync.publisher, parts.resync.versions
+        )  # fmt: skip
+        self._resumed = resumed
+        self._target_reached = target_reached
         self._stopping = threading.Event()
-        self._checkpointed_step = step if resumed else -1
+        self._checkpointed_step = self._stepper.step if resumed else -1
 
     def stop(self) -> None:
         """End after the running step, with a checkpoint; the run can be resumed."""
@@ -64,81 +75,113 @@ class Learner:
 
         consumes: rollout groups    waits for: enough of them for a step    unblocks: actors, by each new version
         """
-        self._open_run()
+        # Before anything is published: who dies from here on can resume.
+        self._checkpoint()
+        self._redo()
+        if not self._stopping.is_set():
+            self._open_run()
         while not self._is_over():
-            batch = self._parts.batcher.next_batch(
-                self._version, stopping=self._stopping, while_idle=self._serve_canary
-            )
+            batch = self._surely(self._next_batch)
             if batch is None:
                 break
-            started, flops_before = time.monotonic(), self._parts.policy.num_flops
-            self._parts.crew.train([received.group for received in batch.groups], version=self._version)
-            result = self._parts.trainer.step(batch.groups, version=self._version)
-            self._parts.batcher.trained(batch)
-            self._step += 1
+            trained = self._stepper.train(batch)
             self._publish()
-            queue = self._parts.source.stats()
-            flops = self._parts.policy.num_flops - flops_before
-            self._record(batch, result, queue, step_s=time.monotonic() - started, flops=flops)
+            self._report(trained)
             self._evaluate_if_due()
-            self._checkpoint_if_due(queue)
+            self._checkpoint_if_due()
         if self._stopping.is_set():
             self._suspend_run()
         else:
             self._finish_run()
         # Not after an error: the others then learn of it when this process ends.
-        self._parts.crew.finish()
+        self._stepper.crew.finish()
 
     def _is_over(self) -> bool:
-        return self._stopping.is_set() or self._target_reached or self._step >= self._config.learner.num_steps
+        return self._stopping.is_set() or self._target_reached or self._stepper.step >= self._config.learner.num_steps
+
+    def _surely(self, ask: Callable[[], R]) -> R:
+        """What ``ask`` returns, whatever happens to Redis meanwhile."""
+        return self._resync.surely(ask, consumed=lambda: self._batcher.released, stopping=self._stopping)
+
+    def _redo(self) -> None:
+        """Take the steps again that the journal holds behind the checkpoint; nobody else hears of them."""
+        pool, step = self._batcher.pool, self._stepper.step
+        self._open_evaluation_if_due()
+        rerun = Rerun(pool, self._parts.screen, on_heldout=self._batcher.evaluate)
+        for record, batch in rerun.steps(self._parts.journal.history.read(pool.taken + 1), step=step):
+            trained = self._stepper.train(batch)
+            self._stepper.report(trained, Surroundings(), version=record.version + 1)
+            self._open_evaluation_if_due()
+            self._checkpoint_if_due()
+            if self._stopping.is_set():
+                return
+        self._batcher.resume(rerun.left_over)
+        if self._stepper.step > step:
+            logger.info("took steps %d to %d again, from the journal", step + 1, self._stepper.step)
 
     def _open_run(self) -> None:
-        """The first version goes out before any actor may sample, and a checkpoint before anything can be lost."""
-        self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
-        self._parts.publisher.flush()
-        self._serve_canary()
-        self._parts.run_store.set_phase("running", fence=self._parts.fence)
-        self._checkpoint()
-        logger.info("step %d: version %d is out, the run is open", self._step, self._version)
-        self._evaluate_if_due()
+        """The first version goes out before any actor may sample."""
+        self._surely(self._agree)
+        self._parts.resync.ingest.start()
+        self._publish()
+        self._surely(self._publisher.flush)
+        self._surely(self._serve_canary)
+        self._resync.phase = "running"
+        self._surely(self._set_phase)
+        logger.info("step %d: version %d is out, the run is open", self._stepper.step, self._versions.newest)
+        self._surely(self._evaluation.ask_again)
+
+    def _agree(self) -> None:
+        self._resync.initialise(consumed=self._batcher.released)
+
+    def _set_phase(self) -> None:
+        self._resync.run_store.set_phase(self._resync.phase, fence=self._resync.fence)
+
+    def _next_batch(self) -> StepBatch | None:
+        return self._batcher.next_batch(
+            self._stepper.step + 1, self._versions.newest, stopping=self._stopping, while_idle=self._serve_canary
+        )
 
     def _publish(self) -> None:
-        self._version += 1
-        self._parts.publisher.publish(self._version, self._parts.policy, consumed=self._parts.batcher.consumed)
-        self._serve_canary()
+        self._surely(self._publish_next)
+        self._surely(self._serve_canary)
+
+    def _publish_next(self) -> None:
+        consumed = self._batcher.pool.consumed
+        self._publisher.publish(self._versions.claim(), self._parts.policy, consumed=consumed)
+        self._batcher.released = consumed
 
     def _serve_canary(self) -> None:
         """Score for the actors, if it is due: they may wait for it before they sample.
 
         Only while the policy is the version published last, so never between an update and its publication.
         """
-        publisher, canary = self._parts.publisher, self._parts.canary
-        if canary.is_due(publisher.keyframe_version):
-            publisher.flush()
-            canary.publish(self._version, publisher.checksum(), keyframe_version=publisher.keyframe_version)
+        canary, version = self._parts.canary, self._versions.newest
+        if canary.is_due(self._publisher.keyframe_version):
+            self._publisher.flush()
+            canary.publish(version, self._publisher.checksum(), keyframe_version=self._publisher.keyframe_version)
 
-    def _record(self, batch: StepBatch, result: StepResult, queue: QueueStats, *, step_s: float, flops: float) -> None:
-        report = StepReport(
-            step=self._step,
-            version=self._version,
-            batch=batch,
-            result=result,
-            step_s=step_s,
-            mfu=utilisation(flops, step_s, self._parts.policy.device),
-            publish_stall_s=self._parts.publisher.take_stall_s(),
-            weights=self._parts.publisher.take_report(),
-            queue=queue,
-            fleet=self._parts.fleet.members(),
+    def _report(self, trained: Trained) -> None:
+        surroundings = Surroundings(
+            publish_stall_s=self._publisher.take_stall_s(),
+            weights=self._publisher.take_report(),
+            queue=self._surely(self._resync.source.stats),
+            fleet=self._surely(self._parts.fleet.members),
         )
-        self._parts.reporter.step(report)
+        self._stepper.report(trained, surroundings, version=self._versions.newest)
+
+    def _open_evaluation_if_due(self) -> None:
+        if self._evaluation.is_due(self._stepper.step):
+            self._evaluation.open(self._stepper.step)
+        self._take_evaluations()
 
     def _evaluate_if_due(self) -> None:
-        if self._parts.evaluation.is_due(self._step):
-            self._parts.evaluation.ask(self._step)
+        if self._evaluation.is_due(self._stepper.step):
+            self._surely(lambda: self._evaluation.ask(self._stepper.step))
         self._take_evaluations()
 
     def _take_evaluations(self) -> None:
-        for finished in self._parts.evaluation.take_finished():
+        for finished in self._evaluation.take_finished():
             self._parts.reporter.evaluation(finished)
             self._target_reached = self._target_reached or self._reaches_target(finished)
 
@@ -146,63 +189,63 @@ class Learner:
         target = self._config.evaluation.target
         return target is not None and finished.reward >= target
 
-    def _checkpoint_if_due(self, queue: QueueStats) -> None:
-        """Every so many steps, and before what only a checkpoint can free fills the queue."""
-        limits = self._config.broker
-        is_half_full = queue.num_bytes > limits.max_bytes / 2 or queue.queued > limits.max_groups / 2
-        if is_half_full or self._step % self._config.learner.checkpoint_every == 0:
+    def _checkpoint_if_due(self) -> None:
+        if self._stepper.step % self._config.learner.checkpoint_every == 0:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
-        """Make the step durable, then let Redis forget what led to it: never the other way round."""
-        if self._step == self._checkpointed_step:
+        """Make the step durable; the journal may then forget what led to it."""
+        if self._stepper.step == self._checkpointed_step:
             return
-        batcher = self._parts.batcher
-        self._parts.checkpoints.save(
-            LearnerState(
-                step=self._step,
-                version=self._version,
-                consumed=batcher.durable_consumed,
-                next_index=batcher.next_index,
-                watermarks=batcher.watermarks(),
-                totals=self._parts.reporter.totals(),
-            ),
-            self._parts.policy,
+        checkpoints = self._resync.checkpoints
+        state = LearnerState(
+            step=self._stepper.step,
+            version=max(self._versions.newest, 0),
+            receipts=self._resync.book.state(),
+            pool=self._batcher.pool.state(),
+            open_rounds=self._evaluation.open_rounds(),
         )
-        self._parts.source.commit(batcher.watermarks())
-        self._parts.checkpoints.prune(self._config.learner.keep_checkpoints)
-        self._checkpointed_step = self._step
-        self._parts.reporter.event(self._step, "checkpoint")
+        checkpoints.save(state, self._parts.policy)
+        keep_from = checkpoints.prune(self._config.learner.keep_checkpoints)
+        if not self._config.learner.record:
+            self._parts.journal.prune(keep_from)
+        self._checkpointed_step = self._stepper.step
+        self._parts.reporter.event(self._stepper.step, "checkpoint")
 
     def _suspend_run(self) -> None:
         self._checkpoint()
-        self._parts.publisher.flush()
-        self._parts.reporter.event(self._step, "suspended")
-        logger.info("suspended at step %d; --resume goes on from here", self._step)
+        self._publisher.flush()
+        self._parts.reporter.event(self._stepper.step, "suspended")
+        logger.info("suspended at step %d; --resume goes on from here", self._stepper.step)
 
     def _finish_run(self) -> None:
-        """Last version, final checkpoint, tail evaluation; then the actors may go home."""
-        self._parts.publisher.flush()
+        """Final checkpoint and model, last version, tail evaluation; then the actors may go home."""
         self._checkpoint()
+        self._surely(self._publisher.flush)
+        replace_hf_folder(self._parts.folder / "final", self._publisher.newest_state(), self._parts.policy.model_files)
         self._finish_evaluation()
         if self._stopping.is_set():
             self._suspend_run()
             return
-        self._parts.run_store.set_phase("finished", fence=self._parts.fence)
-        self._parts.reporter.event(self._step, "finished")
-        logger.info("finished at step %d, version %d", self._step, self._version)
+        self._resync.phase = "finished"
+        self._surely(self._set_phase)
+        self._parts.reporter.event(self._stepper.step, "finished")
+        logger.info("finished at step %d, version %d", self._stepper.step, self._versions.newest)
 
     def _finish_evaluation(self) -> None:
+        """Nobody may be left to answer: then the run ends without, for everything else is safe."""
+        step, timeout_s = self._stepper.step, self._config.learner.data_timeout_s
         if self._target_reached or self._config.evaluation.every_steps == 0:
             return
-        if not self._parts.evaluation.was_asked(self._step):
-            self._parts.evaluation.ask(self._step)
-        deadline = time.monotonic() + self._config.learner.data_timeout_s
-        while self._parts.evaluation.is_open(self._step) and not self._stopping.is_set():
+        if not self._evaluation.was_asked(step):
+            self._surely(lambda: self._evaluation.ask(step))
+        deadline = time.monotonic() + timeout_s
+        while self._evaluation.is_open(step) and not self._stopping.is_set():
             if time.monotonic() > deadline:
-                raise BrokerUnavailable(
-                    f"the last evaluation was not answered for {self._config.learner.data_timeout_s:g} s"
-                )
-            self._parts.batcher.serve_evaluation()
-            self._serve_canary()
+                text = f"the last evaluation was not answered for learner.data_timeout_s = {timeout_s:g} s: left out"
+                logger.warning("%s; is an actor alive?", text)
+                self._parts.reporter.event(step, text)
+                break
+            self._surely(self._batcher.serve_evaluation)
+            self._surely(self._serve_canary)
         self._take_evaluations()

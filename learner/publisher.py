@@ -1,5 +1,6 @@
 """Sends weight versions to the store while the learner goes on training."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import WeightsError
+from lambdapo_async.errors import BrokerError, WeightsError
 from lambdapo_async.weights.state import State
 from learner.crew import Crew
 from learner.parallel import ALONE, Ranks
@@ -46,7 +47,9 @@ class Publisher:
         config: WeightsConfig = WeightsConfig(),  # noqa: B008 - frozen
         ranks: Ranks = ALONE,
         deadline_s: float = PUBLISH_DEADLINE_S,
+        newest_version: int = -1,
     ) -> None:
+        """``newest_version``: that an actor may have seen, as far as the caller knows."""
         self._store = store
         self._crew = Crew(ranks)
         self._fence = fence
@@ -55,11 +58,11 @@ class Publisher:
         self._encoders = ThreadPoolExecutor(max_workers=_ENCODERS, thread_name_prefix="encoder")
         self._mirror = WeightMirror(run_id=run_id, config=config, pool=self._encoders)
         self._running: Future[Mapping[str, float]] | None = None
+        self._newest: State | None = None
         self._report: Mapping[str, float] = {}
         self._stall_s = 0.0
-        head = store.head()
-        self.newest_version = -1 if head is None else head
-        """Newest version that an actor may have seen, of an earlier learner too; its publish may still run."""
+        self.newest_version = newest_version
+        """That an actor may have seen, of an earlier learner too; its publish may still run."""
 
     def publish(self, version: int, policy: Snapshottable, *, consumed: int) -> None:
         """Copy the weights now, send them in the background as ``version``.
@@ -75,8 +78,35 @@ class Publisher:
         self.flush()
         self.newest_version = version
         self._crew.publish()
-        state = State.of_torch(version, dict(policy.named_bf16()))
-        self._running = self._thread.submit(self._send, state, consumed)
+        self._newest = State.of_torch(version, dict(policy.named_bf16()))
+        self._running = self._thread.submit(self._send, self._newest, consumed)
+
+    def republish(self, version: int, *, consumed: int) -> None:
+        """Send the newest state once more, whole and under a new number: the store lost it, or never took it.
+
+        Nothing happens before the first :meth:`publish`. Returns when it is out.
+
+        Raises:
+            WeightsError, BrokerError: it could not be sent.
+        """
+        if self._newest is None:
+            return
+        with contextlib.suppress(BrokerError, WeightsError):  # of what is sent again now
+            self.flush()
+        self.newest_version = version
+        self._newest = State(version, self._newest.tensors)
+        self._running = self._thread.submit(self._send, self._newest, consumed, is_lost=True)
+        self.flush()
+
+    def is_out(self) -> bool:
+        """Whether the store's head is the newest state; to be asked after :meth:`flush`."""
+        return self._newest is None or self._store.head() == self._newest.version
+
+    def newest_state(self) -> State:
+        """The newest state that was to be published, bit for bit; ``WeightsError`` before the first."""
+        if self._newest is None:
+            raise WeightsError("nothing was published yet")
+        return self._newest
 
     def flush(self) -> None:
         """Wait until nothing is being published; raises what went wrong."""
@@ -124,8 +154,8 @@ class Publisher:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._encoders.shutdown(wait=False)
 
-    def _send(self, state: State, consumed: int) -> Mapping[str, float]:
-        release = self._mirror.prepare(state, head=self._store.head())
+    def _send(self, state: State, consumed: int, *, is_lost: bool = False) -> Mapping[str, float]:
+        release = self._mirror.prepare(state, head=None if is_lost else self._store.head())
         started = time.perf_counter()
         self._store.publish(state.version, release.files, consumed=consumed, fence=self._fence)
         self._mirror.advance(release)  # only now: a difference from what readers never got is worth nothing

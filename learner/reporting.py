@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,13 +11,35 @@ import numpy as np
 from lambdapo_async.broker.interface import Heartbeat, QueueStats
 from lambdapo_async.objective.alarms import Alarms
 from lambdapo_async.rollout import RolloutGroup
-from learner.batcher import StepBatch
 from learner.evaluation import EvaluationResult
+from learner.pool import StepBatch
 from learner.trainer import StepResult
 
 logger = logging.getLogger(__name__)
 
 _SAMPLES_PER_EVALUATION = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What else went on when a step ended; nothing when it was taken again, from the journal."""
+
+    publish_stall_s: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """``weights/*`` of the last publication that has ended; empty if it was reported already."""
+    queue: QueueStats | None = None
+    fleet: Sequence[Heartbeat] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """By name."""
+        if self.queue is None:
+            return {}
+        return {
+            **self.weights,
+            **_depths(self.queue),
+            **_fleet(self.fleet),
+            "time/publish_stall_s": self.publish_stall_s,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +54,7 @@ class StepReport:
     step_s: float
     mfu: float | None = None
     """Share of the peak that the first rank's device reached; None where no peak is known."""
-    publish_stall_s: float
-    weights: Mapping[str, float]
-    """``weights/*`` of the last publication that has ended; empty if it was reported already."""
-    queue: QueueStats
-    fleet: Sequence[Heartbeat]
+    surroundings: Surroundings
 
 
 class MetricSink(Protocol):
@@ -57,15 +74,10 @@ class SampleSink(Protocol):
 class Reporter:
     """Turns steps and evaluations into rows with stable names (lambdapo_async/metrics.py lists them)."""
 
-    def __init__(self, metrics: MetricSink, samples: SampleSink, *, totals: Mapping[str, int]) -> None:
+    def __init__(self, metrics: MetricSink, samples: SampleSink) -> None:
         self._metrics, self._samples = metrics, samples
-        self._totals: Counter[str] = Counter(totals)
         self._alarms = Alarms()
         self._step_ended = time.monotonic()
-
-    def totals(self) -> dict[str, int]:
-        """Counts over the whole run, for the checkpoint."""
-        return dict(self._totals)
 
     def step(self, report: StepReport) -> None:
         """One finished optimizer step."""
@@ -73,18 +85,16 @@ class Reporter:
         total_s, self._step_ended = now - self._step_ended, now
         row = {
             "policy_version": float(report.version),
-            **_rewards(report.batch.seen),
+            **report.batch.arrived,
             **report.result.metrics,
-            **_staleness(report.batch, report.version - 1),
-            **self._counts(report.batch),
+            **_staleness(report.batch),
+            **_counts(report.batch),
+            **report.batch.bias,
             **_speed(report.batch, total_s),
             **({} if report.mfu is None else {"speed/mfu": report.mfu}),
-            **report.weights,
-            **_depths(report.queue),
-            **_fleet(report.fleet),
+            **report.surroundings.metrics(),
             "time/step_s": report.step_s,
             "time/wait_s": report.batch.wait_s,
-            "time/publish_stall_s": report.publish_stall_s,
             "speed/idle_share": min(report.batch.wait_s / max(total_s, 1e-9), 1.0),
         }
         alarms = self._alarms.check(row)
@@ -118,33 +128,23 @@ class Reporter:
         """Something worth a mark on the curves."""
         self._metrics.write("event", step, {"text": text})
 
-    def _counts(self, batch: StepBatch) -> dict[str, float]:
-        self._totals["trained"] += len(batch.groups)
-        self._totals.update(batch.discarded)
-        return {
-            "groups/trained": self._totals["trained"],
-            "groups/zero_variance": self._totals["zero_variance"],
-            "groups/dropped_stale": self._totals["stale"],
-            "groups/malformed": self._totals["malformed"],
-            "groups/without_confidence": sum(received.num_missing_confidence for received in batch.groups),
-            "frac_reward_zero_std": float(np.mean([np.ptp(group.rewards) == 0.0 for group in batch.seen])),
-        }
+
+def _counts(batch: StepBatch) -> dict[str, float]:
+    totals = batch.totals
+    return {
+        "groups/trained": totals.get("trained", 0),
+        "groups/zero_variance": totals.get("zero_variance", 0),
+        "groups/dropped_stale": totals.get("stale", 0),
+        "groups/evicted": totals.get("evicted", 0),
+        "groups/too_large": totals.get("too_large", 0),
+        "groups/duplicate": totals.get("duplicate", 0),
+        "groups/malformed": totals.get("malformed", 0) + totals.get("unleased", 0),
+        "groups/without_confidence": sum(received.num_missing_confidence for received in batch.groups),
+    }
 
 
-def _rewards(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Means over every rollout that arrived, so that filtering does not colour the curve."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    means = {"reward/mean": float(np.mean([rollout.reward for rollout in rollouts]))}
-    for name in sorted({name for rollout in rollouts for name in rollout.reward_parts}):
-        values = [rollout.reward_parts[name] for rollout in rollouts if name in rollout.reward_parts]
-        means[f"reward/{name}"] = float(np.mean(values))
-    means["rollout/length"] = float(np.mean([rollout.num_tokens for rollout in rollouts]))
-    means["rollout/truncated"] = float(np.mean([rollout.finish_reason == "length" for rollout in rollouts]))
-    return means
-
-
-def _staleness(batch: StepBatch, version: int) -> dict[str, float]:
-    staleness = batch.staleness(version)
+def _staleness(batch: StepBatch) -> dict[str, float]:
+    staleness = batch.staleness()
     return {"staleness/mean": float(staleness.mean()), "staleness/max": float(staleness.max())}
 
 

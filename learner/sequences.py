@@ -11,7 +11,7 @@ from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import group_confidence
 from lambdapo_async.packing import MicroBatch, TrainingSequence, pack
 from lambdapo_async.rank_balance import split_over_ranks
-from learner.ingest import ReceivedGroup
+from learner.arrivals import ReceivedGroup
 from learner.parallel import ALONE, Ranks
 from learner.policy import Policy
 

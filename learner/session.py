@@ -4,11 +4,9 @@ Under torchrun this is what rank 0 does; the other ranks are in ``learner.crew_m
 """
 
 import contextlib
-import json
 import logging
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -16,45 +14,25 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lambdapo_async.broker.interface import Durable, RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, TaskError
-from lambdapo_async.metrics import EVAL, MetricsLog, read_metrics
 from lambdapo_async.objective.resolve import resolve_objective
-from lambdapo_async.packing import TrainingSequence
 from lambdapo_async.report.run_folder import write_header
-from lambdapo_async.tasks.interface import Row, Task
+from lambdapo_async.tasks.interface import Task
 from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
 from lambdapo_async.tasks.registry import build_task
-from lambdapo_async.weights.canary import ModelIdentity
-from learner.batcher import Batcher
-from learner.canary import LearnerCanary, canary_sequences
-from learner.checkpoint import Checkpoint, CheckpointStore, LearnerState
-from learner.crew import Crew
+from learner.assembly import Rows, Start, assemble
+from learner.canary import canary_sequences
+from learner.checkpoint import CheckpointStore
 from learner.crew_member import Origin, load_trainees, run_member
-from learner.evaluation import Evaluation
-from learner.ingest import Ingest
-from learner.learner import Learner, LearnerParts
+from learner.learner import Learner
 from learner.parallel import Ranks, join_ranks
 from learner.policy import Policy, pick_device
-from learner.publisher import Publisher
-from learner.reporting import Reporter
 from learner.run_identity import check_same_config, refuse_taken_id
-from learner.samples import SampleLog
 from learner.starter import ensure_starter
-from learner.trainer import ReferenceLogprobs, Trainer
-from learner.watermarks import Watermarks
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a run that fit its context."""
-
-    train: list[Row]
-    heldout: list[Row]
 
 
 def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -> None:
@@ -91,9 +69,10 @@ def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume:
         ensure_starter(config, task, progress=_log_starter) if config.model.path == "starter" else config.model.path
     )
     write_header(folder, run_id, config)
-    # The fence comes first: whatever an older learner still does cannot reach what is loaded from here on.
+    # The fences come first: whatever an older learner still does cannot reach what is loaded from here on.
     checkpoints = CheckpointStore(folder / "checkpoints", ranks)
     fence = checkpoints.take_fence()
+    run.run_store.take_over(fence=fence)
     checkpoint = checkpoints.load_latest() if resume else None
     origin = Origin(str(model_path), checkpoint)
     origin.share(ranks)
@@ -101,14 +80,13 @@ def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume:
     _check_length(config, policy)
     tokenizer = _load_tokenizer(policy, folder)
     rows = fitting_rows(task, tokenizer, config)
-    _publish_run(run, config, policy, rows, fence=fence)
     encoder, splits = PromptEncoder(tokenizer, task, config), (rows.train, rows.heldout)
     scored = canary_sequences(splits, encoder, tokenizer, max_tokens=config.sampling.max_tokens)
     with contextlib.ExitStack() as resources:
-        start = _Start(
+        start = Start(
             run, run_id, config, folder, fence, checkpoints, checkpoint, policy, reference, rows, scored, ranks
         )
-        learner = _assemble(start, resources)
+        learner = assemble(start, resources)
         with _stop_on_signals(learner):
             learner.run()
 
@@ -124,25 +102,6 @@ def _warn_of_biased_sampling(config: RunConfig) -> None:
 
 def _log_starter(step: int, num_steps: int, loss: float) -> None:
     logger.info("building the starter model: step %d of %d, loss %.3f", step, num_steps, loss)
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """What a learner starts from."""
-
-    run: RedisRun
-    run_id: str
-    config: RunConfig
-    folder: Path
-    fence: int
-    checkpoints: CheckpointStore
-    checkpoint: Checkpoint | None
-    policy: Policy
-    reference: ReferenceLogprobs | None
-    rows: Rows
-    scored: Sequence[TrainingSequence]
-    """What actors are held to (learner.canary)."""
-    ranks: Ranks
 
 
 def _load_tokenizer(policy: Policy, folder: Path) -> Tokenizer:
@@ -186,70 +145,6 @@ def fitting_rows(task: Task, tokenizer: Tokenizer, config: RunConfig) -> Rows:
             )
         splits.append(fitting)
     return Rows(*splits)
-
-
-def _publish_run(run: RedisRun, config: RunConfig, policy: Policy, rows: Rows, *, fence: int) -> None:
-    """Everything an actor needs to join, but the weights."""
-    run.run_store.create(json.dumps(config.published()).encode(), policy.model_files, fence=fence)
-    run.run_store.put_rows("train", [row.as_map() for row in rows.train])
-    run.run_store.put_rows("heldout", [row.as_map() for row in rows.heldout])
-
-
-def _assemble(start: _Start, resources: contextlib.ExitStack) -> Learner:
-    config, run, policy = start.config, start.run, start.policy
-    fresh = LearnerState(step=0, version=0, consumed=0, next_index=0, watermarks={}, totals={})
-    state = start.checkpoint.state if start.checkpoint else fresh
-    source = run.source(start.fence, RunLimits.of(config))
-    source.initialise(
-        Durable(watermarks=state.watermarks, consumed=state.consumed, waiting=0, next_index=state.next_index, holes=())
-    )
-    metrics = resources.enter_context(MetricsLog(start.folder / "metrics.jsonl", after_step=state.step))
-    samples = resources.enter_context(
-        SampleLog(start.folder / "samples.jsonl", start.rows.heldout, after_step=state.step)
-    )
-    store = run.weights_for(config.weights)
-    publisher = Publisher(store, run_id=start.run_id, fence=start.fence, config=config.weights, ranks=start.ranks)
-    resources.callback(publisher.close)
-    ingest = Ingest(source, config, vocab_size=policy.vocab_size, newest_version=lambda: publisher.newest_version)
-    resources.callback(ingest.close)
-    ingest.start()
-    answered = {row.step for row in read_metrics(start.folder / "metrics.jsonl") if row.kind == EVAL}
-    evaluation = Evaluation(source, config.evaluation, num_rows=len(start.rows.heldout), answered=answered)
-    batcher = Batcher(
-        ingest,
-        source,
-        evaluation,
-        config,
-        watermarks=Watermarks(state.watermarks),
-        consumed=state.consumed,
-        next_index=state.next_index,
-        ranks=start.ranks,
-    )
-    crew = Crew(start.ranks)
-    identity = ModelIdentity.of(policy.model_files)
-    parts = LearnerParts(
-        config=config,
-        fence=start.fence,
-        policy=policy,
-        trainer=Trainer(policy, config, start.reference, start.ranks),
-        batcher=batcher,
-        evaluation=evaluation,
-        publisher=publisher,
-        canary=LearnerCanary(run.canary, policy, start.scored, identity=identity, fence=start.fence, crew=crew),
-        checkpoints=start.checkpoints,
-        source=source,
-        run_store=run.run_store,
-        fleet=run.fleet,
-        reporter=Reporter(metrics, samples, totals=state.totals),
-        crew=crew,
-    )
-    version = _first_version(state, store.head())
-    return Learner(parts, step=state.step, version=version, resumed=start.checkpoint is not None)
-
-
-def _first_version(state: LearnerState, head: int | None) -> int:
-    """A number names one set of weights for ever: after a crash we go on above everything that was out."""
-    return state.version if head is None else max(state.version, head) + 1
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from lambdapo_async.objective.regularisation import Regularisation, regularisati
 from lambdapo_async.objective.resolve import resolve_objective
 from lambdapo_async.objective.second_moment import solve_trust_region
 from lambdapo_async.packing import MicroBatch
-from learner.ingest import ReceivedGroup
+from learner.arrivals import ReceivedGroup
 from learner.parallel import ALONE, Ranks
 from learner.policy import Policy, TokenStatistics
 from learner.sequences import proximal_confidence, rank_shares, training_sequences

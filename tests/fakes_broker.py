@@ -300,6 +300,10 @@ class FakeRunStore:
     def __init__(self, state: FakeRedisRun, owner: str, run_id: str) -> None:
         self._state, self._owner, self._run_id = state, owner, run_id
 
+    def take_over(self, *, fence: int) -> None:
+        with self._state.lock:
+            self._state.take_over(fence, self._owner)
+
     def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
         state = self._state
         with state.lock:

@@ -6,7 +6,7 @@ from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import group_confidence
 from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing, VersionSpan
-from learner.ingest import ReceivedGroup
+from learner.arrivals import ReceivedGroup
 
 _PROMPT_TOKENS = (4, 20)
 

@@ -254,6 +254,13 @@ class Fleet(Protocol):
 class RunStore(Protocol):
     """What an actor needs to join: config, model files (no weights), rows, phase."""
 
+    def take_over(self, *, fence: int) -> None:
+        """Own the run, before anything is loaded: an older learner can commit nothing from here on.
+
+        Raises:
+            FencedError: a newer learner owns the run id.
+        """
+
     def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
         """Publish config and model files; ``FencedError`` if a newer learner owns the run id."""
 

@@ -37,6 +37,10 @@ class RedisRunStore:
         self._set_phase = Script(broker, "set_phase", fenced=True)
         self._chunk = lru_cache(maxsize=_CHUNKS_CACHED)(self._fetch_chunk)
 
+    def take_over(self, *, fence: int) -> None:
+        """Raise the run's fence."""
+        self._ownership.take_over(fence, {})
+
     def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
         """Publish config and model files under our fence; the run is ``starting`` from here on."""
         self._ownership.take_over(fence, {"schema": PROTOCOL_SCHEMA, "phase": "starting"})

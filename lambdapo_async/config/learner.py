@@ -65,6 +65,9 @@ class LearnerConfig(Section):
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
+    record: bool = False
+    """Keep the whole journal, every group included, so that ``lambdapo replay`` can train on it again; without it the
+    journal begins where the oldest kept checkpoint needs it."""
     data_timeout_s: PositiveFloat = 600.0
     """The learner stops with an error after this long without a group."""
 

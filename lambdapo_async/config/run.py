@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.config.objective import ObjectiveConfig, is_dotted
+from lambdapo_async.config.replay import ReplayConfig
 from lambdapo_async.config.sections import (
     ActorConfig,
     BrokerConfig,
@@ -46,6 +47,8 @@ class RunConfig(Section):
     """What a step is made of."""
     staleness: StalenessConfig = StalenessConfig()
     """How old a group may be."""
+    replay: ReplayConfig = ReplayConfig()
+    """How often a group is trained on."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What is maximised."""
     learner: LearnerConfig = LearnerConfig()
@@ -150,16 +153,14 @@ def _check_drop_above(config: RunConfig) -> str | None:
     )
 
 
-def _check_queue_holds_a_checkpoint_interval(config: RunConfig) -> str | None:
-    """Groups stay in Redis until a checkpoint holds their effect."""
-    steps = config.learner.checkpoint_every + config.staleness.max_staleness + 1
-    needed = steps * config.rollout.groups_per_step
-    if config.broker.max_groups >= needed:
-        return None
-    return (
-        f"broker.max_groups = {config.broker.max_groups} is below the {needed} groups between two checkpoints: "
-        "raise it or lower learner.checkpoint_every"
-    )
+def _check_replay(config: RunConfig) -> str | None:
+    from lambdapo_async.replay.limits import ReplayLimits  # made of this config
+
+    try:
+        ReplayLimits.of(config)
+    except ValueError as error:
+        return f"replay: {error}"
+    return None
 
 
 def _check_lease(config: RunConfig) -> str | None:
@@ -187,7 +188,7 @@ _CHECKS = (
     _check_policy_loss,
     _check_minibatches,
     _check_drop_above,
-    _check_queue_holds_a_checkpoint_interval,
+    _check_replay,
     _check_lease,
     _check_starter,
 )

@@ -133,7 +133,7 @@ class BrokerConfig(Section):
     url: str = "redis://127.0.0.1:6379/0"
     """Also from ``--redis-url`` or REDIS_URL; never published, its password never logged."""
     max_groups: PositiveInt = 4096
-    """Groups in the queue, the learner's uncommitted ones included."""
+    """Groups in the queue; they leave it as soon as the learner's disk holds them."""
     max_bytes: PositiveInt = 2 * 1024**3
     """Payload bytes in the queue."""
     lease_s: PositiveFloat = 60.0
@@ -142,6 +142,8 @@ class BrokerConfig(Section):
     """Seconds between an actor's heartbeats (each renews its leases)."""
     timeout_s: PositiveFloat = 30.0
     """Deadline of one Redis call, retries included."""
+    outage_s: PositiveFloat = 600.0
+    """Seconds without Redis, or with one that keeps losing data, after which a process gives up."""
 
 
 class ActorConfig(Section):

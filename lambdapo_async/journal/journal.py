@@ -78,7 +78,7 @@ class Journal:
             self._next_number = numbers.stop
             return numbers
 
-    def prune(self, keep_from: int) -> None:
+    def prune(self, keep_from: float) -> None:
         """Delete the segments that hold nothing from record ``keep_from`` on, and what never came to count."""
         with self._lock:
             # Oldest first: a crash in between leaves no hole in the chain.

@@ -10,9 +10,10 @@ Steps that were journaled are trained as written; nothing is sampled and no rate
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from lambdapo_async.journal.receipts import Receipts
 from lambdapo_async.journal.records import GroupRecord, JournalError, Record, StepRecord, VersionRecord
 
 
@@ -26,39 +27,24 @@ class Redo:
     """None at the end: what had arrived and was not offered yet, to be dealt with before anything new."""
 
 
-@dataclass(slots=True)
-class Marks:
-    """What a resumed learner must know of the whole journal before it reads a group from Redis."""
-
-    watermarks: dict[str, int]
-    """producer -> last sequence number that is durable here."""
-    version: int = -1
-    """Largest version that any learner claimed."""
-    next_index: int = 0
-    """Training indices below it were leased."""
-    num_waiting: int = 0
-    """Training groups behind what the checkpoint had taken: admitted, in Redis no more, and not consumed yet."""
-
-
-def survey(records: Iterable[tuple[int, Record]], *, watermarks: Mapping[str, int], taken: int) -> Marks:
-    """Read ahead to the journal's end.
+def survey(records: Iterable[tuple[int, Record]], receipts: Receipts) -> int:
+    """Read ahead to the journal's end, before anything is read from Redis.
 
     Args:
-        records: from ``taken + 1`` on, or earlier: marks only rise, so an overlap with the checkpoint is harmless.
-        watermarks: the checkpoint's.
-        taken: number of the last record that the checkpoint had taken.
+        records: all behind the checkpoint; an overlap with it is harmless.
+        receipts: the checkpoint's; learns of every group.
+
+    Returns:
+        The largest policy version that any learner claimed; -1 for none.
     """
-    marks = Marks(dict(watermarks))
-    for number, record in records:
+    claimed = -1
+    for _, record in records:
         match record:
-            case GroupRecord(descriptor=of):
-                marks.watermarks[of.producer] = max(marks.watermarks.get(of.producer, 0), of.seq)
-                if of.lease.split == "train":
-                    marks.next_index = max(marks.next_index, of.lease.index + 1)
-                    marks.num_waiting += number > taken
+            case GroupRecord():
+                receipts.add(record)
             case StepRecord(version=version) | VersionRecord(version=version):
-                marks.version = max(marks.version, version)
-    return marks
+                claimed = max(claimed, version)
+    return claimed
 
 
 def redo(records: Iterable[tuple[int, Record]], *, taken: int, step: int) -> Iterator[Redo]:

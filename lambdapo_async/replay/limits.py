@@ -1,7 +1,9 @@
 """What the replay queue keeps, and for how long."""
 
 from dataclasses import dataclass
+from typing import Self
 
+from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import LambdaPOError
 from lambdapo_async.replay.rate_limiter import RateLimit
 
@@ -24,6 +26,26 @@ class ReplayLimits:
     half_life: float
     """Versions after which a group's sampling weight has halved."""
     seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """The limits that ``config`` asks for; ``ValueError`` for limits that no queue could keep."""
+        replay, groups = config.replay, config.rollout.groups_per_step
+        least = max(float(groups), replay.samples_per_insert or 0.0)
+        return cls(
+            rate=RateLimit(
+                groups_per_sample=groups,
+                min_size=replay.min_size or groups,
+                samples_per_insert=replay.samples_per_insert,
+                error_buffer=replay.error_buffer or least,
+            ),
+            max_uses=replay.max_uses,
+            max_groups=replay.max_groups,
+            max_bytes=replay.max_bytes,
+            drop_above=config.staleness.drop_above,
+            half_life=replay.half_life,
+            seed=config.seed,
+        )
 
     def __post_init__(self) -> None:
         if self.max_uses < 1 or self.max_groups < self.rate.min_size or not self.half_life > 0.0:

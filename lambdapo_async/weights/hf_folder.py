@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,6 +54,19 @@ def write_hf_folder(
     _sync(partial)
     partial.rename(target)
     _sync(target.absolute().parent)
+
+
+def replace_hf_folder(target: Path, state: State, model_files: Mapping[str, bytes]) -> None:
+    """As :func:`write_hf_folder`, in place of what an earlier call wrote."""
+    fresh, stale = (target.with_name(f"{kind}-{target.name}") for kind in ("fresh", "stale"))
+    for left_over in (fresh, stale):
+        shutil.rmtree(left_over, ignore_errors=True)
+    write_hf_folder(fresh, state, model_files)
+    if target.exists():
+        target.rename(stale)
+    fresh.rename(target)
+    _sync(target.absolute().parent)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 def _with_dtype(config: bytes, state: State) -> bytes:

@@ -15,6 +15,7 @@ from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, RunNotFoundError
+from lambdapo_async.journal.receipts import ReceiptsState
 from lambdapo_async.weights.canary import Canary, ModelIdentity
 from lambdapo_async.wire import encode_group
 from learner.canary import LearnerCanary, canary_sequence, score
@@ -23,6 +24,7 @@ from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew import Crew, take_orders
 from learner.crew_member import CrewMember, Origin, load_trainees
 from learner.parallel import ALONE, Ranks, share_sequences
+from learner.pool import PoolState
 from learner.trainer import Trainer
 from tests.fakes_canary import FakeCanaryStore
 from tests.processes import Process
@@ -31,7 +33,9 @@ from tests.ranks import run_ranks
 from tests.tiny_models import VOCAB, tiny_model, tiny_model_folder
 
 ROW = canary_sequence([3, 4, 5], [6, 7])
-STATE = LearnerState(step=2, version=3, consumed=9, next_index=9, watermarks={"a": 4}, totals={})
+STATE = LearnerState(
+    step=2, version=3, receipts=ReceiptsState(watermarks={"a": 4}, next_index=9), pool=PoolState(taken=9)
+)
 VARIANTS: Mapping[str, dict[str, object]] = {
     "plain": {},
     "kl and entropy": {"objective": {"kl": {"coefficient": 0.1}, "entropy_coefficient": 0.01}},

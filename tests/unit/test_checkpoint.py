@@ -13,8 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import CheckpointError, FencedError
+from lambdapo_async.journal.receipts import ReceiptsState
+from lambdapo_async.replay.bias import BiasState
+from lambdapo_async.replay.queue import ReplaySnapshot
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.policy import Policy
+from learner.pool import PoolState
 from tests.tiny_models import micro_batch, tiny_model_folder
 
 CONFIG = LearnerConfig(lr=1e-2, warmup_steps=5, weight_decay=0.1, max_grad_norm=0.5)
@@ -28,10 +32,15 @@ def state(step: int) -> LearnerState:
     return LearnerState(
         step=step,
         version=step + 1,
-        consumed=16 * step,
-        next_index=99,
-        watermarks={"actor-1": 7, "b": 0},
-        totals={"trained": 3},
+        receipts=ReceiptsState(watermarks={"actor-1": 7, "b": 0}, next_index=99, holes=(4, 98)),
+        pool=PoolState(
+            taken=10 * step + 5,
+            keep_from=10 * step + 1,
+            totals={"trained": 3},
+            replay=ReplaySnapshot(uses={10 * step + 2: 1}, last_number=10 * step + 2),
+            bias=BiasState(dropped={"stale": {8: 1}}),
+        ),
+        open_rounds=(0, 5),
     )
 
 
@@ -251,20 +260,28 @@ def test_a_successors_checkpoint_is_newer_than_anything_its_predecessor_wrote(po
 def test_the_same_step_saved_again_overwrites_nothing_and_is_newer(policy: Policy, folder: Path) -> None:
     store = owner(folder)
     first = store.save(state(5), policy)
-    second = store.save(state(5).model_copy(update={"consumed": 1000}), policy)
+    second = store.save(state(5).model_copy(update={"version": 1000}), policy)
     assert first != second
     checkpoint = CheckpointStore(folder).load_latest()
     assert checkpoint is not None
-    assert checkpoint.state.consumed == 1000
+    assert checkpoint.state.version == 1000
 
 
 def test_prune_keeps_the_newest(policy: Policy, folder: Path) -> None:
     store = owner(folder)
     for step in (8, 9, 10, 11):
         store.save(state(step), policy)
-    store.prune(keep=2)
+    assert store.prune(keep=2) == state(10).pool.keep_from
     assert [name.split(".")[0] for name in steps_in(folder)] == ["step-00000010", "step-00000011"]
     assert (folder / "fence-1").exists()
+
+
+def test_a_damaged_checkpoint_does_not_keep_the_journal(policy: Policy, folder: Path) -> None:
+    store = owner(folder)
+    damaged = store.save(state(8), policy)
+    (damaged / "state.json").write_text("{")
+    store.save(state(9), policy)
+    assert store.prune(keep=2) == state(9).pool.keep_from
 
 
 def test_writing_without_a_fence_is_refused(policy: Policy, folder: Path) -> None:

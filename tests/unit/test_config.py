@@ -81,7 +81,10 @@ def test_a_wrong_key_or_value_is_named(config_file: Path, override: str, expecte
         (["learner.minibatches=2", "objective.policy_loss.preset=cispo"], "trust region"),
         (["learner.minibatches=17", "objective.policy_loss.preset=ppo"], "exceeds rollout.groups_per_step"),
         (["staleness.drop_above=2"], "must exceed staleness.max_staleness = 2"),
-        (["broker.max_groups=10"], "below the 368 groups between two checkpoints"),
+        (["replay.samples_per_insert=2"], "asks for more than max_uses = 1 gives: raise max_uses"),
+        (["replay.max_uses=2", "replay.samples_per_insert=2", "replay.error_buffer=1"], "raise it to 16"),
+        (["replay.min_size=4"], "min_size = 4 holds no sample of 16 groups"),
+        (["replay.max_groups=8"], "must hold min_size = 16"),
         (["broker.lease_s=3"], "three times broker.heartbeat_s"),
     ],
 )

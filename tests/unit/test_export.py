@@ -39,7 +39,7 @@ def train(policy: Policy) -> Policy:
 
 
 def state(step: int) -> LearnerState:
-    return LearnerState(step=step, version=step, consumed=0, next_index=0, watermarks={}, totals={})
+    return LearnerState(step=step, version=step)
 
 
 def logits(model: torch.nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.errors import FencedError
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.journal import Journal
+from lambdapo_async.journal.receipts import Receipts, ReceiptsState
 from lambdapo_async.journal.records import (
     GroupRecord,
     JournalError,
@@ -332,9 +333,9 @@ def test_survey_raises_marks() -> None:
         (8, VersionRecord(40)),
         (9, group(2, producer="b", split="heldout")),
     ]
-    marks = survey(records, watermarks={"a": 7, "c": 9}, taken=5)
-    assert marks.watermarks == {"a": 8, "b": 2, "c": 9}
-    assert (marks.version, marks.next_index, marks.num_waiting) == (40, 9, 1)
+    receipts = Receipts(ReceiptsState(watermarks={"a": 7, "c": 9}, next_index=8, holes=(1,)))
+    assert survey(records, receipts) == 40
+    assert receipts.state() == ReceiptsState(watermarks={"a": 8, "b": 2, "c": 9}, next_index=9, holes=())
 
 
 def test_redo_gives_each_step_what_it_was_offered() -> None:

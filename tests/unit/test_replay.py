@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.journal.journal import Journal
+from lambdapo_async.journal.receipts import Receipts, ReceiptsState
 from lambdapo_async.journal.records import GroupRecord, StepRecord
 from lambdapo_async.journal.redo import redo, survey
 from lambdapo_async.replay.bias import BiasMeter, BiasState, GroupShape
@@ -392,7 +393,9 @@ class SimulatedLearner:
             if isinstance(record, GroupRecord) and number in state.uses
         ]
         self._queue = ReplayQueue(world.limits, state, members)
-        self._marks = survey(history.read(world.kept_from), watermarks=watermarks, taken=self._taken).watermarks
+        receipts = Receipts(ReceiptsState(watermarks=watermarks))
+        survey(history.read(world.kept_from), receipts)
+        self._marks = receipts.state().watermarks
         self._waiting: list[tuple[int, GroupRecord]] = []
 
     def live(self) -> None:

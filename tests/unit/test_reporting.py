@@ -1,7 +1,6 @@
 """What a step and an evaluation leave in metrics.jsonl and samples.jsonl."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from lambdapo_async.broker.interface import Descriptor, QueueStats
 from lambdapo_async.metrics import EVAL, EVENT, METRICS, STEP, MetricsLog, read_metrics
 from lambdapo_async.rollout import Lease
 from lambdapo_async.tasks.interface import Row
-from learner.batcher import StepBatch
+from learner.arrivals import ReceivedGroup
 from learner.evaluation import EvaluationResult
-from learner.ingest import ReceivedGroup
-from learner.reporting import Reporter, StepReport
+from learner.pool import StepBatch
+from learner.reporting import Reporter, StepReport, Surroundings
 from learner.samples import SampleLog
+from learner.tally import ArrivalTally
 from learner.trainer import StepResult
 from tests.groups import make_group
 
@@ -34,19 +34,27 @@ def received(index: int, version: int) -> ReceivedGroup:
 
 def report(step: int, **metrics: float) -> StepReport:
     groups = [received(0, 3), received(1, 5)]
-    unanimous = make_group(2, rewards=(1.0, 1.0))
-    seen = [*(r.group for r in groups), unanimous]
-    batch = StepBatch(groups=groups, seen=seen, discarded=Counter(zero_variance=1), wait_s=0.25)
+    tally = ArrivalTally()
+    for group in (*(r.group for r in groups), make_group(2, rewards=(1.0, 1.0))):
+        tally.add(group)
+    batch = StepBatch(
+        groups=groups,
+        version=6,
+        arrived=tally.metrics(),
+        totals={"trained": 2 * step, "zero_variance": step, "stale": 1, "malformed": 2, "unleased": 1},
+        bias={"bias/length_ratio": 1.0},
+        wait_s=0.25,
+    )
     return StepReport(
         step=step,
         version=7,
         batch=batch,
         result=StepResult({"loss/policy": 0.1, "optim/grad_norm": 1.0, **metrics}),
         step_s=0.5,
-        publish_stall_s=0.0,
-        weights={"weights/bytes": 700.0},
-        queue=QueueStats(queued=4, num_bytes=100, leased=2, returned=0, admitted=6, quarantined=0),
-        fleet=(),
+        surroundings=Surroundings(
+            weights={"weights/bytes": 700.0},
+            queue=QueueStats(queued=4, num_bytes=100, leased=2, returned=0, admitted=6, quarantined=0),
+        ),
     )
 
 
@@ -55,7 +63,7 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
         MetricsLog(tmp_path / "m.jsonl") as metrics,
         SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
     ):
-        reporter = Reporter(metrics, samples, totals={})
+        reporter = Reporter(metrics, samples)
         reporter.step(report(1))
         reporter.step(report(2))
     first, second = read_metrics(tmp_path / "m.jsonl")
@@ -64,6 +72,7 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
     assert (first.values["staleness/mean"], first.values["staleness/max"]) == (2.0, 3.0)
     assert first.values["frac_reward_zero_std"] == 1 / 3
     assert (second.values["groups/trained"], second.values["groups/zero_variance"]) == (4.0, 2.0)
+    assert (second.values["groups/dropped_stale"], second.values["groups/malformed"]) == (1.0, 3.0)
     assert second.values["groups/without_confidence"] == 2
     assert first.values["tokens/trained"] == 20
     assert first.values["weights/bytes"] == 700.0
@@ -71,10 +80,26 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
     assert not undocumented
 
 
+def test_a_step_taken_again_says_nothing_of_redis(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "m.jsonl") as metrics, samples_in(tmp_path) as samples:
+        Reporter(metrics, samples).step(replace(report(1), surroundings=Surroundings()))
+    (row,) = read_metrics(tmp_path / "m.jsonl")
+    assert row.values["loss/policy"] == 0.1
+    assert not [name for name in row.values if name.startswith(("queue/", "actors/", "weights/"))]
+
+
+def test_a_step_without_arrivals_has_no_reward(tmp_path: Path) -> None:
+    nothing = replace(report(1).batch, arrived=ArrivalTally().metrics())
+    with MetricsLog(tmp_path / "m.jsonl") as metrics, samples_in(tmp_path) as samples:
+        Reporter(metrics, samples).step(replace(report(1), batch=nothing))
+    (row,) = read_metrics(tmp_path / "m.jsonl")
+    assert np.isnan([row.values[name] for name in ("reward/mean", "rollout/length", "frac_reward_zero_std")]).all()
+
+
 @pytest.mark.parametrize("mfu", [None, 0.4])
 def test_mfu_is_told_where_it_is_known(tmp_path: Path, mfu: float | None) -> None:
     with MetricsLog(tmp_path / "m.jsonl") as metrics, samples_in(tmp_path) as samples:
-        Reporter(metrics, samples, totals={}).step(replace(report(1), mfu=mfu))
+        Reporter(metrics, samples).step(replace(report(1), mfu=mfu))
     (row,) = read_metrics(tmp_path / "m.jsonl")
     assert row.values.get("speed/mfu") == mfu
 
@@ -84,7 +109,7 @@ def test_an_alarm_is_an_event_when_it_begins(tmp_path: Path) -> None:
         MetricsLog(tmp_path / "m.jsonl") as metrics,
         SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
     ):
-        reporter = Reporter(metrics, samples, totals={})
+        reporter = Reporter(metrics, samples)
         for step, ess in ((1, 0.1), (2, 0.12), (3, 0.9), (4, 0.1)):
             reporter.step(report(step, **{"ratio/ess_token": ess}))
     events = [row for row in read_metrics(tmp_path / "m.jsonl") if row.kind == EVENT]
@@ -98,7 +123,7 @@ def test_an_evaluation_leaves_a_row_and_samples_to_read(tmp_path: Path) -> None:
         MetricsLog(tmp_path / "m.jsonl") as metrics,
         SampleLog(tmp_path / "s.jsonl", HELD_OUT, after_step=0) as samples,
     ):
-        Reporter(metrics, samples, totals={}).evaluation(result)
+        Reporter(metrics, samples).evaluation(result)
     (row,) = read_metrics(tmp_path / "m.jsonl")
     assert (row.kind, row.step, row.values["eval/reward"], row.values["eval/version"]) == (EVAL, 5, 0.5, 4.5)
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]

@@ -19,7 +19,7 @@ from lambdapo_async.objective.advantage import estimate_advantages, group_confid
 from lambdapo_async.objective.presets import PRESETS
 from lambdapo_async.packing import MicroBatch
 from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing, VersionSpan
-from learner.ingest import ReceivedGroup
+from learner.arrivals import ReceivedGroup
 from learner.policy import Policy
 from learner.sequences import proximal_confidence
 from learner.trainer import Trainer

@@ -1,0 +1,167 @@
+"""Puts a learner together from what it starts with: the checkpoint, the journal behind it, and Redis."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lambdapo_async.broker.interface import RunLimits
+from lambdapo_async.broker.redis_run import RedisRun
+from lambdapo_async.config import RunConfig
+from lambdapo_async.journal.history import History
+from lambdapo_async.journal.journal import Journal
+from lambdapo_async.journal.receipts import Receipts
+from lambdapo_async.journal.records import GroupRecord
+from lambdapo_async.journal.redo import survey
+from lambdapo_async.metrics import EVAL, MetricRow, MetricsLog, read_metrics
+from lambdapo_async.packing import TrainingSequence
+from lambdapo_async.tasks.interface import Row
+from lambdapo_async.weights.canary import ModelIdentity
+from learner.arrivals import Arrival, Screen
+from learner.batcher import Batcher
+from learner.canary import LearnerCanary
+from learner.checkpoint import Checkpoint, CheckpointStore, LearnerState
+from learner.crew import Crew
+from learner.evaluation import Evaluation
+from learner.ingest import Ingest
+from learner.learner import Learner, LearnerParts
+from learner.parallel import Ranks
+from learner.policy import Policy
+from learner.pool import Pool
+from learner.publisher import Publisher
+from learner.receipt_book import ReceiptBook
+from learner.reporting import Reporter
+from learner.resync import Resync
+from learner.samples import SampleLog
+from learner.stepper import Stepper
+from learner.trainer import ReferenceLogprobs, Trainer
+from learner.versions import VersionCounter
+
+JOURNAL_FOLDER = "journal"
+"""Beside the checkpoints, in the run's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a run that fit its context."""
+
+    train: list[Row]
+    heldout: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a learner starts from."""
+
+    run: RedisRun
+    run_id: str
+    config: RunConfig
+    folder: Path
+    fence: int
+    checkpoints: CheckpointStore
+    checkpoint: Checkpoint | None
+    policy: Policy
+    reference: ReferenceLogprobs | None
+    rows: Rows
+    scored: Sequence[TrainingSequence]
+    """What actors are held to (learner.canary)."""
+    ranks: Ranks
+
+
+def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
+    """A learner that was not started; ``resources`` closes what it holds.
+
+    Raises:
+        FencedError: a later learner took over.
+        JournalError, ReplayError: journal and checkpoint do not belong together.
+    """
+    config, run, policy = start.config, start.run, start.policy
+    state = start.checkpoint.state if start.checkpoint else LearnerState(step=0, version=0)
+    journal = resources.enter_context(contextlib.closing(Journal.open(start.folder / JOURNAL_FOLDER, start.fence)))
+    receipts = Receipts(state.receipts)
+    claimed = survey(journal.history.read(state.pool.keep_from), receipts)
+    screen = Screen(config, vocab_size=policy.vocab_size)
+    pool = Pool(config, screen, state.pool, members_of(state, journal.history, screen))
+    metrics = resources.enter_context(MetricsLog(start.folder / "metrics.jsonl", after_step=state.step))
+    samples = resources.enter_context(
+        SampleLog(start.folder / "samples.jsonl", start.rows.heldout, after_step=state.step)
+    )
+    store = run.weights_for(config.weights)
+    head = store.head()
+    versions = VersionCounter(journal, newest=max(claimed, -1 if head is None else head))
+    publisher = Publisher(
+        store,
+        run_id=start.run_id,
+        fence=start.fence,
+        config=config.weights,
+        ranks=start.ranks,
+        newest_version=versions.newest,
+    )
+    resources.callback(publisher.close)
+    source, book = run.source(start.fence, RunLimits.of(config)), ReceiptBook(journal, receipts)
+    ingest = Ingest(source, book, screen, config, newest_version=lambda: publisher.newest_version)
+    resources.callback(ingest.close)
+    finished = [row for row in read_metrics(start.folder / "metrics.jsonl") if row.kind == EVAL]
+    evaluation = Evaluation(
+        source,
+        config.evaluation,
+        num_rows=len(start.rows.heldout),
+        answered={row.step for row in finished},
+    )
+    for step in state.open_rounds:
+        evaluation.open(step)
+    crew, reporter = Crew(start.ranks), Reporter(metrics, samples)
+    resync = Resync(
+        checkpoints=start.checkpoints,
+        run_store=run.run_store,
+        publish_run=lambda: _publish_run(start),
+        source=source,
+        book=book,
+        publisher=publisher,
+        versions=versions,
+        evaluation=evaluation,
+        ingest=ingest,
+        ranks=start.ranks,
+        fence=start.fence,
+        outage_s=config.broker.outage_s,
+    )
+    identity = ModelIdentity.of(policy.model_files)
+    parts = LearnerParts(
+        config=config,
+        folder=start.folder,
+        policy=policy,
+        stepper=Stepper(policy, Trainer(policy, config, start.reference, start.ranks), crew, reporter, step=state.step),
+        batcher=Batcher(ingest, source, evaluation, pool, journal, config, start.ranks),
+        screen=screen,
+        journal=journal,
+        resync=resync,
+        canary=LearnerCanary(run.canary, policy, start.scored, identity=identity, fence=start.fence, crew=crew),
+        fleet=run.fleet,
+        reporter=reporter,
+    )
+    return Learner(
+        parts, resumed=start.checkpoint is not None, target_reached=_reached(config.evaluation.target, finished)
+    )
+
+
+def members_of(state: LearnerState, history: History, screen: Screen) -> Iterator[Arrival]:
+    """The groups of a checkpoint's replay queue, from the journal."""
+    for number, record in history.read(state.pool.keep_from):
+        if number > state.pool.taken:
+            return
+        if isinstance(record, GroupRecord) and number in state.pool.replay.uses:
+            yield screen.restore(number, record)
+
+
+def _publish_run(start: Start) -> None:
+    """Everything an actor needs to join, but the weights."""
+    store, rows = start.run.run_store, start.rows
+    store.create(json.dumps(start.config.published()).encode(), start.policy.model_files, fence=start.fence)
+    store.put_rows("train", [row.as_map() for row in rows.train])
+    store.put_rows("heldout", [row.as_map() for row in rows.heldout])
+
+
+def _reached(target: float | None, finished: Sequence[MetricRow]) -> bool:
+    """Whether an evaluation of an earlier life ends the run."""
+    return target is not None and any(row.values["eval/reward"] >= target for row in finished)

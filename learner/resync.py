@@ -1,0 +1,124 @@
+"""Brings Redis to agree with the learner: when a run opens, and whenever Redis lost something.
+
+The learner's disk is the only truth (docs/decisions/0008). So it does not matter what Redis forgot, or to which moment
+it went back: everything in it is compared with what is durable here, or written again.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lambdapo_async.broker.interface import Phase, RolloutSource, RunStore
+from lambdapo_async.errors import BrokerUnavailable, LostDataError, RunNotFoundError
+from learner.checkpoint import CheckpointStore
+from learner.evaluation import Evaluation
+from learner.ingest import Ingest
+from learner.parallel import Ranks
+from learner.publisher import Publisher
+from learner.receipt_book import ReceiptBook
+from learner.versions import VersionCounter
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_LONGEST_PAUSE_S = 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Resync:
+    """Knows everything that Redis has to hold. One thread, on rank 0."""
+
+    checkpoints: CheckpointStore
+    run_store: RunStore
+    publish_run: Callable[[], None]
+    """Writes config, model files and rows; the run is ``starting`` from then on."""
+    source: RolloutSource
+    book: ReceiptBook
+    publisher: Publisher
+    versions: VersionCounter
+    evaluation: Evaluation
+    ingest: Ingest
+    ranks: Ranks
+    fence: int
+    outage_s: float
+    phase: Phase = "starting"
+    """As the actors are to see it."""
+
+    def initialise(self, *, consumed: int) -> None:
+        """Make run, queue, leases and counters agree with what is durable here.
+
+        Args:
+            consumed: training groups that the gate counts no more.
+
+        Raises:
+            FencedError: a later learner took over, whatever Redis remembers of it.
+        """
+        self.checkpoints.check_owner()
+        self.run_store.take_over(fence=self.fence)
+        if not self._is_published():
+            self.publish_run()
+        self.source.initialise(self.book.durable(consumed=consumed))
+
+    def surely(self, ask: Callable[[], R], *, consumed: Callable[[], int], stopping: threading.Event) -> R:
+        """What ``ask`` returns, once Redis is there and agrees with us.
+
+        Args:
+            ask: may be called again after an error of Redis.
+            consumed: as in :meth:`initialise`, at that time.
+            stopping: when it is set an outage is not waited for.
+
+        Raises:
+            BrokerUnavailable, LostDataError: it was not so for ``broker.outage_s``.
+        """
+        trouble = _Trouble(self.outage_s, stopping)
+        while True:
+            try:
+                if trouble.began:
+                    self._heal(consumed())
+                return ask()
+            except (BrokerUnavailable, LostDataError) as error:
+                trouble.note(error)
+                self.ranks.pulse()
+
+    def _heal(self, consumed: int) -> None:
+        self.initialise(consumed=consumed)
+        if not self.publisher.is_out():
+            version = self.versions.claim()
+            self.publisher.republish(version, consumed=consumed)
+            logger.info("published the newest weights again, as version %d", version)
+        self.run_store.set_phase(self.phase, fence=self.fence)
+        self.evaluation.ask_again()
+        self.ingest.go_on()
+        logger.info("Redis agrees with this learner's journal again")
+
+    def _is_published(self) -> bool:
+        """Whether Redis holds what an actor needs to join; rows are many, and not written without need."""
+        try:
+            self.run_store.config_json()
+            return all(self.run_store.num_rows(split) > 0 for split in ("train", "heldout")) and bool(
+                self.run_store.model_files()
+            )
+        except RunNotFoundError:
+            return False
+
+
+class _Trouble:
+    """How long Redis has been in trouble, and how long to wait before it is asked again."""
+
+    def __init__(self, outage_s: float, stopping: threading.Event) -> None:
+        self._outage_s, self._stopping = outage_s, stopping
+        self._since, self._pause_s = 0.0, 0.0
+        self.began = False
+
+    def note(self, error: BrokerUnavailable | LostDataError) -> None:
+        now = time.monotonic()
+        if not self.began:
+            self.began, self._since = True, now
+        if now - self._since > self._outage_s or self._stopping.wait(self._pause_s):
+            raise error
+        logger.warning("%s; making it agree with this learner's journal", error)
+        self._pause_s = min(max(0.1, 2 * self._pause_s), _LONGEST_PAUSE_S)
