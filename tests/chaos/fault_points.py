@@ -114,14 +114,14 @@ class FaultPoints:
 
 
 LEARNER_POINTS = (
-    "fence", "load", "create", "rows", "initialise", "read", "receive", "commit", "release", "save", "renamed", "prune",
-    "train", "publish", "flip", "phase", "fsync", "lua", "lua.take_over", "lua.weights_begin", "lua.weights_put",
-    "lua.weights_flip", "lua.weights_retire",
+    "fence", "load", "open", "create", "rows", "initialise", "read", "enter", "append", "commit", "release", "sample",
+    "train", "drop", "save", "renamed", "prune", "forget", "publish", "republish", "flip", "phase", "fsync",
+    "lua", "lua.take_over", "lua.weights_begin", "lua.weights_put", "lua.weights_flip", "lua.weights_retire",
 )  # fmt: skip
 ACTOR_POINTS = (
     "lease", "renew", "enqueue", "hand_back", "sampled", "beat", "advance", "lua", "lua.weights_reader", "lua.beat",
 )  # fmt: skip
-FREQUENT = ("fsync", "lua", "read", "receive", "release", "beat", "lease", "enqueue", "sampled")
+FREQUENT = ("fsync", "lua", "read", "enter", "append", "commit", "release", "beat", "lease", "enqueue", "sampled")
 """Reached many times a second: any of the next ones may be it."""
 
 

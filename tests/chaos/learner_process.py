@@ -8,21 +8,27 @@ import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import learner.assembly as assembly
 import learner.session as session
-from lambdapo_async.broker.interface import Descriptor
+from lambdapo_async.broker.interface import Delivery, Descriptor, Durable
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.run_store import RedisRunStore
+from lambdapo_async.journal.journal import Journal
+from lambdapo_async.journal.records import GroupRecord, Record, StepRecord
 from lambdapo_async.parent_death import die_with_parent
+from lambdapo_async.replay.queue import ReplayEntry, ReplayQueue
 from lambdapo_async.weights.redis_store import RedisWeightStore
 from learner import checkpoint as checkpoint_module
-from learner.batcher import Batcher
+from learner.arrivals import ReceivedGroup
 from learner.character_tokenizer import build_tokenizer
-from learner.checkpoint import CheckpointStore
+from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew_member import Origin
-from learner.ingest import Discarded, Ingest
+from learner.pool import Pool, StepBatch
 from learner.publisher import Publisher
+from learner.receipt_book import ReceiptBook
 from tests.chaos.counting_policy import CountingPolicy, CountingTrainer, name_of_weights
 from tests.chaos.fault_points import LEARNER_POINTS, FaultPoints
 from tests.chaos.ledger import Field, Ledger, digest
@@ -36,7 +42,7 @@ def run_learner_process(spec: ProcessSpec, parent_pid: int) -> None:
     ledger.write("started", pid=os.getpid(), resume=spec.resume)
     points = FaultPoints(spec.folder, spec.who, ledger)
     _replace_maths(ledger, spec, points)
-    _tap(points, ledger)
+    _Taps(points, ledger).install()
     from lambdapo_async.cli.errors import run_main
     from learner.__main__ import app
 
@@ -72,7 +78,7 @@ def _replace_maths(ledger: Ledger, spec: ProcessSpec, points: FaultPoints) -> No
         return CountingTrainer(policy, config, ledger)
 
     session.load_trainees = load_trainees  # type: ignore[assignment]
-    session.Trainer = trainer  # type: ignore[assignment, misc]
+    assembly.Trainer = trainer  # type: ignore[assignment, misc]
     points.tap(CountingTrainer, "step", "train")
 
 
@@ -87,58 +93,85 @@ def write_model_files(spec_folder: Any) -> None:
     (spec_folder / "tokenizer" / "config.json").write_text('{"model_type": "qwen3"}')
 
 
-def _tap(points: FaultPoints, ledger: Ledger) -> None:
-    """Points around every call whose order matters, and what the ledger has to know."""
+class _Taps:
+    """Points around every call whose order matters, and what the ledger has to know of it."""
 
-    def received(deliveries: Any, *_: object, **__: object) -> None:
+    def __init__(self, points: FaultPoints, ledger: Ledger) -> None:
+        self._points, self._ledger = points, ledger
+        self._weights: dict[int, str] = {}
+        self._sampled: dict[int, list[Field]] = {}
+
+    def install(self) -> None:
+        tap = self._points.tap
+        tap(CheckpointStore, "take_fence", "fence", after=self._took_fence)
+        tap(CheckpointStore, "load_latest", "load")
+        tap(CheckpointStore, "save", "save", after=self._saved)
+        tap(CheckpointStore, "prune", "prune")
+        tap(checkpoint_module, "sync_tree", "renamed")
+        tap(Journal, "open", "open")
+        tap(Journal, "append", "append", after=self._appended)
+        tap(Journal, "prune", "forget")
+        tap(ReceiptBook, "enter", "enter", after=self._entered)
+        tap(Pool, "sample", "sample", after=self._chose)
+        tap(ReplayQueue, "_note_drop", "drop", before=self._dropped)
+        tap(RedisRunStore, "create", "create")
+        tap(RedisRunStore, "put_rows", "rows")
+        tap(RedisRunStore, "set_phase", "phase")
+        tap(RedisRolloutSource, "initialise", "initialise", after=self._initialised)
+        tap(RedisRolloutSource, "read", "read", after=self._received)
+        tap(RedisRolloutSource, "commit", "commit", after=self._committed)
+        tap(RedisRolloutSource, "release", "release")
+        tap(Publisher, "publish", "publish", before=self._announce)
+        tap(Publisher, "republish", "republish", before=self._announce_again)
+        tap(RedisWeightStore, "publish", "flip", after=self._published)
+        tap(os, "fsync", "fsync")
+        self._points.tap_scripts()
+        self._points.check(LEARNER_POINTS)
+
+    def _took_fence(self, fence: int, _: object) -> None:
+        self._ledger.write("claimed", fence=fence)
+
+    def _saved(self, _: object, __: object, state: LearnerState, policy: CountingPolicy) -> None:
+        self._ledger.write("checkpoint", step=state.step, version=state.version, digest=digest(policy.history))
+
+    def _received(self, deliveries: Sequence[Delivery], *_: object, **__: object) -> None:
         for delivery in deliveries:
             if delivery.descriptor.lease.split == "train":
-                ledger.write("received", **_fields(delivery.descriptor))
+                self._ledger.write("received", **_fields(delivery.descriptor))
 
-    def sorted_out(result: Any, *_: object, **__: object) -> None:
-        if isinstance(result, Discarded) and result.descriptor.lease.split == "train":
-            ledger.write("discarded", **_fields(result.descriptor), reason=result.reason)
+    def _entered(self, entered: Sequence[tuple[int, GroupRecord]], *_: object) -> None:
+        for _number, record in entered:
+            if record.discarded and record.descriptor.lease.split == "train":
+                self._ledger.write("discarded", **_fields(record.descriptor), reason=record.discarded)
 
-    def dropped(_: Any, __: Any, received: Any, batch: Any, version: int) -> None:
-        if received.group is not None and not any(received is kept for kept in batch.groups):
-            ledger.write("discarded", **_fields(received.descriptor), reason="late or without signal")
+    def _dropped(self, _: object, entry: ReplayEntry[ReceivedGroup], reason: str, uses: int) -> None:
+        if uses == 0:
+            self._ledger.write("discarded", **_fields(entry.item.descriptor), reason=reason)
 
-    def saved(path: Any, _: Any, state: Any, policy: CountingPolicy) -> None:
-        ledger.write("checkpoint", step=state.step, version=state.version, digest=digest(policy.history))
+    def _chose(self, chosen: tuple[StepRecord, StepBatch], *_: object) -> None:
+        record, batch = chosen
+        self._sampled[record.step] = [received.descriptor.lease.index for received in batch.groups]
 
-    announced: dict[int, str] = {}
+    def _appended(self, _: object, __: object, records: Sequence[Record]) -> None:
+        for record in records:
+            if isinstance(record, StepRecord):
+                self._ledger.write("step", step=record.step, indices=self._sampled[record.step])
 
-    def announce(_: Any, version: int, policy: CountingPolicy, **__: object) -> None:
-        announced[version] = name_of_weights(dict(policy.named_bf16())["digest"])
+    def _initialised(self, _: object, __: object, durable: Durable) -> None:
+        self._ledger.write("initialised", to=repr(durable)[:2000])
 
-    def flipped(_: Any, __: Any, version: int, *___: object, **____: object) -> None:
-        ledger.write("published", version=version, weights=announced[version])
+    def _committed(self, _: object, __: object, watermarks: Mapping[str, int], **___: object) -> None:
+        self._ledger.write("committed", watermarks=dict(watermarks))
 
-    def committed(_: Any, __: Any, watermarks: Any) -> None:
-        ledger.write("committed", watermarks=dict(watermarks))
+    def _announce(self, _: object, version: int, policy: CountingPolicy, **__: object) -> None:
+        self._weights[version] = name_of_weights(dict(policy.named_bf16())["digest"])
 
-    def initialised(_: Any, __: Any, *args: Any, **named: Any) -> None:
-        ledger.write("initialised", to=repr(args or named)[:2000])
+    def _announce_again(self, _: object, version: int, **__: object) -> None:
+        if self._weights:
+            self._weights[version] = self._weights[max(self._weights)]
 
-    points.tap(CheckpointStore, "take_fence", "fence", after=lambda fence, _: ledger.write("claimed", fence=fence))
-    points.tap(CheckpointStore, "load_latest", "load")
-    points.tap(CheckpointStore, "save", "save", after=saved)
-    points.tap(CheckpointStore, "prune", "prune")
-    points.tap(checkpoint_module, "sync_tree", "renamed")
-    points.tap(RedisRunStore, "create", "create")
-    points.tap(RedisRunStore, "put_rows", "rows")
-    points.tap(RedisRunStore, "set_phase", "phase")
-    points.tap(RedisRolloutSource, "initialise", "initialise", after=initialised)
-    points.tap(RedisRolloutSource, "read", "read", after=received)
-    points.tap(RedisRolloutSource, "commit", "commit", after=committed)
-    points.tap(RedisRolloutSource, "release", "release")
-    points.tap(Ingest, "_receive", "receive", after=sorted_out)
-    points.tap(Batcher, "_sort", "sort", after=dropped)
-    points.tap(Publisher, "publish", "publish", before=announce)
-    points.tap(RedisWeightStore, "publish", "flip", after=flipped)
-    points.tap(os, "fsync", "fsync")
-    points.tap_scripts()
-    points.check(LEARNER_POINTS)
+    def _published(self, _: object, __: object, version: int, *___: object, **____: object) -> None:
+        self._ledger.write("published", version=version, weights=self._weights[version])
 
 
 def _fields(of: Descriptor) -> dict[str, Field]:

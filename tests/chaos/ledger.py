@@ -78,8 +78,8 @@ class Remains:
 
     history: Sequence[Step]
     """Of the final policy: the surviving history."""
-    consumed: int
-    """Groups trained or discarded, as the final checkpoint counts them."""
+    consumed: int | None
+    """Groups trained or discarded, as the final checkpoint counts them; None where reuse makes it another number."""
     frontier: int
     """Indices below it were granted, as Redis says."""
     held: Mapping[str, frozenset[int]] = field(default_factory=dict)
@@ -274,8 +274,8 @@ def _miscounted(entries: Sequence[Entry], remains: Remains, bounds: Bounds) -> l
     if remains.orphans:
         violations.append(f"{remains.orphans} payloads and entries of the queue have no other half")
     # What is held is not consumed yet, whatever a learner that died said of it.
-    consumed = len(_trained(remains) | _discarded(entries).difference(*remains.held.values()))
-    if remains.consumed != consumed:
+    consumed = len((_trained(remains) | _discarded(entries)).difference(*remains.held.values()))
+    if remains.consumed not in (None, consumed):
         violations.append(f"{remains.consumed} groups count as consumed, {consumed} were trained or discarded")
     for number, step in enumerate(remains.history, start=1):
         if len(step.groups) != bounds.groups_per_step:

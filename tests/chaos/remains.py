@@ -5,16 +5,20 @@ from pathlib import Path
 
 import redis
 
+from lambdapo_async.broker.interface import Descriptor
+from lambdapo_async.journal.history import History
+from lambdapo_async.journal.records import GroupRecord
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
 from learner.checkpoint import CheckpointStore
+from learner.pool import PoolState
 from tests.chaos.counting_policy import read_history
 from tests.chaos.ledger import Remains
 from tests.chaos.redis_control import RedisControl
 from tests.chaos.spec import RUN_ID, output_dir
 
 
-def read_remains(folder: Path, server: RedisControl, problems: Sequence[str]) -> Remains:
+def read_remains(folder: Path, server: RedisControl, problems: Sequence[str], *, max_uses: int = 1) -> Remains:
     """After the end; the server still runs, nobody else does."""
     checkpoint = CheckpointStore(output_dir(folder) / RUN_ID / "checkpoints").load_latest()
     assert checkpoint is not None
@@ -26,16 +30,34 @@ def read_remains(folder: Path, server: RedisControl, problems: Sequence[str]) ->
         todo = _indices(client.lrange(keys.todo, 0, -1))
     finally:
         client.close()
+    kept = _kept(output_dir(folder) / RUN_ID / "journal", checkpoint.state.pool)
+    pool = checkpoint.state.pool
     return Remains(
         history=read_history(checkpoint.model_dir),
-        consumed=checkpoint.state.consumed,
+        consumed=pool.replay.consumed + pool.num_discarded if max_uses == 1 else None,
         frontier=frontier,
-        held={"queue": queued, "leased": leased, "todo": todo},
+        held={
+            "queue": queued,
+            "leased": leased,
+            "todo": todo,
+            "learner": frozenset(descriptor.lease.index for descriptor in kept),
+        },
+        kept=frozenset((descriptor.producer, descriptor.seq) for descriptor in kept),
         counted_bytes=counted,
         queued_bytes=queued_bytes,
         orphans=orphans,
         problems=problems,
     )
+
+
+def _kept(journal: Path, pool: PoolState) -> list[Descriptor]:
+    """Training groups that the learner holds durably: in the replay queue, or on their way to it."""
+    return [
+        record.descriptor
+        for number, record in History.find(journal).read(pool.keep_from)
+        if isinstance(record, GroupRecord) and record.descriptor.lease.split == "train"
+        if number > pool.taken or number in pool.replay.uses
+    ]
 
 
 def _queue(client: redis.Redis, keys: RunKeys) -> tuple[frozenset[int], int, int]:
