@@ -93,7 +93,8 @@ def _totals(outcomes: Sequence[Outcome]) -> dict[str, object]:
     exits: Counter[str] = Counter()
     for outcome in outcomes:
         faults, points, exits = faults + outcome.faults, points + outcome.points, exits + outcome.exits
-    kinds = ("lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "stuck")
+    kinds = ("lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried",
+             "stuck")
     return {
         "runs": len(outcomes),
         "faults": faults.total() + points.total(),

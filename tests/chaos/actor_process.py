@@ -21,6 +21,7 @@ from lambdapo_async.tasks.interface import Row, Scored
 from tests.chaos.counting_policy import logit_table, name_of_weights
 from tests.chaos.fault_points import ACTOR_POINTS, FaultPoints
 from tests.chaos.learner_process import become
+from tests.chaos.mutants import install
 from tests.chaos.ledger import Ledger
 from tests.chaos.spec import RUN_ID, ProcessSpec
 
@@ -32,6 +33,7 @@ def run_actor_process(spec: ProcessSpec, parent_pid: int) -> None:
     become(spec, parent_pid)
     ledger = Ledger(spec.folder, spec.who)
     ledger.write("started", pid=os.getpid())
+    install(spec.mutant)
     points = FaultPoints(spec.folder, spec.who, ledger)
     _replace_engine(spec, ledger)
     _tap(points, ledger)

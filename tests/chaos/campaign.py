@@ -4,12 +4,14 @@ import contextlib
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.faults import POINT_FAULTS, PROCESS_FAULTS, REDIS_FAULTS
+from tests.chaos.faults import FAULTS, POINT_FAULTS, PROCESS_FAULTS
 from tests.chaos.ledger import Kind, Violation, check, read_ledger
-from tests.chaos.profiles import Profile
+from tests.chaos.mutants import MUTANTS
+from tests.chaos.profiles import PROFILES, Profile
 from tests.chaos.remains import read_remains
 from tests.chaos.scene import Scene, StuckError
 from tests.chaos.spec import BOUNDS
@@ -48,33 +50,48 @@ class Outcome:
 
 
 def run_under_faults(
-    folder: Path, profile: Profile, *, seed: int, num_faults: int, mutant: str = "", text_bytes: int = 0
+    folder: Path, profile: Profile, *, seed: int, num_faults: int, text_bytes: int = 0
 ) -> Outcome:
     """A run from its first step to its end, through ``num_faults`` faults."""
-    source, started = random.Random(f"{profile.name}-{seed}"), time.monotonic()
-    scene = Scene(folder, profile, seed=seed, mutant=mutant, text_bytes=text_bytes)
+    scene = Scene(folder, profile, seed=seed, text_bytes=text_bytes)
+    source = random.Random(f"{profile.name}-{seed}")
+
+    def choose(num_before: int) -> str | None:
+        return _choose(profile, source) if num_before < num_faults else None
+
+    return _run(scene, source, choose)
+
+
+def run_mutant(folder: Path, name: str, *, seed: int) -> Outcome:
+    """A run of processes that are broken as ``name`` says, through the faults that bring it to light."""
+    mutant = MUTANTS[name]
+    scene = Scene(folder, PROFILES[mutant.profile], seed=seed, num_steps=mutant.num_steps, mutant=name)
+    faults = iter(mutant.faults)
+    return _run(scene, random.Random(seed), lambda _: next(faults, None))
+
+
+def _run(scene: Scene, source: random.Random, choose: Callable[[int], str | None]) -> Outcome:
+    started = time.monotonic()
     faults: Counter[str] = Counter()
     problems: list[str] = []
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(scene.running())
-            while faults.total() + scene.points.total() < num_faults:
+            while (name := choose(faults.total() + scene.points.total())) is not None:
                 scene.tend(source.uniform(*_GAP_S))
                 if source.random() >= _WITHOUT_PROGRESS:
                     scene.wait_for_step()
-                name = _choose(profile, source)
-                did = {**PROCESS_FAULTS, **REDIS_FAULTS}[name](scene, source)
-                scene.ledger.write("fault", name=name, did=did)
+                scene.ledger.write("fault", name=name, did=FAULTS[name](scene, source))
                 faults[name] += name not in POINT_FAULTS  # counted when they kill
             scene.finish()
         except StuckError as error:
             problems.append(str(error))
-        remains = read_remains(folder, scene.redis, problems)
-    entries = read_ledger(folder)
+        remains = read_remains(scene.folder, scene.redis, problems)
+    entries = read_ledger(scene.folder)
     violations = check(entries, remains, BOUNDS)
     return Outcome(
-        profile=profile.name,
-        seed=seed,
+        profile=scene.profile.name,
+        seed=scene.seed,
         faults=+faults,
         points=scene.points,
         exits=scene.exits,

@@ -82,6 +82,23 @@ def replace_sleeping_learner(scene: Scene, source: random.Random) -> str:
     return f"{learner.who} {sleep_s:.2f} s"
 
 
+def replace_running_learner(scene: Scene, source: random.Random) -> str:
+    """Two learners at once: somebody started a second one."""
+    learner = _learner(scene)
+    scene.expect_end(learner)
+    scene.sleepers.append(learner)
+    scene.start_learner()
+    return learner.who
+
+
+def learner_dies_before_the_journal(scene: Scene, source: random.Random) -> str:
+    """Between reading and writing down."""
+    learner = _learner(scene)
+    arm(scene.folder, learner.who, "enter:before", source.randrange(1, 6))
+    scene.wait_for_end(learner)
+    return learner.who
+
+
 def redis_restart(scene: Scene, source: random.Random) -> str:
     return _restart_redis(scene, source, lambda: "")
 
@@ -171,7 +188,7 @@ PROCESS_FAULTS: dict[str, Fault] = {
     each.__name__: each
     for each in (
         kill_actor, kill_learner, actor_point, learner_point, end_actor, end_learner, pause_actor,
-        replace_sleeping_learner,
+        replace_sleeping_learner, replace_running_learner,
     )
 }  # fmt: skip
 REDIS_FAULTS: dict[str, Fault] = {
@@ -181,5 +198,8 @@ REDIS_FAULTS: dict[str, Fault] = {
         lose_replies,
     )
 }  # fmt: skip
+DIRECTED_FAULTS: dict[str, Fault] = {"learner_dies_before_the_journal": learner_dies_before_the_journal}
+"""For mutants alone."""
+FAULTS = {**PROCESS_FAULTS, **REDIS_FAULTS, **DIRECTED_FAULTS}
 POINT_FAULTS = frozenset({"actor_point", "learner_point"})
 """They only lay a trap."""

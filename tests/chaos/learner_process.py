@@ -31,6 +31,7 @@ from learner.publisher import Publisher
 from learner.receipt_book import ReceiptBook
 from tests.chaos.counting_policy import CountingPolicy, CountingTrainer, name_of_weights
 from tests.chaos.fault_points import LEARNER_POINTS, FaultPoints
+from tests.chaos.mutants import install
 from tests.chaos.ledger import Field, Ledger, digest
 from tests.chaos.spec import RUN_ID, ProcessSpec
 
@@ -40,6 +41,7 @@ def run_learner_process(spec: ProcessSpec, parent_pid: int) -> None:
     become(spec, parent_pid)
     ledger = Ledger(spec.folder, spec.who)
     ledger.write("started", pid=os.getpid(), resume=spec.resume)
+    install(spec.mutant)
     points = FaultPoints(spec.folder, spec.who, ledger)
     _replace_maths(ledger, spec, points)
     _Taps(points, ledger).install()

@@ -15,7 +15,7 @@ from typing import Literal
 Field = int | float | str | None | list["Field"] | dict[str, "Field"]
 What = Literal[
     "started", "leased", "handed_back", "offered", "received", "discarded", "used", "claimed", "step", "checkpoint",
-    "resumed", "published", "adopted", "committed", "initialised", "sampled", "fault", "dying", "ended",
+    "resumed", "published", "adopted", "committed", "initialised", "sampled", "attempted", "fault", "dying", "ended",
 ]  # fmt: skip
 SUFFIX = ".ledger"
 
@@ -92,6 +92,8 @@ class Remains:
     """Bytes of the payloads that the queue's entries name."""
     orphans: int = 0
     """Payloads that no entry names, and entries without a payload."""
+    executed: int = 0
+    """Calls that the server counted of those which the ledger notes as ``attempted``; 0 where nobody counted."""
     problems: Sequence[str] = ()
     """Why the run did not end by itself: a stuck process, a wrong exit code."""
 
@@ -107,7 +109,7 @@ class Bounds:
     """Place of a ``sampled`` entry -> most bytes there."""
 
 
-Kind = Literal["lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "stuck"]
+Kind = Literal["lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried", "stuck"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def check(entries: Sequence[Entry], remains: Remains, bounds: Bounds) -> list[Vi
         *_over_budget(entries, bounds),
         *_rewritten(entries, remains),
         *_miscounted(entries, remains, bounds),
+        *_retried(entries, remains),
         *(Violation("stuck", problem) for problem in remains.problems),
     ]
 
@@ -281,3 +284,11 @@ def _miscounted(entries: Sequence[Entry], remains: Remains, bounds: Bounds) -> l
         if len(step.groups) != bounds.groups_per_step:
             violations.append(f"step {number} has {len(step.groups)} groups, not {bounds.groups_per_step}")
     return [Violation("miscounted", text) for text in violations]
+
+
+def _retried(entries: Sequence[Entry], remains: Remains) -> list[Violation]:
+    """A client that repeats calls behind our back makes more of them than our loop asked for."""
+    attempts = sum(entry.what == "attempted" for entry in entries)
+    if remains.executed <= attempts:
+        return []
+    return [Violation("retried", f"{attempts} calls were attempted, the server counts {remains.executed}")]

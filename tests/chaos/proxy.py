@@ -20,7 +20,9 @@ class Proxy:
         self._hides_run_id = hides_run_id
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        self._to_lose = 0
+        self._to_lose, self._command = 0, b""
+        self._requests: dict[socket.socket, bytes] = {}
+        """Server's end of a connection -> the last request on it."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(listen))
         self._listener.listen(64)
@@ -33,10 +35,10 @@ class Proxy:
         for one in cut:
             _shut(one)
 
-    def lose_replies(self, count: int) -> None:
-        """The next ``count`` requests arrive; their connections end instead of their replies."""
+    def lose_replies(self, count: int, *, to: bytes = b"EVALSHA") -> None:
+        """The next ``count`` requests that name ``to`` arrive; their connections end instead of their replies."""
         with self._lock:
-            self._to_lose = count
+            self._to_lose, self._command = count, to
 
     def close(self) -> None:
         _shut(self._listener)
@@ -65,7 +67,9 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket, is_reply: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(_BLOCK):
-                if is_reply and self._is_lost():
+                if not is_reply:
+                    self._requests[sink] = data
+                elif self._is_lost(self._requests.get(source, b"")):
                     break
                 if is_reply and self._hides_run_id:
                     data = _RUN_ID.sub(b"run_id:" + b"0" * 40, data)
@@ -74,13 +78,14 @@ class Proxy:
             _shut(one)
         with self._lock:
             self._open -= {source, sink}
+            self._requests.pop(source, None)
         if is_reply:  # one of the two pumps closes both; the other one is about to end
             source.close()
             sink.close()
 
-    def _is_lost(self) -> bool:
+    def _is_lost(self, request: bytes) -> bool:
         with self._lock:
-            if self._to_lose == 0:
+            if self._to_lose == 0 or self._command not in request:
                 return False
             self._to_lose -= 1
             return True

@@ -40,10 +40,24 @@ class StuckError(AssertionError):
 class Scene:
     """Starts everything, keeps it going, ends it; faults are somebody else's."""
 
-    def __init__(self, folder: Path, profile: Profile, *, seed: int, mutant: str = "", text_bytes: int = 0) -> None:
-        """``folder``: short, and on storage whose fsync is cheap."""
+    def __init__(
+        self,
+        folder: Path,
+        profile: Profile,
+        *,
+        seed: int,
+        num_steps: int | None = None,
+        mutant: str = "",
+        text_bytes: int = 0,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            folder: short, and on storage whose fsync is cheap.
+            num_steps: after which the run ends; None lets :meth:`finish` decide, with a learner started anew.
+        """
         self.folder, self.profile, self.mutant, self._text_bytes = folder, profile, mutant, text_bytes
-        self.seed = seed
+        self.seed, self._num_steps = seed, num_steps
         self.ledger = Ledger(folder, "scene")
         self.redis = RedisControl(folder / "r", profile.persistence)
         self.proxy: Proxy | None = None
@@ -61,14 +75,15 @@ class Scene:
         self._expected: set[str] = set()
         self._read: dict[Path, int] = {}
         self._num_used = self.newest_step = 0
-        self._is_finishing = False
+        self._is_finishing = num_steps is not None
+        """Whether a learner that ends with 0 has ended the run."""
         self._sampled_at = 0.0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Everything is up, with a first step made; nothing is left behind."""
         write_model_files(self.folder)
-        write_config(self.folder, seed=self.seed, num_steps=_FOREVER)
+        write_config(self.folder, seed=self.seed, num_steps=self._num_steps or _FOREVER)
         self.start_redis()
         if self.profile.proxy:
             self.proxy = Proxy(self.folder / "p", self.redis.socket, hides_run_id=self.profile.hides_run_id)
@@ -122,18 +137,27 @@ class Scene:
                 self._show_stacks()
                 raise StuckError(f"no step for {STUCK_S:g} s after step {self.newest_step}")
 
+    def wait_for_end(self, process: Forked) -> None:
+        """Until it is dead."""
+        deadline = time.monotonic() + STUCK_S
+        while process.returncode is None:
+            self.tend(_TEND_S)
+            if time.monotonic() > deadline:
+                raise StuckError(f"{process.who} did not come to its end within {STUCK_S:g} s")
+
     def finish(self) -> None:
         """Let the run end by itself a few steps from now."""
         for process in self._processes():
             disarm(self.folder, process.who)
         while self._later:
             self.tend(_TEND_S)
-        self.wait_for_step()
-        write_config(self.folder, seed=self.seed, num_steps=self.newest_step + _LAST_STEPS)
-        assert self.learner is not None
-        self.expect_end(self.learner)
-        self.learner.send(signal.SIGTERM)
-        self._is_finishing = True
+        if self._num_steps is None:
+            self.wait_for_step()
+            write_config(self.folder, seed=self.seed, num_steps=self.newest_step + _LAST_STEPS)
+            assert self.learner is not None
+            self.expect_end(self.learner)
+            self.learner.send(signal.SIGTERM)
+            self._is_finishing = True
         deadline = time.monotonic() + 2 * STUCK_S
         while self.learner is not None:
             self.tend(_TEND_S)

@@ -80,14 +80,15 @@ def test_a_duplicate_is_no_answer() -> None:
 
 def test_an_index_in_two_steps_was_trained_twice() -> None:
     history = (*HISTORY, Step(2, (group(3), group(5))))
-    again = replace(REMAINS, history=history, consumed=6)
+    again = replace(REMAINS, history=history, consumed=6, held={"todo": frozenset({6})})
     assert kinds(remains=again) == ["twice"]
     assert kinds(remains=again, bounds=replace(BOUNDS, max_uses=2)) == []
 
 
 def test_an_index_answered_by_two_groups_was_trained_twice_whatever_the_uses() -> None:
     history = (*HISTORY, Step(2, (group(3, producer="b.0"), group(5))))
-    assert kinds(remains=replace(REMAINS, history=history, consumed=6), bounds=replace(BOUNDS, max_uses=2)) == ["twice"]
+    again = replace(REMAINS, history=history, consumed=6, held={"todo": frozenset({6})})
+    assert kinds(remains=again, bounds=replace(BOUNDS, max_uses=2)) == ["twice"]
 
 
 @pytest.mark.parametrize("what", ["published", "adopted"])
@@ -134,6 +135,12 @@ def test_a_group_that_a_dead_learner_discarded_and_that_is_held_is_not_consumed(
         [*GOOD, entry("discarded", producer="b.0", seq=1, index=5, reason="stale")],
         replace(REMAINS, held={"todo": frozenset({6})}),
     ) == ["miscounted"]
+
+
+def test_more_calls_than_were_attempted() -> None:
+    attempts = [entry("attempted", "actor-1"), entry("attempted", "actor-1")]
+    assert kinds([*GOOD, *attempts], replace(REMAINS, executed=2)) == []
+    assert kinds([*GOOD, *attempts], replace(REMAINS, executed=3)) == ["retried"]
 
 
 def test_a_run_that_does_not_end_is_stuck() -> None:

@@ -124,7 +124,7 @@ def test_a_proxy_cuts_loses_and_hides(folder: Path) -> None:
             proxy.cut()
             assert bare.recv(100) == b""
             assert client.ping(), "new connections are served"
-            proxy.lose_replies(1)
+            proxy.lose_replies(1, to=b"INCRBY")
             with pytest.raises(redis.ConnectionError):
                 client.incr("n")
             assert client.get("n") == b"1", "it arrived"
