@@ -46,6 +46,11 @@ class RunKeys:
         return self._key(f"g:{producer}:{seq}")
 
     @property
+    def all_payloads(self) -> bytes:
+        """Pattern of every :meth:`payload` of this run (run ids hold no wildcard)."""
+        return self._key("g:*")
+
+    @property
     def accepted(self) -> bytes:
         """Hash: producer -> last sequence number accepted."""
         return self._key("prod")

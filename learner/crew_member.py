@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.config import RunConfig
 from lambdapo_async.objective.advantage import group_confidence
@@ -47,6 +49,7 @@ def load_trainees(config: RunConfig, origin: Origin, ranks: Ranks) -> tuple[Poli
         ConfigError: a model that cannot be loaded or trained.
         CheckpointError: the checkpoint is of another model.
     """
+    torch.manual_seed(config.seed)  # new adapters are drawn, and alike in whatever process a run begins
     device, temperature = pick_device(config.learner.device), config.sampling.temperature
     reference = None
     if config.objective.kl.coefficient > 0:

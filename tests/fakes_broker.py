@@ -17,6 +17,7 @@ from lambdapo_async.broker.interface import (
     EnqueueReply,
     EnqueueStatus,
     Heartbeat,
+    Marks,
     Phase,
     QueueStats,
     RunLimits,
@@ -48,6 +49,11 @@ class FakeRedisRun:
     admitted: int = 0
     consumed: int = 0
     frontier: int = 0
+    is_open: bool = False
+    """Whether its learner has initialised this incarnation of the server."""
+    ticks: int = 0
+    learner_silent_s: float = 0.0
+    full: int = 0
     late: int = 0
     quarantined: int = 0
     config: bytes | None = None
@@ -75,10 +81,19 @@ class FakeRedisRun:
         self.epoch = self.epoch or uuid.uuid4().hex
 
     def check_fence(self, fence: int) -> None:
-        if self.fence is None:
+        if self.fence is None or self.fence < fence:
             raise LostDataError("this Redis does not hold the run any more")
         if self.fence != fence:
             raise FencedError(f"another learner owns the run now (fence {self.fence})")
+
+    def restart(self) -> None:
+        """The server comes back with all its data."""
+        self.is_open = False
+
+    def check_synced(self, fence: int, ticks: int) -> None:
+        self.check_fence(fence)
+        if not self.is_open or self.ticks < ticks:
+            raise LostDataError("Redis is not as its learner left it")
 
     def put_in_front(self, leases: Sequence[Lease]) -> None:
         for lease in reversed(leases):
@@ -99,19 +114,24 @@ class FakeAdmission:
     def lease(self, max_count: int) -> tuple[Lease, ...]:
         state = self._state
         with state.lock:
-            if state.phase != "running" or state.limits is None:
+            if state.phase != "running" or state.limits is None or not state.is_open:
                 return ()
             now = time.monotonic()
             expired = [lease for lease, (_, expiry) in state.held.items() if expiry <= now]
             state.put_in_front(sorted(expired, key=lambda lease: (state.held[lease][1], lease.id)))
+            limits = state.limits
+            room = min(limits.max_groups - len(state.queue), (limits.max_bytes - state.num_bytes) // limits.group_bytes)
+            max_count = min(max_count, room - len(state.held))
             granted: list[Lease] = []
             for line in (state.lines["heldout"], state.lines["train"]):
                 while line and len(granted) < max_count:
                     granted.append(line.popleft())
             while len(granted) < max_count and state.admitted - state.consumed < state.limits.capacity:
-                granted.append(Lease("train", state.frontier))
+                lease = Lease("train", state.frontier)
                 state.frontier += 1
-                state.admitted += 1
+                if lease not in state.answered:
+                    granted.append(lease)
+                    state.admitted += 1
             for lease in granted:
                 state.held[lease] = (self._actor_id, now + state.limits.lease_s)
             return tuple(granted)
@@ -119,6 +139,8 @@ class FakeAdmission:
     def renew(self, leases: Sequence[Lease]) -> tuple[Lease, ...]:
         state = self._state
         with state.lock:
+            if not state.is_open:
+                return ()
             lost = tuple(lease for lease in leases if state.held.get(lease, ("",))[0] != self._actor_id)
             for lease in set(leases) - set(lost):
                 assert state.limits is not None
@@ -145,13 +167,21 @@ class FakeRolloutSink:
                 self._accept(descriptor, payload)
             return EnqueueReply(status, state.accepted.get(producer, 0), state.committed.get(producer, 0), state.epoch)
 
+    def marks(self, producer: str) -> Marks:
+        state = self._state
+        with state.lock:
+            accepted, committed = state.accepted.get(producer, 0), state.committed.get(producer, 0)
+            return Marks(state.is_open, accepted, committed, state.epoch)
+
     def _status(self, descriptor: Descriptor, payload: bytes, epoch: str) -> EnqueueStatus:
         state = self._state
         last = state.accepted.get(descriptor.producer, 0)
-        if epoch != state.epoch or state.limits is None:
-            return EnqueueStatus.EPOCH
         if descriptor.seq <= last:
             return EnqueueStatus.DUP
+        if not state.is_open or state.limits is None:
+            return EnqueueStatus.WAIT
+        if epoch != state.epoch:
+            return EnqueueStatus.EPOCH
         if descriptor.seq != last + 1:
             return EnqueueStatus.GAP
         holder = state.held.get(descriptor.lease, (None,))[0]
@@ -160,11 +190,14 @@ class FakeRolloutSink:
             state.late += 1
             if ours:
                 del state.held[descriptor.lease]
+                state.admitted -= descriptor.lease.split == "train"
             return EnqueueStatus.LATE
         if len(payload) > state.limits.max_bytes:
             raise BrokerError(f"group {descriptor.lease.id} has {len(payload)} bytes, more than broker.max_bytes")
-        full = len(state.queue) >= state.limits.max_groups or state.num_bytes + len(payload) > state.limits.max_bytes
-        return EnqueueStatus.FULL if full else EnqueueStatus.OK
+        if len(state.queue) >= state.limits.max_groups or state.num_bytes + len(payload) > state.limits.max_bytes:
+            state.full += 1
+            return EnqueueStatus.FULL
+        return EnqueueStatus.OK
 
     def _accept(self, descriptor: Descriptor, payload: bytes) -> None:
         state, lease = self._state, descriptor.lease
@@ -185,42 +218,70 @@ class FakeRolloutSource:
     def __init__(self, state: FakeRedisRun, owner: str, fence: int, limits: RunLimits) -> None:
         self._state, self._owner, self._fence, self._limits = state, owner, fence, limits
         self._received: dict[str, int] = {}
+        self._ticks = 0
 
     def initialise(self, durable: Durable) -> None:
         state = self._state
         with state.lock:
             state.take_over(self._fence, self._owner)
             state.limits = self._limits
-            self.commit(durable.watermarks)
-            state.lines["heldout"].clear()
-            state.frontier = max(state.frontier, durable.next_index)
-            missing = [Lease("train", at) for at in (*durable.holes, *range(durable.next_index, state.frontier))]
-            state.held = {lease: held for lease, held in state.held.items() if self._is_wanted(lease, missing)}
-            queued = [one.descriptor.lease for one in state.queue if one.descriptor.lease.split == "train"]
-            elsewhere = [*(lease for lease in state.held if lease.split == "train"), *queued]
-            in_line = [lease for lease in state.lines["train"] if lease in missing and lease not in elsewhere]
-            lost = [lease for lease in missing if lease not in elsewhere and lease not in in_line]
-            state.lines["train"] = deque(dict.fromkeys(lost + in_line))
-            state.answered -= set(state.lines["train"])
-            state.consumed = durable.consumed
-            state.admitted = durable.consumed + durable.waiting + len(elsewhere) + len(state.lines["train"])
-            self._received = dict(durable.watermarks)
+            self._sort_out(durable.watermarks)
+            self._recount(durable)
+            state.is_open = True
+            state.ticks += 1
+            self._ticks, self._received = state.ticks, dict(durable.watermarks)
 
-    @staticmethod
-    def _is_wanted(lease: Lease, missing: Collection[Lease]) -> bool:
-        return lease.split == "heldout" or lease in missing
+    def _sort_out(self, watermarks: Mapping[str, int]) -> None:
+        state, kept = self._state, list[Delivery]()
+        accepted = dict.fromkeys(state.accepted, 0) | dict(watermarks)
+        for one in state.queue:
+            if one.descriptor.seq == accepted.get(one.descriptor.producer, 0) + 1:
+                accepted[one.descriptor.producer] = one.descriptor.seq
+                kept.append(one)
+        state.queue, state.accepted = kept, accepted
+        for producer in accepted:
+            state.committed[producer] = max(state.committed.get(producer, 0), watermarks.get(producer, 0))
+
+    def _recount(self, durable: Durable) -> None:
+        state = self._state
+        state.lines["heldout"].clear()
+        state.frontier = max(state.frontier, durable.next_index)
+        missing = [Lease("train", at) for at in (*durable.holes, *range(durable.next_index, state.frontier))]
+        queued = [one.descriptor.lease for one in state.queue if one.descriptor.lease.split == "train"]
+        expiry = time.monotonic() + self._limits.lease_s
+        state.held = {
+            lease: (holder, expiry)
+            for lease, (holder, _) in state.held.items()
+            if lease.split == "heldout" or (lease in missing and lease not in queued)
+        }
+        elsewhere = [*(lease for lease in state.held if lease.split == "train"), *queued]
+        in_line = [lease for lease in state.lines["train"] if lease in missing and lease not in elsewhere]
+        lost = [lease for lease in missing if lease not in elsewhere and lease not in in_line]
+        state.lines["train"] = deque(dict.fromkeys(lost + in_line))
+        state.answered = {lease for lease in state.answered if self._is_answered(lease, missing, queued)}
+        state.consumed = durable.consumed
+        state.admitted = durable.consumed + durable.waiting + len(elsewhere) + len(state.lines["train"])
+
+    def _is_answered(self, lease: Lease, missing: Sequence[Lease], queued: Sequence[Lease]) -> bool:
+        is_lost = lease not in queued and (lease in missing or lease.index >= self._state.frontier)
+        return lease.split == "heldout" or not is_lost
 
     def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
         deadline = time.monotonic() + timeout_s
         while True:
             with self._state.lock:
-                self._state.check_fence(self._fence)
+                self._state.check_synced(self._fence, self._ticks)
                 unread = [delivery for delivery in self._state.queue if self._is_unread(delivery.descriptor)]
                 for delivery in unread[:max_groups]:
-                    self._received[delivery.descriptor.producer] = delivery.descriptor.seq
+                    self._take(delivery.descriptor)
             if unread or time.monotonic() >= deadline:
                 return unread[:max_groups]
             time.sleep(_POLL_S)
+
+    def _take(self, descriptor: Descriptor) -> None:
+        if descriptor.seq != self._received.get(descriptor.producer, 0) + 1:
+            raise LostDataError(f"group {descriptor.seq} of {descriptor.producer} does not follow")
+        self._received[descriptor.producer] = descriptor.seq
 
     def release(self, consumed: int) -> None:
         with self._state.lock:
@@ -230,7 +291,9 @@ class FakeRolloutSource:
     def commit(self, watermarks: Mapping[str, int], *, duplicates: Collection[tuple[str, int]] = ()) -> None:
         state = self._state
         with state.lock:
-            state.check_fence(self._fence)
+            state.check_synced(self._fence, self._ticks)
+            state.ticks += 1
+            self._ticks = state.ticks
             for producer, mark in watermarks.items():
                 for marks in (state.accepted, state.committed):
                     marks[producer] = max(marks.get(producer, 0), mark)
@@ -348,7 +411,8 @@ class FakeRunStore:
                 raise RunNotFoundError(f"this Redis holds no run {self._run_id!r}: check the run id and the URL")
             if state.schema != SCHEMA:
                 raise RunNotFoundError(f"run {self._run_id} speaks schema {state.schema}, this version speaks {SCHEMA}")
-            return RunState(state.phase, state.epoch, -1 if state.head is None else state.head, state.schema)
+            version = -1 if state.head is None else state.head
+            return RunState(state.phase, state.epoch, version, state.schema, state.learner_silent_s)
 
     def set_phase(self, phase: Phase, *, fence: int) -> None:
         with self._state.lock:

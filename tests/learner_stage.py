@@ -15,6 +15,7 @@ from lambdapo_async.config import RunConfig
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.records import GroupRecord, Record, StepRecord
 from lambdapo_async.metrics import MetricRow, read_metrics
+from lambdapo_async.report.run_folder import write_header
 from lambdapo_async.rollout import RolloutGroup
 from lambdapo_async.tasks.interface import Row
 from lambdapo_async.weights.canary import Canary
@@ -78,6 +79,7 @@ class Stage:
     def __init__(self, run: FakeRun, folder: Path, settings: RunConfig, ranks: Ranks = ALONE) -> None:
         self.run = run = FakeRun("run", run.shared)
         self.folder = folder
+        write_header(folder, "run", settings)
         checkpoints = CheckpointStore(folder / "checkpoints", ranks)
         fence = checkpoints.take_fence()
         run.run_store.take_over(fence=fence)

@@ -27,6 +27,13 @@ class LossyProxy:
         with self._lock:
             self._to_lose = count
 
+    def forward_to(self, target: str) -> None:
+        """Connections from now on lead to another server, as after a failover; open ones are cut."""
+        self._target = target.removeprefix("unix://")
+        for one in self._open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         for one in (self._listener, *self._open):
             with contextlib.suppress(OSError):

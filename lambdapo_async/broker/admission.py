@@ -27,10 +27,13 @@ class RedisAdmission:
         keys = self._keys
         return _leases(
             self._lease(
-                [keys.state, keys.leases, keys.holders, keys.todo, keys.heldout, keys.grant(self._actor_id)],
+                [
+                    keys.state, keys.leases, keys.holders, keys.todo, keys.heldout, keys.grant(self._actor_id),
+                    keys.queue, keys.answered,
+                ],
                 [self._actor_id, max_count, uuid.uuid4().hex],
             )
-        )
+        )  # fmt: skip
 
     def renew(self, leases: Sequence[Lease]) -> tuple[Lease, ...]:
         """Push the expiry of held leases; returns those that are no longer ours."""

@@ -14,6 +14,9 @@ import redis
 from lambdapo_async.broker.connection import BrokerRefusedError, connect, redact
 from lambdapo_async.errors import BrokerError, BrokerUnavailable
 
+_SILENT = "did not answer"
+_DEMOTED = "took no writes (it is a replica)"
+_FULL = "was out of memory (raise its maxmemory or lower broker.max_bytes)"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
 
@@ -25,6 +28,10 @@ class Broker:
         # One reply may take a third of the deadline, so that a lost one leaves time to ask again.
         self._reply_timeout_s = timeout_s / 3
         self._client = connect(url, timeout_s=self._reply_timeout_s)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Change the deadline of calls, the running ones included; how long one reply may take stays."""
+        self._timeout_s = seconds
 
     @property
     def longest_block_s(self) -> float:
@@ -41,9 +48,9 @@ class Broker:
         The reply is untyped because redis-py's own types leave open whether replies are decoded; ours never are.
 
         Raises:
-            BrokerUnavailable: still no answer at the deadline.
+            BrokerUnavailable: still no answer at the deadline, or a full Redis, or one that takes no writes.
             BrokerRefusedError: wrong password, missing right, or not a Redis.
-            BrokerError: Redis rejected the command, for example because it is out of memory.
+            BrokerError: Redis rejected the command.
         """
         started, pause_s = time.monotonic(), _FIRST_PAUSE_S
         while True:
@@ -51,15 +58,17 @@ class Broker:
                 return operation(self._client)
             except (redis.AuthenticationError, redis.exceptions.AuthorizationError) as error:
                 raise BrokerRefusedError(f"{self._shown_url}: {error}: check user and password of the URL") from error
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except redis.RedisError as error:
+                problem = _passing(error)
+                if problem is None:
+                    raise self._refusal(error) from error
                 elapsed_s = time.monotonic() - started
                 if elapsed_s + pause_s > self._timeout_s:
                     raise BrokerUnavailable(
-                        f"{self._shown_url} did not answer for {elapsed_s:.1f} s "
-                        f"(deadline {self._timeout_s:g} s): {error}"
+                        f"{self._shown_url} {problem} for {elapsed_s:.1f} s (deadline {self._timeout_s:g} s): {error}"
                     ) from error
-            except redis.RedisError as error:
-                raise self._refusal(error) from error
+                if problem == _DEMOTED:
+                    self._client.connection_pool.disconnect()  # a new connection may find the new primary
             time.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -69,8 +78,18 @@ class Broker:
                 return BrokerRefusedError(f"{self._shown_url} does not speak the Redis protocol: {error}")
             case redis.exceptions.NoPermissionError():
                 return BrokerRefusedError(f"{self._shown_url}: {error}: check the rights of the URL's user")
-            case redis.OutOfMemoryError():
-                return BrokerError(f"{self._shown_url} is out of memory: raise its maxmemory or lower broker.max_bytes")
             case redis.ResponseError() if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
                 return BrokerRefusedError(f"{self._shown_url}: {error}: check user and password of the URL")
         return BrokerError(f"{self._shown_url} answered: {error}")
+
+
+def _passing(error: redis.RedisError) -> str | None:
+    """What is wrong, if waiting may help: a restart, a failover, a learner that will make room."""
+    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+        return _SILENT
+    # Inside a script the server wraps its own errors in text.
+    if isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error):
+        return _FULL
+    if isinstance(error, redis.ReadOnlyError) or "READONLY You can't write" in str(error) or "MASTERDOWN" in str(error):
+        return _DEMOTED
+    return None

@@ -1,19 +1,29 @@
--- Accept one group: payload, descriptor, number and bytes, all or nothing.
+-- Accept one group whose payload was put down a moment ago, with an expiry: descriptor, number and bytes, all or nothing.
 -- KEYS[1] = state, KEYS[2] = queue, KEYS[3] = accepted, KEYS[4] = committed, KEYS[5] = leases, KEYS[6] = holders,
 -- KEYS[7] = todo, KEYS[8] = heldout, KEYS[9] = answered, KEYS[10] = payload
 -- ARGV[1] = epoch, ARGV[2] = producer, ARGV[3] = seq, ARGV[4] = lease id, ARGV[5] = min version,
--- ARGV[6] = mean reward, ARGV[7] = payload, ARGV[8] = answered ids kept
-local producer, seq, lease, size = ARGV[2], tonumber(ARGV[3]), ARGV[4], #ARGV[7]
-local state = redis.call('HMGET', KEYS[1], 'epoch', 'bytes', 'max_groups', 'max_bytes')
+-- ARGV[6] = mean reward, ARGV[7] = payload's bytes, ARGV[8] = answered ids kept
+local producer, seq, lease, size = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[7])
+local state = redis.call('HMGET', KEYS[1], 'epoch', 'bytes', 'max_groups', 'max_bytes', 'server')
 local last = tonumber(redis.call('HGET', KEYS[3], producer) or '0')
 local committed = tonumber(redis.call('HGET', KEYS[4], producer) or '0')
 local epoch = state[1] or ''
 local function answer(status) return {status, last, committed, epoch} end
+local function refuse(status)
+  redis.call('UNLINK', KEYS[10])
+  return answer(status)
+end
 
-if epoch ~= ARGV[1] or not state[3] then return answer('EPOCH') end
-if seq <= last then return answer('DUP') end
-if seq ~= last + 1 then return answer('GAP') end
+if seq <= last then
+  -- A repeated offer; its payload belongs to the entry in the queue, and a repeated one may replace a lost one.
+  if seq > committed then redis.call('PERSIST', KEYS[10]) else redis.call('UNLINK', KEYS[10]) end
+  return answer('DUP')
+end
+if state[5] ~= server_id() then return refuse('WAIT') end
+if epoch ~= ARGV[1] then return refuse('EPOCH') end
+if seq ~= last + 1 then return refuse('GAP') end
 
+local is_training = string.sub(lease, 1, 6) == 'train:'
 local holder = redis.call('HGET', KEYS[6], lease)
 -- A producer is its actor's id, a dot and a number.
 local ours = holder and (holder == producer or string.sub(producer, 1, #holder + 1) == holder .. '.')
@@ -23,16 +33,19 @@ if (holder and not ours) or redis.call('ZSCORE', KEYS[9], lease) then
   if ours then
     redis.call('ZREM', KEYS[5], lease)
     redis.call('HDEL', KEYS[6], lease)
+    if is_training then redis.call('HINCRBY', KEYS[1], 'admitted', -1) end
   end
-  return answer('LATE')
+  return refuse('LATE')
 end
 
-if size > tonumber(state[4]) then return answer('TOO_BIG') end
+if size > tonumber(state[4]) then return refuse('TOO_BIG') end
 if redis.call('XLEN', KEYS[2]) >= tonumber(state[3]) or tonumber(state[2] or '0') + size > tonumber(state[4]) then
-  return answer('FULL')
+  redis.call('HINCRBY', KEYS[1], 'full', 1)
+  return refuse('FULL')
 end
+-- It expired on its way, or is another group's that was never accepted.
+if redis.call('STRLEN', KEYS[10]) ~= size then return refuse('AGAIN') end
 
-local is_training = string.sub(lease, 1, 6) == 'train:'
 if ours then
   redis.call('ZREM', KEYS[5], lease)
   redis.call('HDEL', KEYS[6], lease)
@@ -40,12 +53,12 @@ elseif redis.call('LREM', is_training and KEYS[7] or KEYS[8], 1, lease) == 0 and
   -- Redis forgot this lease: it counts for the gate like any other.
   redis.call('HINCRBY', KEYS[1], 'admitted', 1)
 end
-redis.call('SET', KEYS[10], ARGV[7])
+redis.call('PERSIST', KEYS[10])
 redis.call('XADD', KEYS[2], '*', 'p', producer, 's', seq, 'l', lease, 'v', ARGV[5], 'n', size, 'r', ARGV[6])
 redis.call('HSET', KEYS[3], producer, seq)
 redis.call('HINCRBY', KEYS[1], 'bytes', size)
-local time = redis.call('TIME')
-redis.call('ZADD', KEYS[9], time[1] * 1000 + math.floor(time[2] / 1000), lease)
+redis.call('HINCRBY', KEYS[1], 'queued', 1)
+redis.call('ZADD', KEYS[9], now_ms(), lease)
 redis.call('ZREMRANGEBYRANK', KEYS[9], 0, -(tonumber(ARGV[8]) + 1))
 last = seq
 return answer('OK')

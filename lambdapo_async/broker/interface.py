@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from lambdapo_async.config import RunConfig
+from lambdapo_async.group_bytes import largest_group
 from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.manifest import NewFile
@@ -30,6 +31,8 @@ class RunLimits:
     groups_per_step: int
     max_groups: int
     max_bytes: int
+    group_bytes: int
+    """Most bytes that an answer can have: a lease reserves as many."""
     lease_s: float
 
     @property
@@ -45,6 +48,7 @@ class RunLimits:
             groups_per_step=config.rollout.groups_per_step,
             max_groups=config.broker.max_groups,
             max_bytes=config.broker.max_bytes,
+            group_bytes=largest_group(config),
             lease_s=config.broker.lease_s,
         )
 
@@ -58,9 +62,11 @@ class EnqueueStatus(StrEnum):
     GAP = "GAP"
     """Redis lost earlier ones: offer again from ``last + 1``."""
     FULL = "FULL"
-    """No room in groups or bytes: wait and offer again."""
+    """No room in groups or bytes: wait and offer again. An answer to a lease that Redis knows always has room."""
     EPOCH = "EPOCH"
-    """The queue was declared untrustworthy: offer again from ``committed + 1``."""
+    """Redis came back empty and its learner filled it anew: offer again from ``committed + 1``."""
+    WAIT = "WAIT"
+    """Redis restarted and its learner has not come back to it yet: nothing is accepted until then."""
     LATE = "LATE"
     """Refused for good: the lease had expired and another actor holds or answered the prompt; the number is free."""
 
@@ -76,6 +82,19 @@ class EnqueueReply:
     """Last sequence number that is durable at the learner."""
     epoch: str
     """The queue's epoch now; use it in the next offer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What the queue knows of a producer."""
+
+    is_open: bool
+    """Whether offers are accepted: the learner has initialised this incarnation of the server."""
+    last: int
+    """Last sequence number accepted; less than before when Redis lost groups."""
+    committed: int
+    """Last sequence number that is durable at the learner."""
+    epoch: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +189,8 @@ class RunState:
     version: int
     """Newest policy version published; -1 before the first."""
     schema: int
+    learner_silent_s: float
+    """Since the learner's last sign of life, by the server's clock."""
 
 
 class Admission(Protocol):
@@ -179,7 +200,7 @@ class Admission(Protocol):
         """At most ``max_count`` leases: held-out ones first, then returned ones, then new ones.
 
         Training leases are granted while admitted < (max_staleness + 1) * groups_per_step; empty means the
-        gate is closed or the run is not ``running``.
+        gate is closed, the queue has no room for one answer more, or the run is not ``running``.
         """
 
     def renew(self, leases: Sequence[Lease]) -> tuple[Lease, ...]:
@@ -194,6 +215,9 @@ class RolloutSink(Protocol):
 
     def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
         """Offer one group; the same sequence number may be offered any number of times."""
+
+    def marks(self, producer: str) -> Marks:
+        """What the queue knows of ``producer``: asked while there is nothing to offer, or offers are refused."""
 
 
 class RolloutSource(Protocol):

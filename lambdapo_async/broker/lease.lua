@@ -1,24 +1,29 @@
 -- Grant leases: held-out ones, then returned ones, then new ones as far as the gate is open.
--- KEYS[1] = state, KEYS[2] = leases, KEYS[3] = holders, KEYS[4] = todo, KEYS[5] = heldout, KEYS[6] = the actor's last grant
+-- Each lease is also the promise of room in the queue for its answer: no group is sampled that could be refused.
+-- KEYS[1] = state, KEYS[2] = leases, KEYS[3] = holders, KEYS[4] = todo, KEYS[5] = heldout, KEYS[6] = the actor's last grant,
+-- KEYS[7] = queue, KEYS[8] = answered
 -- ARGV[1] = actor id, ARGV[2] = leases wanted, ARGV[3] = request id
-local state = redis.call('HMGET', KEYS[1], 'phase', 'lease_ms', 'capacity', 'admitted', 'consumed', 'frontier')
-if state[1] ~= 'running' or not state[2] then return {} end
+local state = redis.call('HMGET', KEYS[1], 'phase', 'lease_ms', 'capacity', 'admitted', 'consumed', 'frontier',
+                         'server', 'bytes', 'max_bytes', 'group_bytes', 'max_groups')
+if state[1] ~= 'running' or state[7] ~= server_id() then return {} end
 local actor, wanted, lease_ms = ARGV[1], tonumber(ARGV[2]), tonumber(state[2])
 local capacity, admitted, consumed, frontier =
   tonumber(state[3]), tonumber(state[4]), tonumber(state[5]), tonumber(state[6])
 
--- The reply to this very request was lost: the same leases again.
+-- The reply to this very request was lost: the same leases again, those that are still the actor's.
 local last_grant = redis.call('GET', KEYS[6])
 if last_grant then
   last_grant = cjson.decode(last_grant)
   if last_grant[1] == ARGV[3] then
-    table.remove(last_grant, 1)
-    return last_grant
+    local still = {}
+    for i = 2, #last_grant do
+      if redis.call('HGET', KEYS[3], last_grant[i]) == actor then still[#still + 1] = last_grant[i] end
+    end
+    return still
   end
 end
 
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 -- What expired goes to the front of its line, the oldest first.
 local expired = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 1000)
 for i = #expired, 1, -1 do
@@ -28,6 +33,9 @@ for i = #expired, 1, -1 do
 end
 if #expired > 0 then redis.call('HINCRBY', KEYS[1], 'expired', #expired) end
 
+local room = math.min(tonumber(state[11]) - redis.call('XLEN', KEYS[7]),
+                      math.floor((tonumber(state[9]) - tonumber(state[8])) / tonumber(state[10])))
+wanted = math.min(wanted, room - redis.call('ZCARD', KEYS[2]))
 local granted = {}
 for _, line in ipairs({KEYS[5], KEYS[4]}) do
   while #granted < wanted do
@@ -37,8 +45,13 @@ for _, line in ipairs({KEYS[5], KEYS[4]}) do
   end
 end
 while #granted < wanted and admitted - consumed < capacity do
-  granted[#granted + 1] = 'train:0:' .. string.format('%.0f', frontier)
-  frontier, admitted = frontier + 1, admitted + 1
+  local id = 'train:0:' .. string.format('%.0f', frontier)
+  frontier = frontier + 1
+  -- An actor may have answered it before Redis lost everything and forgot it.
+  if not redis.call('ZSCORE', KEYS[8], id) then
+    granted[#granted + 1] = id
+    admitted = admitted + 1
+  end
 end
 redis.call('HSET', KEYS[1], 'frontier', frontier, 'admitted', admitted)
 for _, id in ipairs(granted) do

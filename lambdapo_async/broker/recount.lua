@@ -27,13 +27,27 @@ for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
   end
 end
 
+-- Answers that were lost since: the next ones are welcome.
+for _, id in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
+  local index = tonumber(string.match(id, '^train:0:(%d+)$'))
+  if index and not is_there[id] and (is_open[id] or index >= frontier) then redis.call('ZREM', KEYS[7], id) end
+end
+
+local is_leased, expiry = {}, now_ms() + tonumber(redis.call('HGET', KEYS[1], 'lease_ms'))
 for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-  if is_stale(id) then
+  if is_stale(id) or is_there[id] or redis.call('HEXISTS', KEYS[4], id) == 0 then
     redis.call('ZREM', KEYS[3], id)
-    redis.call('HDEL', KEYS[4], id)
-  elseif string.sub(id, 1, 6) == 'train:' then
-    training, is_there[id] = training + 1, true
+  else
+    is_leased[id] = true
+    if string.sub(id, 1, 6) == 'train:' then
+      training, is_there[id] = training + 1, true
+    end
+    -- Its actor could not renew it while the queue was closed.
+    redis.call('ZADD', KEYS[3], expiry, id)
   end
+end
+for _, id in ipairs(redis.call('HKEYS', KEYS[4])) do
+  if not is_leased[id] then redis.call('HDEL', KEYS[4], id) end
 end
 
 -- Lost ones first, then what was in line already.
@@ -48,11 +62,7 @@ for _, id in ipairs(in_line) do
   end
 end
 redis.call('DEL', KEYS[5])
-for _, id in ipairs(line) do
-  redis.call('RPUSH', KEYS[5], id)
-  -- An answer that was lost since: the next one is welcome.
-  redis.call('ZREM', KEYS[7], id)
-end
+for _, id in ipairs(line) do redis.call('RPUSH', KEYS[5], id) end
 
 -- Held-out answers that the last learner asked for: nobody waits for them any more.
 redis.call('DEL', KEYS[6])

@@ -1,7 +1,7 @@
 """The actor's end of the rollout queue over Redis."""
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus
+from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
 from lambdapo_async.broker.script import Script, as_text
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
@@ -10,33 +10,50 @@ ANSWERED_KEPT = 65_536
 """Answered leases remembered, to tell a late answer from a first one."""
 
 
+_OFFER_EXPIRY_S = 300
+"""A payload whose offer was cut off half-way goes by itself."""
+
+
 class RedisRolloutSink:
     """The actor's end (see ``interface.RolloutSink``)."""
 
     def __init__(self, broker: Broker, keys: RunKeys) -> None:
         self._keys = keys
         self._enqueue = Script(broker, "enqueue")
+        self._marks = Script(broker, "marks")
 
     def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
         """Offer one group.
 
-        ``LATE`` does not use the number up: the next group takes it. Whether a lease was answered before is known for
-        the last 65,536 answers.
+        The payload travels outside the script, which would copy it; it expires unless the script accepts it, and it
+        never replaces an accepted one. ``LATE`` does not use the number up: the next group takes it. Whether a lease
+        was answered before is known for the last 65,536 answers.
 
         Raises:
             BrokerError: the group alone is larger than ``broker.max_bytes``.
         """
         keys, lease_id = self._keys, descriptor.lease.id
-        status, last, committed, current_epoch = self._enqueue(
-            [
-                keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
-                keys.todo, keys.heldout, keys.answered, keys.payload(descriptor.producer, descriptor.seq),
-            ],
-            [
-                epoch, descriptor.producer, descriptor.seq, lease_id, descriptor.min_version,
-                descriptor.mean_reward, payload, ANSWERED_KEPT,
-            ],
-        )  # fmt: skip
+        payload_key = keys.payload(descriptor.producer, descriptor.seq)
+        while True:
+            _, (status, last, committed, current_epoch) = self._enqueue.after(
+                lambda pipeline: pipeline.set(payload_key, payload, nx=True, ex=_OFFER_EXPIRY_S),
+                [
+                    keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
+                    keys.todo, keys.heldout, keys.answered, payload_key,
+                ],
+                [
+                    epoch, descriptor.producer, descriptor.seq, lease_id, descriptor.min_version,
+                    descriptor.mean_reward, len(payload), ANSWERED_KEPT,
+                ],
+            )  # fmt: skip
+            if status != b"AGAIN":
+                break
         if status == b"TOO_BIG":
             raise BrokerError(f"group {lease_id} has {len(payload)} bytes, more than all of broker.max_bytes: raise it")
         return EnqueueReply(EnqueueStatus(as_text(status)), int(last), int(committed), as_text(current_epoch))
+
+    def marks(self, producer: str) -> Marks:
+        """What the queue knows of a producer."""
+        keys = self._keys
+        status, last, committed, epoch = self._marks([keys.state, keys.accepted, keys.committed], [producer])
+        return Marks(status == b"OK", int(last), int(committed), as_text(epoch))

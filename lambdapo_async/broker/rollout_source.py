@@ -1,8 +1,9 @@
 """The learner's end of the rollout queue over Redis: descriptors in a stream, payloads beside it.
 
-Entries stay until they are committed; a restarted learner reads them again from the start.
+Entries stay until they are committed; after ``initialise`` they are read again from the start.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,16 +11,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import redis
 
 from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read_name
 from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats, RunLimits
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.script import Script, fence_error
-from lambdapo_async.errors import BrokerError, LostDataError, WireFormatError
+from lambdapo_async.broker.script import Argument, Script, fence_error
+from lambdapo_async.broker.settlement import Settlement
+from lambdapo_async.errors import LostDataError, WireFormatError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
 
-StreamEntry = tuple[bytes, dict[bytes, bytes]]
-_Removal = tuple[bytes, str, int, bool]
-"""Stream id, producer, sequence number, and whether the group was received before under another number."""
+logger = logging.getLogger(__name__)
 
 MAX_QUARANTINED = 256
 """Quarantined groups kept; older ones go, the count stays."""
@@ -27,7 +28,6 @@ MAX_QUARANTINED_BYTES = 1024**2
 """Kept of each payload, from its beginning."""
 _FETCH_BYTES = 16 * 1024**2  # one pipeline's replies: well below the server's output buffer limit of 64 MB
 _REMOVED_AT_ONCE = 512
-_SCANNED_AT_ONCE = 1024
 _FROM_THE_START = b"0-0"
 
 
@@ -35,65 +35,55 @@ class RedisRolloutSource:
     """The learner's end (see ``interface.RolloutSource``). One thread reads; the other calls may come from any."""
 
     def __init__(self, broker: Broker, keys: RunKeys, ownership: Ownership, fence: int, limits: RunLimits) -> None:
-        self._broker, self._keys, self._ownership = broker, keys, ownership
-        self._fence, self._limits = fence, limits
-        self._raise_marks = Script(broker, "raise_marks", fenced=True)
-        self._remove = Script(broker, "remove", fenced=True)
-        self._recount = Script(broker, "recount", fenced=True)
+        self._broker, self._keys, self._fence = broker, keys, fence
+        self._settlement = Settlement(broker, keys, ownership, fence, limits)
+        self._check = Script(broker, "check", synced=True)
+        self._commit = Script(broker, "commit", synced=True)
         self._consumed = Script(broker, "consumed", fenced=True)
         self._quarantine = Script(broker, "quarantine", fenced=True)
         self._request = Script(broker, "request_heldout", fenced=True)
-        self._cursor = _FROM_THE_START
+        self._synced = [keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders]
+        self._cursor, self._ticks = _FROM_THE_START, 0
         self._received: dict[str, int] = {}
+        self._committed: dict[str, int] = {}
         self._uncommitted: dict[tuple[str, int], bytes] = {}
         self._lock = threading.Lock()
 
     def initialise(self, durable: Durable) -> None:
         """Make Redis agree with ``durable``. Every step may be repeated: a crash in between is healed by the next."""
-        keys, limits, watermarks = self._keys, self._limits, durable.watermarks
-        fields = {
-            "capacity": limits.capacity,
-            "max_groups": limits.max_groups,
-            "max_bytes": limits.max_bytes,
-            "lease_ms": int(limits.lease_s * 1000),
-        }
-        self._ownership.take_over(self._fence, fields)
-        marks = [argument for pair in watermarks.items() for argument in pair]
-        self._raise_marks([keys.state, keys.accepted, keys.committed], [self._fence, *marks])
-        durable_entries = [
-            (entry_id, descriptor.producer, descriptor.seq, False)
-            for entry_id, descriptor in self._scan()
-            if descriptor.seq <= watermarks.get(descriptor.producer, 0)
-        ]
-        self._delete(durable_entries)
-        self._recount(
-            [keys.state, keys.queue, keys.leases, keys.holders, keys.todo, keys.heldout, keys.answered],
-            [self._fence, durable.consumed, durable.waiting, durable.next_index, *durable.holes],
-        )
+        ticks = self._settlement.settle(durable)
         with self._lock:
-            self._cursor = _FROM_THE_START
-            self._received = dict(watermarks)
+            self._cursor, self._ticks = _FROM_THE_START, ticks
+            self._received, self._committed = dict(durable.watermarks), dict(durable.watermarks)
             self._uncommitted = {}
 
     def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
         """Groups not read before, oldest first.
 
+        An entry that is no descriptor is quarantined, and its number counts as received.
+
         Raises:
             FencedError: another learner came.
-            LostDataError: a number or a payload is missing.
+            LostDataError: Redis is not as ``initialise`` left it, or a number or a payload is missing.
         """
         entries = self._wait_for_entries(max_groups, timeout_s)
-        descriptors = [_descriptor(fields) for _, fields in entries]
-        payloads = self._payloads(descriptors)
-        # Before anything is believed missing: a new learner deletes what its checkpoint holds.
-        self._check_fence(self._broker.call(lambda client: client.hget(self._keys.state, "fence")))
-        self._check_consecutive(descriptors)
-        deliveries = [_delivery(*pair) for pair in zip(descriptors, payloads, strict=True)]
-        with self._lock:
-            for (entry_id, _), descriptor in zip(entries, descriptors, strict=True):
-                self._uncommitted[descriptor.producer, descriptor.seq] = entry_id
-                self._received[descriptor.producer] = descriptor.seq
-                self._cursor = entry_id
+        descriptors = [_described(fields) for _, fields in entries]
+        payloads = iter(self._payloads([one for one in descriptors if one is not None]))
+        received, names, deliveries = dict(self._received), list[tuple[str, int]](), list[Delivery]()
+        for (_, fields), descriptor in zip(entries, descriptors, strict=True):
+            if descriptor is None:
+                producer, seq = self._set_entry_aside(fields)
+            else:
+                producer, seq = descriptor.producer, descriptor.seq
+                deliveries.append(_delivery(descriptor, next(payloads)))
+            if seq != received.get(producer, 0) + 1:
+                raise LostDataError(f"group {seq} of {producer} follows {received.get(producer, 0)}: Redis lost data")
+            received[producer] = seq
+            names.append((producer, seq))
+        if entries:
+            with self._lock:
+                self._cursor, self._received = entries[-1][0], received
+                self._uncommitted |= {name: entry_id for name, (entry_id, _) in zip(names, entries, strict=True)}
         return deliveries
 
     def release(self, consumed: int) -> None:
@@ -101,28 +91,23 @@ class RedisRolloutSource:
         self._consumed([self._keys.state], [self._fence, consumed])
 
     def commit(self, watermarks: Mapping[str, int], *, duplicates: Collection[tuple[str, int]] = ()) -> None:
-        """Delete everything up to the marks: it is durable at the learner. Idempotent."""
-        keys = self._keys
-        marks = [argument for pair in watermarks.items() for argument in pair]
-        self._raise_marks([keys.state, keys.accepted, keys.committed], [self._fence, *marks])
+        """Delete everything up to the marks, and tell the actors: it is durable at the learner. Idempotent."""
         with self._lock:
-            durable = [
-                (entry_id, producer, seq, (producer, seq) in duplicates)
-                for (producer, seq), entry_id in self._uncommitted.items()
-                if seq <= watermarks.get(producer, 0)
-            ]
-        self._delete(durable)
+            raised = {name: mark for name, mark in watermarks.items() if mark > self._committed.get(name, 0)}
+            durable = [name for name in self._uncommitted if name[1] <= watermarks.get(name[0], 0)]
+        # The marks go with the last batch: an actor forgets nothing that a reader could still find.
+        last = max(0, len(durable) - 1) // _REMOVED_AT_ONCE * _REMOVED_AT_ONCE
+        for first in range(0, last + 1, _REMOVED_AT_ONCE):
+            batch = durable[first : first + _REMOVED_AT_ONCE]
+            self._forget(batch, raised if first == last else {}, duplicates)
         with self._lock:
-            for _, producer, seq, _ in durable:
-                self._uncommitted.pop((producer, seq), None)
+            self._committed |= raised
+            for name in durable:
+                self._uncommitted.pop(name, None)
 
     def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
         """Keep the first MB of an unreadable group aside, with its true size (the newest 256; all are counted)."""
-        kept = payload[:MAX_QUARANTINED_BYTES]
-        self._quarantine(
-            [self._keys.state, self._keys.dead],
-            [self._fence, descriptor.producer, descriptor.seq, reason, kept, len(payload), MAX_QUARANTINED],
-        )
+        self._set_aside(descriptor.producer, descriptor.seq, payload, reason)
 
     def request_evaluation(self, leases: Sequence[Lease]) -> None:
         """Offer held-out leases to the actors, ahead of training ones."""
@@ -148,6 +133,40 @@ class RedisRolloutSource:
         num_bytes, admitted, consumed, quarantined = (int(value or 0) for value in counters)
         return QueueStats(queued, num_bytes, leased, returned, admitted - consumed, quarantined)
 
+    def _forget(
+        self, names: Sequence[tuple[str, int]], marks: Mapping[str, int], duplicates: Collection[tuple[str, int]]
+    ) -> None:
+        with self._lock:
+            entries = [argument for name in names for argument in (self._uncommitted[name], int(name in duplicates))]
+        _, ticks = self._commit(
+            [*self._synced, *(self._keys.payload(*name) for name in names)],
+            [*self._known(), len(marks), *(argument for mark in marks.items() for argument in mark), *entries],
+        )
+        with self._lock:
+            self._ticks = max(self._ticks, int(ticks))
+
+    def _known(self) -> tuple[Argument, ...]:
+        """What every synced script compares Redis with."""
+        with self._lock:
+            return self._fence, self._ticks, len(self._committed)
+
+    def _set_aside(self, producer: str, seq: int, payload: bytes, reason: str) -> None:
+        kept = payload[:MAX_QUARANTINED_BYTES]
+        self._quarantine(
+            [self._keys.state, self._keys.dead],
+            [self._fence, producer, seq, reason, kept, len(payload), MAX_QUARANTINED],
+        )
+
+    def _set_entry_aside(self, fields: Mapping[bytes, bytes]) -> tuple[str, int]:
+        """Quarantine an entry that is no descriptor; returns the number that it uses up."""
+        name, shown = read_name(fields), repr(dict(fields))[:200]
+        logger.warning("quarantined an entry of the rollout queue that is no descriptor: %s", shown)
+        producer, seq = name or ("", 0)
+        self._set_aside(producer, seq, repr(dict(fields)).encode(), "no descriptor")
+        if name is None:
+            raise LostDataError(f"an entry of the rollout queue names no group: {shown}")
+        return name
+
     def _wait_for_entries(self, max_groups: int, timeout_s: float) -> list[StreamEntry]:
         deadline = time.monotonic() + timeout_s
         while True:
@@ -162,65 +181,39 @@ class RedisRolloutSource:
         )
         return reply[0][1] if reply else []
 
-    def _scan(self) -> Iterator[tuple[bytes, Descriptor]]:
-        """Every entry of the stream with its id."""
-        entries = self._range(b"-")
-        while entries:
-            for entry_id, fields in entries:
-                yield entry_id, _descriptor(fields)
-            entries = self._range(b"(" + entries[-1][0])
-
-    def _range(self, start: bytes) -> list[StreamEntry]:
-        entries: list[StreamEntry] = self._broker.call(
-            lambda client: client.xrange(self._keys.queue, start, "+", count=_SCANNED_AT_ONCE)
-        )
-        return entries
-
-    def _delete(self, entries: Sequence[_Removal]) -> None:
-        for first in range(0, len(entries), _REMOVED_AT_ONCE):
-            batch = entries[first : first + _REMOVED_AT_ONCE]
-            payloads = [self._keys.payload(producer, seq) for _, producer, seq, _ in batch]
-            flags = [argument for entry_id, _, _, is_duplicate in batch for argument in (entry_id, int(is_duplicate))]
-            self._remove([self._keys.state, self._keys.queue, *payloads], [self._fence, *flags])
-
     def _payloads(self, descriptors: Sequence[Descriptor]) -> list[bytes | None]:
-        """The payloads, fetched in batches of bounded size; None where one is missing."""
-        payloads: list[bytes | None] = []
-        for batch in _by_bytes(descriptors):
-            payloads += self._get([self._keys.payload(descriptor.producer, descriptor.seq) for descriptor in batch])
-        return payloads
+        """The payloads, None where one is missing; and the check that what was read can be believed.
 
-    def _get(self, names: Sequence[bytes]) -> list[bytes | None]:
+        The check comes last: a new learner deletes what is durable, before anything is believed missing.
+        """
+        payloads: list[bytes | None] = []
+        *batches, last = [*_by_bytes(descriptors)] or [[]]
+        for batch in batches:
+            payloads += self._get(batch)
+        if not last:
+            self._check(self._synced, self._known())
+            return payloads
+        names = [self._keys.payload(one.producer, one.seq) for one in last]
+        (found,), _ = self._check.after(lambda pipeline: pipeline.mget(names), self._synced, self._known())
+        return [*payloads, *found]
+
+    def _get(self, descriptors: Sequence[Descriptor]) -> list[bytes | None]:
+        names = [self._keys.payload(one.producer, one.seq) for one in descriptors]
         values: list[bytes | None] = self._broker.call(lambda client: client.mget(names))
         return values
 
-    def _check_consecutive(self, descriptors: Sequence[Descriptor]) -> None:
-        received = dict(self._received)
-        for descriptor in descriptors:
-            last = received.get(descriptor.producer, 0)
-            if descriptor.seq != last + 1:
-                raise LostDataError(f"group {descriptor.seq} of {descriptor.producer} follows {last}: Redis lost data")
-            received[descriptor.producer] = descriptor.seq
-
     def _check_fence(self, stored: bytes | None) -> None:
-        if stored is None:
+        if stored is None or int(stored) < self._fence:
             raise fence_error([])
         if int(stored) != self._fence:
             raise fence_error([stored])
 
 
-def _descriptor(fields: Mapping[bytes, bytes]) -> Descriptor:
+def _described(fields: Mapping[bytes, bytes]) -> Descriptor | None:
     try:
-        return Descriptor(
-            producer=fields[b"p"].decode(),
-            seq=int(fields[b"s"]),
-            lease=Lease.from_id(fields[b"l"].decode()),
-            min_version=int(fields[b"v"]),
-            num_bytes=int(fields[b"n"]),
-            mean_reward=float(fields[b"r"]),
-        )
-    except (KeyError, ValueError, WireFormatError) as error:
-        raise BrokerError(f"an entry of the rollout queue is no descriptor: {dict(fields)!r:.200}") from error
+        return read_descriptor(fields)
+    except WireFormatError:
+        return None
 
 
 def _delivery(descriptor: Descriptor, payload: bytes | None) -> Delivery:

@@ -117,9 +117,14 @@ class RedisRunStore:
         Raises:
             RunNotFoundError: the run is not in this Redis, or its schema is not ours.
         """
-        schema, phase, epoch, version = self._broker.call(
-            lambda client: client.hmget(self._keys.state, ["schema", "phase", "epoch", "version"])
-        )
+
+        def look(client: redis.Redis) -> object:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.hmget(self._keys.state, ["schema", "phase", "epoch", "version", "seen"])
+            pipeline.time()
+            return pipeline.execute()
+
+        (schema, phase, epoch, version, seen_ms), (now_s, now_us) = self._broker.call(look)
         if schema is None or phase is None or epoch is None:
             raise RunNotFoundError(f"this Redis holds no run {self._keys.run_id!r}: check the run id and the URL")
         if int(schema) != PROTOCOL_SCHEMA:
@@ -127,7 +132,8 @@ class RedisRunStore:
                 f"run {self._keys.run_id} speaks schema {int(schema)}, this version speaks {PROTOCOL_SCHEMA}: "
                 "install the learner's version of lambdapo-async"
             )
-        return RunState(phase.decode(), epoch.decode(), -1 if version is None else int(version), int(schema))
+        silent_s = now_s + now_us / 1e6 - int(seen_ms or 0) / 1000
+        return RunState(phase.decode(), epoch.decode(), -1 if version is None else int(version), int(schema), silent_s)
 
     def set_phase(self, phase: Phase, *, fence: int) -> None:
         """``running`` once the first weights are out; ``finished`` tells the actors to drain and exit 0."""

@@ -1,36 +1,82 @@
 """Lua scripts: the only writers of state that two processes share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
+from typing import Any
+
+import redis
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.errors import BrokerError, FencedError, LostDataError
 
 Argument = bytes | memoryview | str | int | float
+Reply = list[bytes | int]
 
 
 class Script:
     """A Lua script of this package; sent once, then called by its hash."""
 
-    def __init__(self, broker: Broker, name: str, *, fenced: bool = False) -> None:
-        """``fenced``: KEYS[1] is the run's state and ARGV[1] our fence, checked before anything else."""
-        folder = resources.files("lambdapo_async.broker")
-        prelude = (folder / "fenced.lua").read_text() if fenced else ""
-        source = prelude + (folder / f"{name}.lua").read_text()
-        self._broker = broker
-        self._script = broker.call(lambda client: client.register_script(source))
+    def __init__(self, broker: Broker, name: str, *, fenced: bool = False, synced: bool = False) -> None:
+        """Every script may ask for ``server_id()`` and ``now_ms()``.
 
-    def __call__(self, keys: Sequence[bytes], args: Sequence[Argument]) -> list[bytes | int]:
+        Args:
+            broker: where it runs.
+            name: its file, without suffix.
+            fenced: KEYS[1] is the run's state and ARGV[1] our fence, checked before anything else.
+            synced: fenced, and the queue must still be the one that its learner initialised (see synced.lua).
+        """
+        preludes = ["server", *(["fenced"] if fenced or synced else []), *(["synced"] if synced else [])]
+        folder = resources.files("lambdapo_async.broker")
+        self._source = "".join((folder / f"{part}.lua").read_text() for part in (*preludes, name))
+        self._broker = broker
+        self._script = broker.call(lambda client: client.register_script(self._source))
+
+    def __call__(self, keys: Sequence[bytes], args: Sequence[Argument]) -> Reply:
         """The script's reply.
 
         Raises:
             FencedError: another learner owns the run.
-            BrokerError: this Redis lost the run, or the script failed.
+            LostDataError: this Redis lost the run or a part of it.
+            BrokerError: the script failed.
         """
-        reply: list[bytes | int] = self._broker.call(lambda client: self._script(keys, args, client=client))
-        if reply and reply[0] in (b"FENCED", b"GONE"):
-            raise fence_error(reply[1:])
-        return reply
+        reply: Reply = self._broker.call(lambda client: self._script(keys, args, client=client))
+        return _checked(reply)
+
+    def after(
+        self,
+        commands: Callable[[redis.client.Pipeline], object],
+        keys: Sequence[bytes],
+        args: Sequence[Argument],
+    ) -> tuple[list[Any], Reply]:
+        """``commands`` and then the script, in one round trip: the replies of the first, and of the second.
+
+        The commands must be idempotent like everything here; a failure of any of them is raised.
+        """
+
+        def send(client: redis.Redis) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            commands(pipeline)
+            pipeline.evalsha(self._script.sha, len(keys), *keys, *args)
+            return pipeline.execute()
+
+        def load_and_send(client: redis.Redis) -> list[Any]:
+            try:
+                return send(client)
+            except redis.exceptions.NoScriptError:  # the server is new, or restarted
+                client.script_load(self._source)
+                return send(client)
+
+        *replies, reply = self._broker.call(load_and_send)
+        return replies, _checked(reply)
+
+
+def _checked(reply: Reply) -> Reply:
+    match reply:
+        case [b"LOST", reason]:
+            raise LostDataError(f"Redis is not as its learner left it: {as_text(reason)}")
+        case [b"FENCED" | b"GONE", *stored]:
+            raise fence_error(stored)
+    return reply
 
 
 def fence_error(stored: Sequence[bytes | int]) -> BrokerError:

@@ -9,7 +9,7 @@ if stored[1] then
     return {'FENCED', stored[1]}
   end
 end
-redis.call('HSET', KEYS[1], 'fence', ARGV[1], 'owner', owner)
+redis.call('HSET', KEYS[1], 'fence', ARGV[1], 'owner', owner, 'seen', now_ms())
 redis.call('HSETNX', KEYS[1], 'epoch', ARGV[3])
 for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 return {'OK', redis.call('HGET', KEYS[1], 'epoch')}

@@ -43,6 +43,12 @@ def export(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON, add_help_option=False)
+def replay(context: typer.Context) -> None:
+    """Train on a recorded run again, with any loss settings, without Redis or actors (= python -m learner.replay)."""
+    _become("learner.replay", context.args)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
 def weights(context: typer.Context) -> None:
     """Look into the weight versions of a run, prove or export them (= python -m lambdapo_async.cli.weights)."""
     _become("lambdapo_async.cli.weights", context.args)

@@ -163,6 +163,19 @@ def _check_replay(config: RunConfig) -> str | None:
     return None
 
 
+def _check_queue_holds_a_step(config: RunConfig) -> str | None:
+    from lambdapo_async.group_bytes import largest_group  # made of these sections
+
+    step, group_bytes = config.rollout.groups_per_step, largest_group(config)
+    if step * group_bytes <= config.broker.max_bytes and step <= config.broker.max_groups:
+        return None
+    return (
+        f"the queue cannot hold one step: rollout.groups_per_step = {step} groups of at most {group_bytes} bytes "
+        f"need broker.max_groups >= {step} (it is {config.broker.max_groups}) and "
+        f"broker.max_bytes >= {step * group_bytes} (it is {config.broker.max_bytes}): raise them"
+    )
+
+
 def _check_lease(config: RunConfig) -> str | None:
     if config.broker.lease_s >= 3 * config.broker.heartbeat_s:
         return None
@@ -189,6 +202,7 @@ _CHECKS = (
     _check_minibatches,
     _check_drop_above,
     _check_replay,
+    _check_queue_holds_a_step,
     _check_lease,
     _check_starter,
 )

@@ -8,8 +8,8 @@ from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueReply, R
 from lambdapo_async.rollout import Lease
 from tests.redis_fixtures import BrokerRun
 
-LIMITS = RunLimits(max_staleness=1, groups_per_step=2, max_groups=8, max_bytes=1000, lease_s=60.0)
-SHORT = RunLimits(max_staleness=1, groups_per_step=2, max_groups=8, max_bytes=1000, lease_s=0.05)
+LIMITS = RunLimits(max_staleness=1, groups_per_step=2, max_groups=32, max_bytes=1000, group_bytes=10, lease_s=60.0)
+SHORT = RunLimits(max_staleness=1, groups_per_step=2, max_groups=32, max_bytes=1000, group_bytes=10, lease_s=0.05)
 FOREVER_S = 10.0
 """Deadline of waits that end at once when the code is right."""
 

@@ -203,3 +203,38 @@ def test_a_duplicate_leaves_the_gate(broker_run: BrokerRun) -> None:
     for _ in range(2):
         source.commit({"a.0": 2}, duplicates=[("a.0", 1)])
     assert source.stats().admitted == 1
+
+
+def test_leases_stop_where_an_answer_could_be_refused_for_its_bytes(broker_run: BrokerRun) -> None:
+    limits = dataclasses.replace(LIMITS, max_staleness=9, max_bytes=1000, group_bytes=300)
+    source = start(broker_run, limits)
+    admission = broker_run.admission("a")
+    (first, second, third) = admission.lease(9)
+    assert admission.lease(1) == ()
+    # A small answer leaves room for another lease only together with what is held.
+    offer(broker_run, 1, first, payload=bytes(100))
+    assert admission.lease(9) == train(3)
+    for seq, lease in enumerate((second, third, *train(3)), start=2):
+        assert offer(broker_run, seq, lease, payload=bytes(300)).status is EnqueueStatus.OK
+    assert admission.lease(1) == ()
+    source.read(9, timeout_s=1.0)
+    source.commit({"a.0": 2})
+    assert admission.lease(9) == train(4)
+
+
+def test_leases_stop_where_an_answer_could_be_refused_for_its_place(broker_run: BrokerRun) -> None:
+    source = start(broker_run, dataclasses.replace(LIMITS, max_staleness=9, max_groups=3))
+    admission = broker_run.admission("a")
+    source.request_evaluation(heldout(0))
+    held = admission.lease(9)
+    assert held == (*heldout(0), *train(0, 1))
+    admission.hand_back(train(1))
+    assert admission.lease(9) == train(1)
+    for seq, lease in enumerate(held, start=1):
+        assert offer(broker_run, seq, lease).status is EnqueueStatus.OK
+
+
+def test_a_reservation_expires_with_its_lease(broker_run: BrokerRun) -> None:
+    start(broker_run, dataclasses.replace(SHORT, max_groups=2))
+    assert broker_run.admission("a").lease(9) == train(0, 1)
+    assert eventually(lambda: broker_run.admission("b").lease(9)) == train(0, 1)

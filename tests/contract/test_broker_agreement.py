@@ -16,7 +16,7 @@ from tests.fakes_broker import FakeRedisRun, FakeRun
 from tests.redis_fixtures import TIMEOUT_S, BrokerRun, next_run_id
 from tests.weight_files import full
 
-LIMITS = RunLimits(max_staleness=1, groups_per_step=2, max_groups=4, max_bytes=300, lease_s=60.0)
+LIMITS = RunLimits(max_staleness=1, groups_per_step=2, max_groups=4, max_bytes=300, group_bytes=60, lease_s=60.0)
 ACTORS = ("a", "b")
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # each example costs a hundred calls of a real server
 

@@ -183,7 +183,7 @@ def test_a_lost_entry_is_an_error(redis_run: RedisRun, server: redis.Redis) -> N
     for seq in (1, 2):
         offer(redis_run, seq, *train(seq))
     server.xtrim(redis_run.keys.queue, maxlen=1, approximate=False)
-    with pytest.raises(BrokerError, match=r"group 2 of a\.0 follows 0"):
+    with pytest.raises(BrokerError, match="entries of the queue are gone"):
         source.read(1, timeout_s=FOREVER_S)
 
 

@@ -171,3 +171,10 @@ def test_every_field_is_documented() -> None:
 def test_toml_configs_name_only_what_they_change() -> None:
     for path in CONFIGS.glob("*.toml"):
         assert tomllib.loads(path.read_text())["name"]
+
+
+def test_a_queue_that_cannot_hold_one_step_is_refused(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"broker\.max_bytes >= \d+ \(it is 1000000\): raise them"):
+        load_config(config_file, ["broker.max_bytes=1000000"], environ={})
+    with pytest.raises(ConfigError, match="cannot hold one step"):
+        load_config(config_file, ["broker.max_groups=3"], environ={})

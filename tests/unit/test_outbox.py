@@ -11,7 +11,7 @@ from lambdapo_async.errors import BrokerUnavailable
 from lambdapo_async.wire import decode_group
 from tests.groups import make_group
 
-OK, DUP, GAP, FULL, EPOCH, LATE = EnqueueStatus
+OK, DUP, GAP, FULL, EPOCH, WAIT, LATE = EnqueueStatus
 
 
 class ScriptedSink:

@@ -1,0 +1,28 @@
+-- Forget groups that are durable at the learner, and raise (never lower) the marks that tell their actors.
+-- KEYS[1] to KEYS[6] = see synced.lua, KEYS[7...] = payloads
+-- ARGV[1] to ARGV[3] = see synced.lua, ARGV[4] = number of marks, then producer, mark, ...,
+-- then for each payload: stream id, 1 for a duplicate training group else 0
+local first = 5 + 2 * tonumber(ARGV[4])
+local num_bytes, removed, duplicates = 0, 0, 0
+-- Deleting comes first: a full Redis allows a script's other writes only after it.
+for i = 7, #KEYS do
+  local at = first + 2 * (i - 7)
+  if redis.call('XDEL', KEYS[2], ARGV[at]) == 1 then
+    num_bytes = num_bytes + redis.call('STRLEN', KEYS[i])
+    redis.call('UNLINK', KEYS[i])
+    removed, duplicates = removed + 1, duplicates + tonumber(ARGV[at + 1])
+  end
+end
+for i = 5, first - 1, 2 do
+  local producer, mark = ARGV[i], tonumber(ARGV[i + 1])
+  for key = 3, 4 do
+    if tonumber(redis.call('HGET', KEYS[key], producer) or '0') < mark then
+      redis.call('HSET', KEYS[key], producer, mark)
+    end
+  end
+end
+redis.call('HINCRBY', KEYS[1], 'bytes', 0 - num_bytes)
+redis.call('HINCRBY', KEYS[1], 'queued', 0 - removed)
+redis.call('HINCRBY', KEYS[1], 'admitted', 0 - duplicates)
+redis.call('HSET', KEYS[1], 'seen', now_ms())
+return {'OK', redis.call('HINCRBY', KEYS[1], 'ticks', 1)}

@@ -1,0 +1,189 @@
+"""A learner killed anywhere ends with the bits of one that lived: an uninterrupted replay of the same journal."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lambdapo_async.errors import ConfigError
+from lambdapo_async.journal.records import JournalError, VersionRecord
+from lambdapo_async.metrics import STEP
+from lambdapo_async.replay.limits import ReplayError
+from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.replay import Recording, replay
+from tests.fakes_broker import FakeRun
+from tests.learner_stage import Stage, acting, journal_of, rows_of, stage_config, staged, trained_in
+from tests.tiny_models import tiny_model_folder
+
+REUSE = {"max_uses": 3, "samples_per_insert": 1.5, "error_buffer": 3.0, "min_size": 3, "half_life": 2.0}
+
+
+class Crash(Exception):  # noqa: N818
+    """Stands in for kill -9: nothing after it reaches the disk."""
+
+
+def die_in(stage: Stage, place: object, name: str, *, call: int, before: bool) -> None:
+    """The learner dies at the ``call``-th call of a method, before or after it does its work."""
+    method, calls = getattr(place, name), Counter[str]()
+
+    def dying(*args: object, **kwargs: object) -> object:
+        calls["all"] += 1
+        is_due = calls["all"] == call
+        outcome = None if is_due and before else method(*args, **kwargs)
+        if is_due:
+            stage.kill()
+            raise Crash
+        return outcome
+
+    setattr(place, name, dying)
+
+
+POINTS: dict[str, Callable[[Stage, int], None]] = {
+    "journaled, not committed": lambda stage, n: die_in(stage, stage.source, "commit", call=n, before=True),
+    "step written, not trained": lambda stage, n: die_in(stage, stage.parts.stepper, "train", call=n, before=True),
+    "trained, no version claimed": lambda stage, n: die_in(stage, stage.parts.stepper, "train", call=n, before=False),
+    "version claimed, not published": lambda stage, n: die_in(
+        stage, stage.parts.resync.versions, "claim", call=n + 1, before=False
+    ),
+    "published, not in a checkpoint": lambda stage, n: die_in(stage, stage.source, "stats", call=n, before=True),
+    "checkpoint half written": lambda stage, _: die_in(stage, stage.policy, "save_model", call=2, before=False),
+    "checkpoint written, journal not pruned": lambda stage, _: die_in(
+        stage, stage.parts.resync.checkpoints, "prune", call=2, before=True
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model_folder(tmp_path / "model")
+    return tmp_path
+
+
+def live(run: FakeRun, folder: Path, settings, die: Callable[[Stage], None] | None = None) -> bool:
+    """One life; whether it came to its end."""
+    with staged(run, folder, settings) as stage:
+        if die is None:
+            stage.learner.run()
+            return True
+        die(stage)
+        with pytest.raises((Crash, JournalError)):
+            stage.learner.run()
+        return False
+
+
+def newest(folder: Path) -> Checkpoint:
+    found = CheckpointStore(folder / "checkpoints").load_latest()
+    assert found is not None
+    return found
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Weights and moments, to the bit."""
+    checkpoint = newest(folder)
+    tensors = {
+        f"{part}/{name}": tensor
+        for part in ("model", "optimizer")
+        for path in sorted((checkpoint.folder / part).glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    assert any(name.startswith("optimizer/exp_avg_sq") for name in tensors)
+    return {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+def history(folder: Path) -> list[tuple[int, float, float]]:
+    return [(row.step, row.values["loss/policy"], row.values["optim/grad_norm"]) for row in rows_of(folder, STEP)]
+
+
+def assert_as_if_it_had_lived(folder: Path, num_steps: int) -> None:
+    uninterrupted = folder / "uninterrupted"
+    replay(Recording.open(folder, [f"model.path={folder / 'model'}"]), uninterrupted)
+    assert [step for step, _, _ in history(folder)] == list(range(1, num_steps + 1))
+    assert history(folder) == history(uninterrupted)
+    assert fingerprint(folder) == fingerprint(uninterrupted)
+    ours, theirs = newest(folder).state, newest(uninterrupted).state
+    assert ours.pool.model_dump(exclude={"taken", "keep_from"}) == theirs.pool.model_dump(
+        exclude={"taken", "keep_from"}
+    )
+
+
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_learner_ends_as_if_it_had_lived(folder: Path, point: str, call: int) -> None:
+    run, settings = FakeRun("run"), stage_config()
+    with acting(run, settings):
+        live(run, folder, settings, lambda stage: POINTS[point](stage, call))
+        live(run, folder, settings)
+    assert Counter(trained_in(folder)) == Counter(f"train:0:{i}" for i in range(12))
+    versions = [record.version for _, record in journal_of(folder) if isinstance(record, VersionRecord)]
+    assert versions == sorted(set(versions)), "a version number was used twice"
+    assert_as_if_it_had_lived(folder, 6)
+
+
+def test_so_does_one_that_dies_again_while_it_takes_steps_again(folder: Path) -> None:
+    run, settings = FakeRun("run"), stage_config(learner={"checkpoint_every": 4})
+    with acting(run, settings):
+        live(run, folder, settings, lambda stage: POINTS["published, not in a checkpoint"](stage, 3))
+        for call in (1, 2, 3):
+            live(run, folder, settings, lambda stage, n=call: POINTS["step written, not trained"](stage, n))
+        live(run, folder, settings)
+    assert_as_if_it_had_lived(folder, 6)
+
+
+@pytest.mark.parametrize("point", ["step written, not trained", "checkpoint half written"])
+def test_so_does_one_that_trains_on_groups_again(folder: Path, point: str) -> None:
+    run, settings = FakeRun("run"), stage_config(replay=REUSE, learner={"num_steps": 8, "checkpoint_every": 3})
+    with acting(run, settings):
+        live(run, folder, settings, lambda stage: POINTS[point](stage, 5))
+        live(run, folder, settings)
+    uses = Counter(trained_in(folder))
+    assert max(uses.values()) > 1
+    assert_as_if_it_had_lived(folder, 8)
+
+
+def test_a_suspended_run_goes_on_as_if_it_had_not_been(folder: Path) -> None:
+    run, settings = FakeRun("run"), stage_config(learner={"checkpoint_every": 100})
+    with acting(run, settings):
+        with staged(run, folder, settings) as stage:
+            train = stage.parts.stepper.train
+
+            def train_and_stop(batch):
+                trained = train(batch)
+                if stage.parts.stepper.step == 3:
+                    stage.learner.stop()
+                return trained
+
+            stage.parts.stepper.train = train_and_stop
+            stage.learner.run()
+        assert newest(folder).state.step == 3
+        live(run, folder, settings)
+    assert_as_if_it_had_lived(folder, 6)
+
+
+def test_another_loss_trains_on_the_same_groups(folder: Path) -> None:
+    run, settings = FakeRun("run"), stage_config()
+    with acting(run, settings):
+        live(run, folder, settings)
+    model = f"model.path={folder / 'model'}"
+    other = folder / "other"
+    replay(Recording.open(folder, [model, "objective.policy_loss.preset=ppo", "learner.lr=1e-4"]), other)
+    assert [step for step, _, _ in history(other)] == [1, 2, 3, 4, 5, 6]
+    assert fingerprint(other) != fingerprint(folder)
+    assert (other / "final" / "config.json").exists()
+    with pytest.raises(ConfigError, match="is not empty"):
+        replay(Recording.open(folder, [model]), other)
+    with pytest.raises(ReplayError, match="not in the replay queue"):
+        replay(Recording.open(folder, [model, "rollout.groups_per_step=2", "replay.max_bytes=10"]), folder / "tight")
+
+
+def test_only_a_whole_recording_can_be_replayed(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no journal"):
+        Recording.open(folder)
+    run, settings = FakeRun("run"), stage_config(learner={"record": False})
+    with acting(run, settings), staged(run, folder, settings) as stage:
+        stage.parts.journal._segment_bytes = 1
+        stage.learner.run()
+    with pytest.raises(ConfigError, match=r"learner\.record = true"):
+        Recording.open(folder)
