@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.canary import ActorCanary
@@ -16,6 +17,7 @@ from actors.meter import EngineMeter
 from actors.outbox import Outbox
 from actors.prompts import LeasedPrompts, Prompt
 from actors.scoring import Scorer
+from actors.vigil import Vigil
 from lambdapo_async.broker.interface import Admission, Fleet, Heartbeat, RunStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import BrokerError, EngineError
@@ -39,9 +41,13 @@ class ActorParts:
     prompts: LeasedPrompts
     scorer: Scorer
     outbox: Outbox
+    orphans: tuple[Outbox, ...]
+    """What dead actors of this run left on this machine."""
     admission: Admission
     fleet: Fleet
     run_store: RunStore
+    hurry: Callable[[], None]
+    """From now on no call waits long for Redis: we are leaving."""
 
 
 class Actor:
@@ -57,10 +63,15 @@ class Actor:
         self._draining = asyncio.Event()
         self._slot_freed = asyncio.Event()
         self._lost_leases = 0
+        self._orphans = list(parts.orphans)
+        self._leasing: asyncio.Future[tuple[Lease, ...]] | None = None
+        self._vigil = Vigil(parts.run_store, outage_s=parts.config.broker.outage_s)
+        self._is_run_finished = False
 
     def drain(self) -> None:
         """Lease nothing more, send what is finished, hand the rest back, end. Idempotent."""
         self._draining.set()
+        self._parts.hurry()
 
     async def run(self) -> None:
         """Sample until drained.
@@ -71,10 +82,15 @@ class Actor:
         try:
             await self._run_loops()
         except BaseExceptionGroup as group:
+            self._parts.hurry()
             with contextlib.suppress(BrokerError):  # Redis may be what failed, and then leases expire by themselves
                 await self._sign_off()
             raise _first_cause(group) from group
-        await self._sign_off()
+        else:
+            await self._sign_off()
+        finally:
+            for outbox in (self._parts.outbox, *self._orphans):
+                await outbox.close(is_run_finished=self._is_run_finished)
 
     async def _run_loops(self) -> None:
         """The first failure of a loop cancels the others."""
@@ -83,6 +99,7 @@ class Actor:
                 loops.create_task(self._parts.follower.follow(), name="follow_weights"),
                 loops.create_task(self._parts.canary.watch(), name="watch_canary"),
                 loops.create_task(self._beat(), name="beat"),
+                loops.create_task(self._keep_outboxes(), name="keep_outboxes"),
             ]
             await self._sample()
             for task in background:
@@ -110,7 +127,11 @@ class Actor:
         # A prompt leased while newer weights are on their way would be answered by the old ones.
         if free == 0 or self._parts.follower.is_behind or not self._parts.canary.is_admitted:
             return ()
-        return await asyncio.to_thread(self._parts.admission.lease, free)
+        # Kept where a cancellation does not lose what was granted meanwhile.
+        self._leasing = asyncio.ensure_future(asyncio.to_thread(self._parts.admission.lease, free))
+        leases = await asyncio.shield(self._leasing)
+        self._leasing = None
+        return leases
 
     async def _wait_for_room(self) -> None:
         """Until a slot is free, new weights came (they open the gate), we drain, or a moment passed."""
@@ -197,6 +218,9 @@ class Actor:
         """Say that we live, renew our leases, notice the end of the run.
 
         waits for: the next beat    unblocks: lease expiry of the dead, the drain at the end
+
+        Raises:
+            BrokerUnavailable: the run or its learner was gone for too long.
         """
         parts, beat_s = self._parts, self._config.broker.heartbeat_s
         while True:
@@ -204,10 +228,25 @@ class Actor:
             held = list(self._in_flight)
             for lease in await asyncio.to_thread(parts.admission.renew, held) if held else ():
                 self._drop_lost(lease)
-            if (await asyncio.to_thread(parts.run_store.state)).phase == "finished":
+            if await self._vigil.is_run_finished():
                 logger.info("the run is finished")
+                self._is_run_finished = True
                 self.drain()
             await asyncio.sleep(beat_s)
+
+    async def _keep_outboxes(self) -> None:
+        """Forget what the learner holds, offer again what Redis lost, and send what dead actors left behind.
+
+        waits for: the learner's commits    unblocks: the disk
+        """
+        while True:
+            await asyncio.sleep(self._config.broker.heartbeat_s)
+            await self._parts.outbox.poll()
+            for orphan in list(self._orphans):
+                await orphan.poll()
+                if orphan.unconfirmed == 0:
+                    self._orphans.remove(orphan)
+                    await orphan.close(is_run_finished=False)
 
     def _drop_lost(self, lease: Lease) -> None:
         """Somebody else answers it now. A group accepted a moment ago is no longer leased either: not lost."""
@@ -240,6 +279,8 @@ class Actor:
                 **parts.follower.counters(),
                 **parts.canary.counters(),
                 "groups_late": parts.outbox.late,
+                "groups_unconfirmed": parts.outbox.unconfirmed,
+                "groups_adopted": sum(orphan.unconfirmed for orphan in self._orphans),
                 "outbox_restarts": parts.outbox.restarts,
                 "leases_lost": self._lost_leases,
                 "scoring_timeouts": parts.scorer.failures,
@@ -248,11 +289,22 @@ class Actor:
         )
 
     async def _sign_off(self) -> None:
-        """Hand back what was not answered, and leave the fleet."""
+        """Hand back what was not answered, see our groups confirmed, and leave the fleet."""
+        if self._leasing is not None:
+            self._owed |= set(await self._leasing)
         if self._owed:
             logger.info("handing back %d unanswered leases", len(self._owed))
             await asyncio.to_thread(self._parts.admission.hand_back, sorted(self._owed, key=lambda lease: lease.index))
+        await self._confirm()
         await asyncio.to_thread(self._parts.fleet.leave, self._parts.actor_id)
+
+    async def _confirm(self) -> None:
+        """Give the learner a moment to make our last groups durable; the spool keeps them otherwise."""
+        deadline = time.monotonic() + min(self._config.actor.drain_s, 2 * self._config.broker.heartbeat_s)
+        outbox = self._parts.outbox
+        while outbox.unconfirmed and not self._is_run_finished and time.monotonic() < deadline:
+            await outbox.poll()
+            await asyncio.sleep(_GATE_POLL_S)
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -1,84 +1,221 @@
-"""The actor's side of delivery: one offer at a time, repeated with the same number until it is accepted."""
+"""The actor's side of delivery: a group is kept until the learner holds it durably, and offered until then."""
 
 import asyncio
 import logging
+import time
+from dataclasses import dataclass, replace
 
-from lambdapo_async.broker.interface import Descriptor, EnqueueStatus, RolloutSink
-from lambdapo_async.errors import BrokerUnavailable
+from actors.spool import Spool
+from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, RolloutSink
+from lambdapo_async.errors import BrokerUnavailable, WireFormatError
 from lambdapo_async.rollout import RolloutGroup
-from lambdapo_async.wire import encode_group
+from lambdapo_async.wire import decode_group, encode_group
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_MISSING_S = 60.0
+"""Redis asks for numbers that we no longer have: the learner may still tell it better."""
+_ANY = 2**31 - 1  # a spool was written by an actor of this run; its learner checks ids and versions
+
+
+@dataclass(slots=True, eq=False)
+class _Parcel:
+    """A group on its way; ``descriptor`` bears the number it is offered under."""
+
+    descriptor: Descriptor
+    payload: bytes
+    is_settled: bool = False
+    """Whether it was accepted once, or is too late: its sender need not wait any longer."""
+    is_late: bool = False
+
+    @property
+    def seq(self) -> int:
+        return self.descriptor.seq
 
 
 class Outbox:
-    """Numbers this producer's groups 1, 2, 3, ... and offers them in order."""
+    """Numbers one producer's groups 1, 2, 3, ... and offers them in order, one at a time.
 
-    def __init__(self, sink: RolloutSink, *, producer: str, epoch: str, full_timeout_s: float) -> None:
-        self._sink = sink
-        self._producer, self._epoch = producer, epoch
-        self._full_timeout_s = full_timeout_s
-        self._last_seq = 0
-        self._incarnation = 0
-        self._one_offer = asyncio.Lock()
+    Redis may lose what it accepted, even everything: then it says so, and gets it again.
+    """
+
+    def __init__(self, sink: RolloutSink, spool: Spool, *, epoch: str, outage_s: float) -> None:
+        """``outage_s``: how long the queue may refuse a group before the sender gives up."""
+        self._sink, self._spool = sink, spool
+        self._epoch, self._outage_s = epoch, outage_s
+        self._parcels: list[_Parcel] = []
+        self._accepted = 0
+        self._one_offer, self._numbering = asyncio.Lock(), asyncio.Lock()
         self.sent = self.late = self.bytes_sent = self.restarts = 0
+
+    @classmethod
+    def adopted(cls, sink: RolloutSink, spool: Spool, *, epoch: str, outage_s: float) -> "Outbox":
+        """The outbox of an actor that died; :meth:`poll` offers what it left behind."""
+        outbox = cls(sink, spool, epoch=epoch, outage_s=outage_s)
+        for seq in spool.sequence_numbers():
+            payload = spool.read(seq)
+            try:
+                group = decode_group(payload, vocab_size=_ANY, max_version=_ANY)
+            except WireFormatError as error:
+                logger.warning("%s: deleted group %d, which is damaged: %s", spool.folder, seq, error)
+                spool.delete(seq)
+                continue
+            outbox._parcels.append(_Parcel(outbox._describe(group, payload, seq), payload))
+        if outbox._parcels:
+            outbox._accepted = outbox._parcels[0].seq - 1
+        logger.info("adopted %d groups of %s, which died", len(outbox._parcels), spool.producer)
+        return outbox
+
+    @property
+    def unconfirmed(self) -> int:
+        """Groups that the learner does not hold durably yet."""
+        return len(self._parcels)
 
     async def send(self, group: RolloutGroup) -> None:
         """Return once the queue holds ``group``; the caller's slot stays taken until then (backpressure).
 
         Raises:
-            BrokerUnavailable: Redis was gone, or the queue full, for longer than the deadline.
+            BrokerUnavailable: Redis was gone, or refused the group, for longer than the deadline.
+            ConfigError: the spool's disk is full.
         """
         payload = await asyncio.to_thread(encode_group, group)
         # A caller cancelled in the middle of an offer must not leave its number in doubt for the next one.
-        await asyncio.shield(asyncio.ensure_future(self._deliver(group, payload)))
+        await asyncio.shield(asyncio.ensure_future(self._keep_and_deliver(group, payload)))
 
-    async def _deliver(self, group: RolloutGroup, payload: bytes) -> None:
+    async def poll(self) -> None:
+        """Ask what is durable and forget it; offer again what Redis lost. Cheap, and nothing while nothing is kept."""
+        if not self._parcels or self._one_offer.locked():
+            return
         async with self._one_offer:
-            status = await self._offer(group, payload)
-        if status is EnqueueStatus.LATE:
+            marks = await asyncio.to_thread(self._sink.marks, self._spool.producer)
+            if not marks.is_open:
+                return
+            await self._trim(marks.committed)
+            self._go_to(marks.last, marks.epoch)
+            while self._next_parcel() is not None:
+                await self._offer_next()
+
+    async def close(self, *, is_run_finished: bool) -> None:
+        """Forget what nobody will ask for any more; the rest stays on the disk for the next actor."""
+        if is_run_finished:
+            await self._trim(self._accepted)
+        num_left = await asyncio.to_thread(self._spool.close)
+        if num_left:
+            logger.warning(
+                "%d groups are not confirmed: they stay in %s for the next actor of this run here",
+                num_left, self._spool.folder,
+            )  # fmt: skip
+
+    async def _keep_and_deliver(self, group: RolloutGroup, payload: bytes) -> None:
+        async with self._numbering:
+            parcel = _Parcel(self._describe(group, payload, self._last_number + 1), payload)
+            await asyncio.to_thread(self._spool.write, parcel.seq, payload)
+            self._parcels.append(parcel)
+        async with self._one_offer:
+            while not parcel.is_settled:
+                await self._offer_next()
+        if parcel.is_late:
             self.late += 1
         else:
             self.sent += 1
             self.bytes_sent += len(payload)
 
-    async def _offer(self, group: RolloutGroup, payload: bytes) -> EnqueueStatus:
-        pause_s, waited_s = _FIRST_PAUSE_S, 0.0
-        while True:
-            descriptor = self._describe(group, payload)
-            reply = await asyncio.to_thread(self._sink.enqueue, descriptor, payload, epoch=self._epoch)
+    async def _offer_next(self) -> None:
+        """Offer the first group that the queue does not have, until the queue's answer changes what comes next."""
+        started, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        while (parcel := self._next_parcel()) is not None:
+            reply = await asyncio.to_thread(self._sink.enqueue, parcel.descriptor, parcel.payload, epoch=self._epoch)
+            await self._trim(reply.committed)
             match reply.status:
                 case EnqueueStatus.OK | EnqueueStatus.DUP:
-                    self._last_seq = descriptor.seq
-                    return reply.status
-                case EnqueueStatus.LATE:  # the next group takes the number
-                    return reply.status
-                case EnqueueStatus.GAP | EnqueueStatus.EPOCH:
-                    self._start_over(reply.status, reply.epoch)
-                case EnqueueStatus.FULL:
-                    if waited_s > self._full_timeout_s:
-                        raise BrokerUnavailable(
-                            f"the rollout queue was full for {waited_s:.0f} s: is the learner alive?"
-                        )
-                    await asyncio.sleep(pause_s)
-                    waited_s += pause_s
-                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                    return self._accept(max(parcel.seq, reply.last))
+                case EnqueueStatus.LATE:
+                    return await self._drop(parcel)
+                case EnqueueStatus.GAP | EnqueueStatus.EPOCH if self._has(reply.last + 1):
+                    return self._go_to(reply.last, reply.epoch)
+            refused_s = time.monotonic() - started
+            if reply.status is EnqueueStatus.GAP and refused_s > min(_MISSING_S, self._outage_s):
+                return await self._become_another(reply)
+            if refused_s > self._outage_s:
+                raise BrokerUnavailable(
+                    f"the rollout queue answered {reply.status} for {refused_s:.0f} s (broker.outage_s = "
+                    f"{self._outage_s:g}): is the learner alive?"
+                )
+            self._epoch = reply.epoch
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _describe(self, group: RolloutGroup, payload: bytes) -> Descriptor:
+    def _next_parcel(self) -> _Parcel | None:
+        return next((parcel for parcel in self._parcels if parcel.seq > self._accepted), None)
+
+    def _has(self, seq: int) -> bool:
+        return any(parcel.seq == seq for parcel in self._parcels)
+
+    def _accept(self, last: int) -> None:
+        self._accepted = max(self._accepted, min(last, self._last_number))
+        for parcel in self._parcels:
+            parcel.is_settled |= parcel.seq <= self._accepted
+
+    @property
+    def _last_number(self) -> int:
+        return self._parcels[-1].seq if self._parcels else self._accepted
+
+    def _go_to(self, last: int, epoch: str) -> None:
+        """The queue has our groups up to ``last``: less than it had before when Redis lost some."""
+        if last < self._accepted or epoch != self._epoch:
+            self.restarts += 1
+            logger.warning(
+                "Redis lost groups of %s: it has %d of %d, and gets the others again",
+                self._spool.producer, last, self._accepted,
+            )  # fmt: skip
+            self._accepted = max(last, self._parcels[0].seq - 1) if self._parcels else last
+        self._epoch = epoch
+        self._accept(last)
+
+    async def _trim(self, committed: int) -> None:
+        """Forget what is durable at the learner."""
+        durable = [parcel.seq for parcel in self._parcels if parcel.seq <= committed]
+        if durable:
+            self._accept(committed)
+            self._parcels = [parcel for parcel in self._parcels if parcel.seq > committed]
+            await asyncio.to_thread(self._spool.delete, *durable)
+
+    async def _drop(self, late: _Parcel) -> None:
+        """Somebody else answers that prompt: its number is free, the groups behind it move up."""
+        late.is_settled = late.is_late = True
+        async with self._numbering:
+            self._parcels.remove(late)
+            await asyncio.to_thread(self._spool.delete, late.seq)
+            await self._number_from(self._accepted + 1)
+
+    async def _become_another(self, reply: EnqueueReply) -> None:
+        """The last resort: nobody will ever have the numbers that the queue asks for."""
+        name, _, number = self._spool.producer.rpartition(".")
+        logger.warning(
+            "the queue asks for group %d of %s, which is gone: going on as %s.%d",
+            reply.last + 1, self._spool.producer, name, int(number) + 1,
+        )  # fmt: skip
+        self.restarts += 1
+        async with self._numbering:
+            await asyncio.to_thread(self._spool.rename, f"{name}.{int(number) + 1}")
+            self._accepted = 0
+            await self._number_from(1)
+
+    async def _number_from(self, first: int) -> None:
+        """Number what the queue does not have consecutively; a file is renamed before it is offered."""
+        waiting = [parcel for parcel in self._parcels if parcel.seq > self._accepted]
+        for seq, parcel in enumerate(waiting, start=first):
+            if parcel.seq != seq:
+                await asyncio.to_thread(self._spool.renumber, parcel.seq, seq)
+            parcel.descriptor = replace(parcel.descriptor, producer=self._spool.producer, seq=seq)
+
+    def _describe(self, group: RolloutGroup, payload: bytes, seq: int) -> Descriptor:
         return Descriptor(
-            producer=f"{self._producer}.{self._incarnation}",
-            seq=self._last_seq + 1,
+            producer=self._spool.producer,
+            seq=seq,
             lease=group.lease,
             min_version=group.min_version,
             num_bytes=len(payload),
             mean_reward=float(group.rewards.mean()),
         )
-
-    def _start_over(self, status: EnqueueStatus, epoch: str) -> None:
-        """Redis lost groups of ours or was declared untrustworthy: go on under a new producer name."""
-        self.restarts += 1
-        self._incarnation += 1
-        self._last_seq, self._epoch = 0, epoch
-        logger.warning("the queue answered %s: going on as producer %s.%d", status, self._producer, self._incarnation)

@@ -18,6 +18,7 @@ from actors.outbox import Outbox
 from actors.prompts import LeasedPrompts
 from actors.scoring import Scorer
 from actors.scratch import scratch_folder
+from actors.spool import Spool, spool_root
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.config.load import parse_published
@@ -48,6 +49,7 @@ def read_run(url: str, run_id: str, overrides: Sequence[str]) -> tuple[RedisRun,
     run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S)
     run.check_reachable()
     config = parse_published(run.run_store.config_json(), overrides, run_id=run_id)
+    run.wait_at_most(config.broker.outage_s)
     build_task(config)  # finds missing rewards before an engine is started for them
     return run, config
 
@@ -91,6 +93,7 @@ def _assemble(
     tokenizer = AutoTokenizer.from_pretrained(scratch / "model")
     encoder = PromptEncoder(tokenizer, build_task(config), config)
     follower = WeightFollower(run.weights, engine, run_id=run_id, folder=scratch, config=config)
+    outbox, orphans = _outboxes(run, config, run_id, actor_id)
     canary = ActorCanary(
         run.canary,
         engine,
@@ -107,16 +110,22 @@ def _assemble(
         canary=canary,
         prompts=LeasedPrompts(run.run_store, encoder, tokenizer, config),
         scorer=scorer,
-        outbox=Outbox(
-            run.sink(),
-            producer=actor_id,
-            epoch=run.run_store.state().epoch,
-            full_timeout_s=config.learner.data_timeout_s,
-        ),
+        outbox=outbox,
+        orphans=orphans,
         admission=run.admission(actor_id),
         fleet=run.fleet,
         run_store=run.run_store,
+        hurry=lambda: run.wait_at_most(config.actor.drain_s),
     )
+
+
+def _outboxes(run: RedisRun, config: RunConfig, run_id: str, actor_id: str) -> tuple[Outbox, tuple[Outbox, ...]]:
+    """Our own, and those of dead actors of this run on this machine."""
+    sink, root, epoch = run.sink(), spool_root(config.actor.spool_dir, run_id), run.run_store.state().epoch
+    outage_s = config.broker.outage_s
+    orphans = [Outbox.adopted(sink, spool, epoch=epoch, outage_s=outage_s) for spool in Spool.adopt(root)]
+    own = Outbox(sink, Spool.create(root, f"{actor_id}.0"), epoch=epoch, outage_s=outage_s)
+    return own, tuple(orphans)
 
 
 def _write_model_files(run: RedisRun, scratch: Path) -> Path:

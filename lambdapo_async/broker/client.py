@@ -4,6 +4,7 @@ Every operation of this package is idempotent (sequence numbers, fences, request
 call after a lost reply safe. redis-py's own retries are off: they would repeat calls that are not.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -14,10 +15,13 @@ import redis
 from lambdapo_async.broker.connection import BrokerRefusedError, connect, redact
 from lambdapo_async.errors import BrokerError, BrokerUnavailable
 
+logger = logging.getLogger(__name__)
+
 _SILENT = "did not answer"
 _DEMOTED = "took no writes (it is a replica)"
 _FULL = "was out of memory (raise its maxmemory or lower broker.max_bytes)"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_LOGGED_AFTER_S = 2.0
 
 
 class Broker:
@@ -52,7 +56,7 @@ class Broker:
             BrokerRefusedError: wrong password, missing right, or not a Redis.
             BrokerError: Redis rejected the command.
         """
-        started, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        started, pause_s, is_logged = time.monotonic(), _FIRST_PAUSE_S, False
         while True:
             try:
                 return operation(self._client)
@@ -67,6 +71,9 @@ class Broker:
                     raise BrokerUnavailable(
                         f"{self._shown_url} {problem} for {elapsed_s:.1f} s (deadline {self._timeout_s:g} s): {error}"
                     ) from error
+                if not is_logged and elapsed_s > _LOGGED_AFTER_S:
+                    is_logged = True
+                    logger.warning("%s %s; trying for %g s", self._shown_url, problem, self._timeout_s)
                 if problem == _DEMOTED:
                     self._client.connection_pool.disconnect()  # a new connection may find the new primary
             time.sleep(pause_s * random.uniform(0.5, 1.0))

@@ -53,6 +53,10 @@ class RedisRun:
             except BrokerUnavailable as error:
                 raise BrokerUnreachableError(f"{error}; does it run, and is its URL right?") from error
 
+    def wait_at_most(self, seconds: float) -> None:
+        """Change the deadline of every call, the running ones included."""
+        self._broker.wait_at_most(seconds)
+
     def admission(self, actor_id: str) -> RedisAdmission:
         """The leases of one actor."""
         return RedisAdmission(self._broker, self.keys, actor_id)

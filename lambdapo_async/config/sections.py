@@ -143,7 +143,8 @@ class BrokerConfig(Section):
     timeout_s: PositiveFloat = 30.0
     """Deadline of one Redis call, retries included."""
     outage_s: PositiveFloat = 600.0
-    """Seconds without Redis, or with one that keeps losing data, after which a process gives up."""
+    """Seconds without Redis, with one that keeps losing data, or (an actor) without a sign of life of its learner, after
+    which a process gives up."""
 
 
 class ActorConfig(Section):
@@ -176,5 +177,8 @@ class ActorConfig(Section):
     canary_minutes: PositiveFloat = 10.0
     """Minutes between two comparisons of an actor's log-probabilities with the learner's; the first comes before it
     samples anything."""
+    spool_dir: Path | None = None
+    """Where an actor keeps groups until the learner holds them; None is a folder of the user's in the folder that
+    TMPDIR names. The next actor of the run on the same machine sends what a dead one left there."""
     drain_s: PositiveFloat = 30.0
     """After SIGTERM unfinished groups get this long before their leases are handed back."""

@@ -15,10 +15,11 @@ from actors.follower import WeightFollower
 from actors.outbox import Outbox
 from actors.prompts import LeasedPrompts
 from actors.scripted_engine import ScriptedEngine, bigram_script, sampling_logprobs
+from actors.spool import Spool
 from lambdapo_async.broker.interface import Delivery, RunLimits
 from lambdapo_async.config import RunConfig
 from lambdapo_async.config.sections import SamplingConfig
-from lambdapo_async.errors import EngineError, WeightsError
+from lambdapo_async.errors import BrokerUnavailable, EngineError, WeightsError
 from lambdapo_async.rollout import Lease
 from lambdapo_async.tasks.interface import Row, Scored
 from lambdapo_async.weights.canary import Canary, CanaryError, CanaryRow, ModelIdentity
@@ -103,6 +104,11 @@ class Stage:
         self.source.initialise(durable())
         self.engine = ScriptedEngine(bigram_script(VOCAB), eos_token_id=EOS, max_length=32)
         self.scorer = LengthScorer()
+        self.spools = tmp_path / "spools"
+        self.spools.mkdir()
+        self.outbox = self.new_outbox("a.0")
+        self.orphans: tuple[Outbox, ...] = ()
+        self.hurries = asyncio.Event()
         self.actor = Actor(self._parts())
         self.deliveries: list[Delivery] = []
 
@@ -119,11 +125,17 @@ class Stage:
             ),
             prompts=LeasedPrompts(run.run_store, RowEncoder(), DigitTokenizer(), CONFIG),  # type: ignore[arg-type]
             scorer=self.scorer,  # type: ignore[arg-type]
-            outbox=Outbox(run.sink(), producer="a", epoch=run.run_store.state().epoch, full_timeout_s=5.0),
+            outbox=self.outbox,
+            orphans=self.orphans,
             admission=run.admission("a"),
             fleet=run.fleet,
             run_store=run.run_store,
+            hurry=self.hurries.set,
         )
+
+    def new_outbox(self, producer: str) -> Outbox:
+        epoch = self.run.run_store.state().epoch
+        return Outbox(self.run.sink(), Spool.create(self.spools, producer), epoch=epoch, outage_s=5.0)
 
     def publish(self, version: int, *, consumed: int = 0, canary_off_by: float = 0.0) -> None:
         state = State.of_torch(version, {"w": torch.full((3,), float(version))})
@@ -311,6 +323,63 @@ async def test_a_dead_engine_ends_the_actor_and_frees_its_leases(stage: Stage) -
             await asyncio.wait_for(asyncio.shield(task), TIMEOUT_S)
     assert stage.source.stats().leased == 0
     assert stage.run.fleet.members() == ()
+
+
+async def test_an_actor_whose_groups_are_committed_leaves_no_file(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage) as task:
+        await stage.take(8)
+        stage.source.commit({"a.0": 8})
+        stage.actor.drain()
+        await asyncio.wait_for(task, TIMEOUT_S)
+    assert stage.hurries.is_set()
+    assert list(stage.spools.iterdir()) == []
+
+
+async def test_unconfirmed_groups_stay_for_the_next_actor(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage) as task:
+        await stage.take(8)
+        stage.actor.drain()
+        await asyncio.wait_for(task, TIMEOUT_S)
+    (spool,) = Spool.adopt(stage.spools)
+    assert spool.sequence_numbers() == list(range(1, 9))
+    stage.orphans = (Outbox.adopted(stage.run.sink(), spool, epoch=stage.run.run_store.state().epoch, outage_s=5.0),)
+    stage.outbox = stage.new_outbox("b.0")
+    stage.actor = Actor(stage._parts())
+    stage.source.commit({"a.0": 8})
+    async with acting(stage) as task:
+        await stage.until(lambda: not (stage.spools / "a.0").exists())
+
+
+async def test_a_run_that_vanished_is_waited_for(stage: Stage) -> None:
+    stage.open()
+    async with acting(stage):
+        await stage.take(8)
+        stage.source.commit({"a.0": 8})
+        stage.run.shared.phase = None
+        stage.run.shared.restart()
+        await stage.until(lambda: stage.actor._vigil._gone_since is not None)
+        stage.run.run_store.create(b"{}", {}, fence=1)
+        stage.source.initialise(durable({"a.0": 8}, consumed=8, next_index=8))
+        stage.run.run_store.set_phase("running", fence=1)
+        await stage.take(16)
+
+
+@pytest.mark.parametrize("sign", ["run", "learner"])
+async def test_a_run_that_nobody_drives_ends_the_actor(stage: Stage, sign: str) -> None:
+    outage_s = 0.2
+    brief = CONFIG.model_copy(update={"broker": CONFIG.broker.model_copy(update={"outage_s": outage_s})})
+    stage.actor = Actor(dataclasses.replace(stage._parts(), config=brief))
+    stage.open()
+    async with acting(stage) as task:
+        await stage.take(8)
+        if sign == "run":
+            stage.run.shared.phase = None
+        else:
+            stage.run.shared.learner_silent_s = 2 * outage_s
+        with pytest.raises(BrokerUnavailable, match=r"outage_s = 0\.2"):
+            await asyncio.wait_for(asyncio.shield(task), TIMEOUT_S)
 
 
 async def test_weights_that_cannot_be_had_twice_end_the_actor(stage: Stage) -> None:
