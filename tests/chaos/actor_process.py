@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import actors.session as session
 from actors.actor import Actor
 from actors.mirror import Mirror
+from actors.spool import Spool
 from actors.scripted_engine import ScriptedEngine
 from lambdapo_async.broker.admission import RedisAdmission
 from lambdapo_async.broker.fleet import RedisFleet
@@ -101,5 +102,9 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
     points.tap(RedisFleet, "beat", "beat")
     points.tap(Actor, "_group", "sampled")
     points.tap(Mirror, "advance", "advance")
+    points.tap(Spool, "write", "spool")
+    points.tap(Spool, "delete", "spool_delete")
+    points.tap(Spool, "adopt", "adopt")
+    points.tap(os, "fsync", "fsync")
     points.tap_scripts()
     points.check(ACTOR_POINTS)

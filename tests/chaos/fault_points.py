@@ -89,22 +89,26 @@ class FaultPoints:
     def tap_scripts(self) -> None:
         """Points around every Lua script: ``lua`` for any of them, ``lua.NAME`` for one."""
         names: dict[int, str] = {}
-        initialise, call = Script.__init__, Script.__call__
+        initialise = Script.__init__
 
         def named(script: Script, broker: Any, name: str, **kind: Any) -> None:
             initialise(script, broker, name, **kind)
             names[id(script)] = name
 
-        def tapped(script: Script, *args: Any, **more: Any) -> Any:
-            name = names[id(script)]
-            self.reach("lua:before")
-            self.reach(f"lua.{name}:before")
-            reply = call(script, *args, **more)
-            self.reach(f"lua.{name}:after")
-            self.reach("lua:after")
-            return reply
+        def tapped(call: Callable[..., Any]) -> Callable[..., Any]:
+            def tapped_call(script: Script, *args: Any) -> Any:
+                name = names[id(script)]
+                self.reach("lua:before")
+                self.reach(f"lua.{name}:before")
+                reply = call(script, *args)
+                self.reach(f"lua.{name}:after")
+                self.reach("lua:after")
+                return reply
 
-        Script.__init__, Script.__call__ = named, tapped  # type: ignore[method-assign]
+            return tapped_call
+
+        Script.__init__ = named  # type: ignore[method-assign]
+        Script.__call__, Script.after = tapped(Script.__call__), tapped(Script.after)  # type: ignore[method-assign]
         self.names += ["lua", *(f"lua.{path.stem}" for path in Path(*broker.__path__).glob("*.lua"))]
 
     def check(self, names: Sequence[str]) -> None:
@@ -119,9 +123,11 @@ LEARNER_POINTS = (
     "lua", "lua.take_over", "lua.weights_begin", "lua.weights_put", "lua.weights_flip", "lua.weights_retire",
 )  # fmt: skip
 ACTOR_POINTS = (
-    "lease", "renew", "enqueue", "hand_back", "sampled", "beat", "advance", "lua", "lua.weights_reader", "lua.beat",
+    "lease", "renew", "enqueue", "hand_back", "sampled", "beat", "advance", "spool", "spool_delete", "adopt", "fsync",
+    "lua", "lua.enqueue", "lua.marks", "lua.weights_reader", "lua.beat",
 )  # fmt: skip
-FREQUENT = ("fsync", "lua", "read", "enter", "append", "commit", "release", "beat", "lease", "enqueue", "sampled")
+FREQUENT = ("fsync", "lua", "read", "enter", "append", "commit", "release", "beat", "lease", "enqueue", "sampled", "spool", "spool_delete",
+            "lua.enqueue")  # fmt: skip
 """Reached many times a second: any of the next ones may be it."""
 
 

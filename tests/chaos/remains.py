@@ -10,12 +10,13 @@ from lambdapo_async.journal.history import History
 from lambdapo_async.journal.records import GroupRecord
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
+from lambdapo_async.wire import decode_group
 from learner.checkpoint import CheckpointStore
 from learner.pool import PoolState
 from tests.chaos.counting_policy import read_history
 from tests.chaos.ledger import Remains
 from tests.chaos.redis_control import RedisControl
-from tests.chaos.spec import RUN_ID, output_dir
+from tests.chaos.spec import RUN_ID, output_dir, spool_dir
 
 
 def read_remains(folder: Path, server: RedisControl, problems: Sequence[str], *, max_uses: int = 1) -> Remains:
@@ -40,6 +41,7 @@ def read_remains(folder: Path, server: RedisControl, problems: Sequence[str], *,
             "queue": queued,
             "leased": leased,
             "todo": todo,
+            "outbox": _spooled(spool_dir(folder)),
             "learner": frozenset(descriptor.lease.index for descriptor in kept),
         },
         kept=frozenset((descriptor.producer, descriptor.seq) for descriptor in kept),
@@ -58,6 +60,12 @@ def _kept(journal: Path, pool: PoolState) -> list[Descriptor]:
         if isinstance(record, GroupRecord) and record.descriptor.lease.split == "train"
         if number > pool.taken or number in pool.replay.uses
     ]
+
+
+def _spooled(root: Path) -> frozenset[int]:
+    """Groups that actors still keep, dead or alive."""
+    groups = (decode_group(path.read_bytes(), vocab_size=2**31 - 1, max_version=2**31) for path in root.rglob("*.group"))
+    return frozenset(group.lease.index for group in groups if group.lease.split == "train")
 
 
 def _queue(client: redis.Redis, keys: RunKeys) -> tuple[frozenset[int], int, int]:

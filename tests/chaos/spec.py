@@ -46,7 +46,9 @@ max_bytes = {MAX_QUEUE_BYTES}
 lease_s = {LEASE_S}
 heartbeat_s = {HEARTBEAT_S}
 timeout_s = {TIMEOUT_S}
+outage_s = 60.0
 [actor]
+spool_dir = "{{spool_dir}}"
 groups_in_flight = 3
 drain_s = 5.0
 [weights]
@@ -90,8 +92,13 @@ def output_dir(folder: Path) -> Path:
     return folder / "outputs"
 
 
+def spool_dir(folder: Path) -> Path:
+    """Where the actors of a scene keep their groups."""
+    return folder / "spool"
+
+
 def write_config(folder: Path, *, seed: int, num_steps: int) -> None:
-    text = _CONFIG.format(seed=seed, output_dir=output_dir(folder), num_steps=num_steps)
+    text = _CONFIG.format(seed=seed, output_dir=output_dir(folder), spool_dir=spool_dir(folder), num_steps=num_steps)
     partial = folder / "config.partial"
     partial.write_text(text)
     partial.rename(folder / "config.toml")
