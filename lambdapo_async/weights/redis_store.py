@@ -49,21 +49,23 @@ class RedisWeightStore:
 
         Raises:
             WeightsError: ``version`` is not above the head, a file leads elsewhere, or the byte budget is too small.
+            LostDataError: what the files change is not the head any more, or what was written of them is gone.
             FencedError: another learner owns the run.
         """
         check_version(version, files)
-        keys = self._keys
+        keys, base = self._keys, _base_of(files)
         self._make_room(sum(len(file.payload) for file in files), fence=fence)
         manifests = [self._target.manifest(file, fence=fence) for file in files]
         packed = [part for manifest in manifests for part in (manifest.name, manifest.pack())]
-        begun = self._begin([keys.state, keys.weights_head, keys.weights_begun], [fence, version, *packed])
+        begun = self._begin([keys.state, keys.weights_head, keys.weights_begun], [fence, version, base, *packed])
         _check_newer(version, begun)
         for manifest, file in zip(manifests, files, strict=True):
             self._target.put(manifest, file.payload, fence=fence)
         listed = [part for file in files for part in (name_of(file.available), pack_available(file.available))]
+        chunks = [name for manifest in manifests for name in self._chunks.names(manifest)]
         flipped = self._flip(
-            [keys.state, keys.weights_head, keys.weights_log, keys.weights_files],
-            [fence, version, consumed, _LOG_ENTRIES, *listed],
+            [keys.state, keys.weights_head, keys.weights_log, keys.weights_files, keys.weights_begun, *chunks],
+            [fence, version, base, consumed, _LOG_ENTRIES, *listed],
         )
         _check_newer(version, flipped)
 
@@ -141,6 +143,14 @@ class RedisWeightStore:
     def _wait_for_log(self, after: bytes, block_s: float) -> None:
         block_ms = max(1, int(1000 * block_s))
         self._broker.call(lambda client: client.xread({self._keys.weights_log: after}, count=1, block=block_ms))
+
+
+def _base_of(files: Sequence[NewFile]) -> str:
+    """The version that a step among the files was made from, as the scripts take it; a keyframe needs none."""
+    of = [file.available for file in files]
+    if any(file.base_version is None for file in of):
+        return ""
+    return next((str(file.base_version) for file in of if file.base_min is None), "")
 
 
 def _check_newer(version: int, reply: Sequence[bytes | int]) -> None:

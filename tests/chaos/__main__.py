@@ -16,10 +16,9 @@ from benchmarks.machine import describe_machine
 from tests.chaos.campaign import Outcome, run_under_faults
 from tests.chaos.profiles import PROFILES
 from tests.chaos.scene import scene_folder
+from tests.chaos.spec import VARIANTS
 
 _FAULTS_PER_RUN = 40
-_GROUP_BYTES = (0, 0, 4096)
-"""Filler of a completion's text, run by run: most groups are small, some are not."""
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "chaos.json"
 
 
@@ -49,7 +48,7 @@ def _run(profile: str, seed: int, faults: int, number: int) -> Outcome:
             PROFILES[profile],
             seed=seed,
             num_faults=faults,
-            text_bytes=_GROUP_BYTES[number % len(_GROUP_BYTES)],
+            variant=VARIANTS[number // 2 % len(VARIANTS)],
         )
         if outcome.violations:
             shutil.copytree(folder, Path("outputs") / f"chaos-{profile}-{seed}", dirs_exist_ok=True, ignore=_sockets)
@@ -93,8 +92,18 @@ def _totals(outcomes: Sequence[Outcome]) -> dict[str, object]:
     exits: Counter[str] = Counter()
     for outcome in outcomes:
         faults, points, exits = faults + outcome.faults, points + outcome.points, exits + outcome.exits
-    kinds = ("lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried",
-             "stuck")
+    kinds = (
+        "lost",
+        "twice",
+        "skipped",
+        "version_reused",
+        "stale",
+        "over_budget",
+        "rewritten",
+        "miscounted",
+        "retried",
+        "stuck",
+    )
     return {
         "runs": len(outcomes),
         "faults": faults.total() + points.total(),

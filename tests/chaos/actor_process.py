@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import actors.session as session
 from actors.actor import Actor
 from actors.mirror import Mirror
-from actors.spool import Spool
 from actors.scripted_engine import ScriptedEngine
+from actors.spool import Spool
 from lambdapo_async.broker.admission import RedisAdmission
 from lambdapo_async.broker.fleet import RedisFleet
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink
@@ -22,8 +22,8 @@ from lambdapo_async.tasks.interface import Row, Scored
 from tests.chaos.counting_policy import logit_table, name_of_weights
 from tests.chaos.fault_points import ACTOR_POINTS, FaultPoints
 from tests.chaos.learner_process import become
-from tests.chaos.mutants import install
 from tests.chaos.ledger import Ledger
+from tests.chaos.mutants import install
 from tests.chaos.spec import RUN_ID, ProcessSpec
 
 EOS = 1

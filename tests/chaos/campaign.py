@@ -14,7 +14,7 @@ from tests.chaos.mutants import MUTANTS
 from tests.chaos.profiles import PROFILES, Profile
 from tests.chaos.remains import read_remains
 from tests.chaos.scene import Scene, StuckError
-from tests.chaos.spec import BOUNDS
+from tests.chaos.spec import VARIANTS, Variant
 
 _REDIS_SHARE = 0.4
 """Of the faults, where a profile has any for Redis."""
@@ -50,10 +50,10 @@ class Outcome:
 
 
 def run_under_faults(
-    folder: Path, profile: Profile, *, seed: int, num_faults: int, text_bytes: int = 0
+    folder: Path, profile: Profile, *, seed: int, num_faults: int, variant: Variant = VARIANTS[0]
 ) -> Outcome:
     """A run from its first step to its end, through ``num_faults`` faults."""
-    scene = Scene(folder, profile, seed=seed, text_bytes=text_bytes)
+    scene = Scene(folder, profile, seed=seed, variant=variant)
     source = random.Random(f"{profile.name}-{seed}")
 
     def choose(num_before: int) -> str | None:
@@ -86,9 +86,9 @@ def _run(scene: Scene, source: random.Random, choose: Callable[[int], str | None
             scene.finish()
         except StuckError as error:
             problems.append(str(error))
-        remains = read_remains(scene.folder, scene.redis, problems)
+        remains = read_remains(scene.folder, scene.redis, problems, max_uses=scene.variant.max_uses)
     entries = read_ledger(scene.folder)
-    violations = check(entries, remains, BOUNDS)
+    violations = check(entries, remains, scene.variant.bounds)
     return Outcome(
         profile=scene.profile.name,
         seed=scene.seed,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lambdapo_async.config import RunConfig
 from lambdapo_async.packing import MicroBatch
-from learner.character_tokenizer import CHARACTERS
 from learner.arrivals import ReceivedGroup
+from learner.character_tokenizer import CHARACTERS
 from learner.trainer import StepResult
 from tests.chaos.ledger import Group, Ledger, Step, digest
 

@@ -31,8 +31,8 @@ from learner.publisher import Publisher
 from learner.receipt_book import ReceiptBook
 from tests.chaos.counting_policy import CountingPolicy, CountingTrainer, name_of_weights
 from tests.chaos.fault_points import LEARNER_POINTS, FaultPoints
-from tests.chaos.mutants import install
 from tests.chaos.ledger import Field, Ledger, digest
+from tests.chaos.mutants import install
 from tests.chaos.spec import RUN_ID, ProcessSpec
 
 
@@ -91,7 +91,7 @@ def model_files(spec: ProcessSpec) -> dict[str, bytes]:
 
 
 def write_model_files(spec_folder: Any) -> None:
-    build_tokenizer(24).save_pretrained(spec_folder / "tokenizer")
+    build_tokenizer(512).save_pretrained(spec_folder / "tokenizer")
     (spec_folder / "tokenizer" / "config.json").write_text('{"model_type": "qwen3"}')
 
 

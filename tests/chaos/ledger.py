@@ -109,7 +109,9 @@ class Bounds:
     """Place of a ``sampled`` entry -> most bytes there."""
 
 
-Kind = Literal["lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried", "stuck"]
+Kind = Literal[
+    "lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried", "stuck"
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,9 @@ def _kept(journal: Path, pool: PoolState) -> list[Descriptor]:
 
 def _spooled(root: Path) -> frozenset[int]:
     """Groups that actors still keep, dead or alive."""
-    groups = (decode_group(path.read_bytes(), vocab_size=2**31 - 1, max_version=2**31) for path in root.rglob("*.group"))
+    groups = (
+        decode_group(path.read_bytes(), vocab_size=2**31 - 1, max_version=2**31) for path in root.rglob("*.group")
+    )
     return frozenset(group.lease.index for group in groups if group.lease.split == "train")
 
 

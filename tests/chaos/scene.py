@@ -20,7 +20,7 @@ from tests.chaos.ledger import SUFFIX, Entry, Ledger
 from tests.chaos.profiles import Profile
 from tests.chaos.proxy import Proxy
 from tests.chaos.redis_control import RedisControl
-from tests.chaos.spec import RUN_ID, ProcessSpec, output_dir, write_config
+from tests.chaos.spec import RUN_ID, VARIANTS, ProcessSpec, Variant, output_dir, write_config
 from tests.chaos.zygote import Forked
 
 NUM_ACTORS = 2
@@ -48,7 +48,7 @@ class Scene:
         seed: int,
         num_steps: int | None = None,
         mutant: str = "",
-        text_bytes: int = 0,
+        variant: Variant = VARIANTS[0],
     ) -> None:
         """Starts nothing yet.
 
@@ -56,7 +56,7 @@ class Scene:
             folder: short, and on storage whose fsync is cheap.
             num_steps: after which the run ends; None lets :meth:`finish` decide, with a learner started anew.
         """
-        self.folder, self.profile, self.mutant, self._text_bytes = folder, profile, mutant, text_bytes
+        self.folder, self.profile, self.variant, self._mutant = folder, profile, variant, mutant
         self.seed, self._num_steps = seed, num_steps
         self.ledger = Ledger(folder, "scene")
         self.redis = RedisControl(folder / "r", profile.persistence)
@@ -83,7 +83,7 @@ class Scene:
     def running(self) -> Iterator[None]:
         """Everything is up, with a first step made; nothing is left behind."""
         write_model_files(self.folder)
-        write_config(self.folder, seed=self.seed, num_steps=self._num_steps or _FOREVER)
+        write_config(self.folder, self.variant, seed=self.seed, num_steps=self._num_steps or _FOREVER)
         self.start_redis()
         if self.profile.proxy:
             self.proxy = Proxy(self.folder / "p", self.redis.socket, hides_run_id=self.profile.hides_run_id)
@@ -153,7 +153,7 @@ class Scene:
             self.tend(_TEND_S)
         if self._num_steps is None:
             self.wait_for_step()
-            write_config(self.folder, seed=self.seed, num_steps=self.newest_step + _LAST_STEPS)
+            write_config(self.folder, self.variant, seed=self.seed, num_steps=self.newest_step + _LAST_STEPS)
             assert self.learner is not None
             self.expect_end(self.learner)
             self.learner.send(signal.SIGTERM)
@@ -182,7 +182,7 @@ class Scene:
     def _spec(self, role: str, *, resume: bool = False) -> ProcessSpec:
         self._started[role] += 1
         who = f"{role}-{self._started[role]}"
-        return ProcessSpec(who, self.folder, self.url, resume, self.mutant, self._text_bytes)
+        return ProcessSpec(who, self.folder, self.url, resume, self._mutant)
 
     def _processes(self) -> list[Forked]:
         return [*([self.learner] if self.learner else []), *self.actors, *self.sleepers]

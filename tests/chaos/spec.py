@@ -18,14 +18,14 @@ seed = {{seed}}
 output_dir = "{{output_dir}}"
 [model]
 path = "counting"
-max_length = 24
+max_length = {{max_length}}
 [task]
 kind = "arithmetic"
 digits = 2
 num_train = 96
 num_heldout = 4
 [sampling]
-max_tokens = 6
+max_tokens = {{max_tokens}}
 [rollout]
 group_size = 2
 groups_per_step = {GROUPS_PER_STEP}
@@ -36,7 +36,10 @@ drop_above = {DROP_ABOVE}
 num_steps = {{num_steps}}
 checkpoint_every = 5
 data_timeout_s = 60.0
-micro_batch_tokens = 64
+micro_batch_tokens = 1024
+record = {{record}}
+[replay]
+max_uses = {{max_uses}}
 [evaluation]
 every_steps = 40
 num_prompts = 3
@@ -56,11 +59,29 @@ grace_s = 1.0
 union_every = 4
 """
 
-BOUNDS = Bounds(
-    groups_per_step=GROUPS_PER_STEP,
-    drop_above=DROP_ABOVE,
-    max_bytes={"queue": MAX_QUEUE_BYTES},
-)
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What differs from one run under faults to the next, besides its faults."""
+
+    max_tokens: int = 6
+    """Of a completion: how large groups are, and how long they take."""
+    max_uses: int = 1
+    """Above 1 groups are drawn out of order, and stay in the replay queue."""
+    record: bool = False
+    """Whether the journal keeps everything."""
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(
+            groups_per_step=GROUPS_PER_STEP,
+            drop_above=DROP_ABOVE,
+            max_uses=self.max_uses,
+            max_bytes={"queue": MAX_QUEUE_BYTES},
+        )
+
+
+VARIANTS = (Variant(), Variant(max_tokens=250), Variant(max_uses=2), Variant(record=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +96,6 @@ class ProcessSpec:
     resume: bool = False
     mutant: str = ""
     """What is broken on purpose in it (``mutants.MUTANTS``)."""
-    text_bytes: int = 0
-    """Filler in every completion's text: how large groups are."""
 
     @property
     def config_path(self) -> Path:
@@ -97,8 +116,17 @@ def spool_dir(folder: Path) -> Path:
     return folder / "spool"
 
 
-def write_config(folder: Path, *, seed: int, num_steps: int) -> None:
-    text = _CONFIG.format(seed=seed, output_dir=output_dir(folder), spool_dir=spool_dir(folder), num_steps=num_steps)
+def write_config(folder: Path, variant: Variant, *, seed: int, num_steps: int) -> None:
+    text = _CONFIG.format(
+        seed=seed,
+        output_dir=output_dir(folder),
+        spool_dir=spool_dir(folder),
+        num_steps=num_steps,
+        max_length=18 + variant.max_tokens,
+        max_tokens=variant.max_tokens,
+        max_uses=variant.max_uses,
+        record=str(variant.record).lower(),
+    )
     partial = folder / "config.partial"
     partial.write_text(text)
     partial.rename(folder / "config.toml")

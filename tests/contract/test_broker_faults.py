@@ -17,12 +17,14 @@ import redis
 from lambdapo_async.broker.connection import BrokerRefusedError, connect, embedded_server, redact
 from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
-from lambdapo_async.errors import BrokerError, BrokerUnavailable, RunNotFoundError, TaskError
+from lambdapo_async.errors import BrokerError, BrokerUnavailable, LostDataError, RunNotFoundError, TaskError
+from lambdapo_async.weights.manifest import Manifest
+from lambdapo_async.weights.redis_chunks import RedisChunks
 from tests.contract.broker_world import FOREVER_S, LIMITS, durable, offer, start, train, until
 from tests.contract.test_broker_run import heartbeat
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S, OpenRun
-from tests.weight_files import full
+from tests.weight_files import full, step
 
 
 @pytest.fixture
@@ -335,3 +337,39 @@ def _answering(reply: Callable[[], bytes]) -> Iterator[str]:
         yield f"unix://{folder}/s"
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(FOREVER_S)
+
+
+def test_a_step_from_weights_that_redis_lost_is_not_published(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    redis_run.weights.publish(0, [full(0)], consumed=0, fence=1)
+    redis_run.weights.publish(1, [full(1)], consumed=0, fence=1)
+    server.set(redis_run.keys.weights_head, 0)  # it went back to a snapshot
+    with pytest.raises(LostDataError, match="not those that were published last"):
+        redis_run.weights.publish(2, [step(2)], consumed=0, fence=1)
+    assert redis_run.weights.head() == 0
+    redis_run.weights.publish(3, [full(3)], consumed=0, fence=1)
+    assert redis_run.weights.head() == 3
+
+
+@pytest.mark.parametrize("lost", ["manifest", "piece"])
+def test_a_version_that_was_lost_while_it_was_written_does_not_become_the_head(
+    redis_run: RedisRun, server: redis.Redis, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Between its first and its last script Redis restarted: a step's base may be there and the step itself not."""
+    start(redis_run)
+    keys, store = redis_run.keys, redis_run.weights
+    store.publish(0, [full(0)], consumed=0, fence=1)
+    put = RedisChunks.put
+
+    def put_and_lose(chunks: RedisChunks, manifest: Manifest, payload: bytes, *, fence: int) -> None:
+        put(chunks, manifest, payload, fence=fence)
+        if lost == "piece":
+            server.delete(keys.weights_chunk(manifest.name, 0))
+        else:
+            server.hdel(keys.weights_begun, manifest.name)
+
+    monkeypatch.setattr(RedisChunks, "put", put_and_lose)
+    with pytest.raises(LostDataError, match="is gone"):
+        store.publish(1, [step(1)], consumed=0, fence=1)
+    assert store.head() == 0
+    assert [file.version for file in store.files()] == [0]
