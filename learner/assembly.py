@@ -90,15 +90,16 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
     store = run.weights_for(config.weights)
     head = store.head()
     versions = VersionCounter(journal, newest=max(claimed, -1 if head is None else head))
-    publisher = Publisher(
-        store,
-        run_id=start.run_id,
-        fence=start.fence,
-        config=config.weights,
-        ranks=start.ranks,
-        newest_version=versions.newest,
+    publisher = resources.enter_context(
+        Publisher(
+            store,
+            run_id=start.run_id,
+            fence=start.fence,
+            config=config.weights,
+            ranks=start.ranks,
+            newest_version=versions.newest,
+        )
     )
-    resources.callback(publisher.close)
     source, book = run.source(start.fence, RunLimits.of(config)), ReceiptBook(journal, receipts)
     ingest = Ingest(source, book, screen, config, newest_version=lambda: publisher.newest_version)
     resources.callback(ingest.close)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from lambdapo_async.broker.interface import Delivery, RolloutSource
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import BrokerUnavailable, LostDataError
+from lambdapo_async.group_bytes import largest_group
 from lambdapo_async.journal.receipts import NOT_COUNTED
 from learner.arrivals import Arrival, Screen
 from learner.hand_over import HandOver
@@ -38,7 +39,9 @@ class Ingest:
     ) -> None:
         self._source, self._book, self._screen, self._config = source, book, screen, config
         self._newest_version = newest_version
-        self._hand_over = HandOver(config.replay.max_bytes // _HAND_OVER_SHARE)
+        max_bytes = config.replay.max_bytes // _HAND_OVER_SHARE
+        self._hand_over = HandOver(max_bytes)
+        self._read_at_once = max(1, min(config.rollout.groups_per_step, max_bytes // largest_group(config)))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read_until_stopped, name="ingest", daemon=True)
 
@@ -76,7 +79,7 @@ class Ingest:
             self._hand_over.fail(error)
 
     def _read(self) -> None:
-        deliveries = self._source.read(self._config.rollout.groups_per_step, timeout_s=_READ_WAIT_S)
+        deliveries = self._source.read(self._read_at_once, timeout_s=_READ_WAIT_S)
         if not deliveries:
             return
         # Redis may bring back what it had been told to forget.

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -84,22 +85,22 @@ class Publisher:
     def republish(self, version: int, *, consumed: int) -> None:
         """Send the newest state once more, whole and under a new number: the store lost it, or never took it.
 
-        Nothing happens before the first :meth:`publish`. Returns when it is out.
+        Nothing happens before the first :meth:`publish`, or if it is out. Returns when it is.
 
         Raises:
             WeightsError, BrokerError: it could not be sent.
         """
-        if self._newest is None:
+        if self._newest is None or self.is_out():
             return
-        with contextlib.suppress(BrokerError, WeightsError):  # of what is sent again now
-            self.flush()
         self.newest_version = version
         self._newest = State(version, self._newest.tensors)
         self._running = self._thread.submit(self._send, self._newest, consumed, is_lost=True)
         self.flush()
 
     def is_out(self) -> bool:
-        """Whether the store's head is the newest state; to be asked after :meth:`flush`."""
+        """Whether the store's head is the newest state, once a running publish has ended, however it did."""
+        with contextlib.suppress(BrokerError, WeightsError):  # what it died of comes back if it is sent again
+            self.flush()
         return self._newest is None or self._store.head() == self._newest.version
 
     def newest_state(self) -> State:
@@ -153,6 +154,16 @@ class Publisher:
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._encoders.shutdown(wait=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; what the last publish died of matters only if nothing else went wrong."""
+        with contextlib.nullcontext() if error is None else contextlib.suppress(BrokerError, WeightsError):
+            self.close()
 
     def _send(self, state: State, consumed: int, *, is_lost: bool = False) -> Mapping[str, float]:
         release = self._mirror.prepare(state, head=None if is_lost else self._store.head())

@@ -94,8 +94,8 @@ class Stage:
             run, "run", settings, folder, fence, checkpoints, checkpoint, self.policy, reference, ROWS,
             [canary_sequence([1, 2], [3, 4])], ranks,
         )  # fmt: skip
-        self._resources = contextlib.ExitStack()
-        self.learner = assemble(start, self._resources)
+        self.resources = contextlib.ExitStack()
+        self.learner = assemble(start, self.resources)
         self.parts = self.learner._parts
         self.source = self.parts.resync.source
 
@@ -103,17 +103,12 @@ class Stage:
         """As near to kill -9 as a thread comes: nothing more reaches the disk."""
         self.parts.journal.close()
 
-    def close(self) -> None:
-        self._resources.close()
-
 
 @contextmanager
 def staged(run: FakeRun, folder: Path, settings: RunConfig) -> Iterator[Stage]:
     stage = Stage(run, folder, settings)
-    try:
+    with stage.resources:
         yield stage
-    finally:
-        stage.close()
 
 
 class Actor(threading.Thread):
@@ -150,11 +145,19 @@ class Actor(threading.Thread):
             pass
 
     def _offer(self, sink, group: RolloutGroup) -> None:
+        """Until it is taken; after a loss under a new name, for it remembers nothing of what it sent before."""
         payload = encode_group(group)
-        self._seq += 1
-        descriptor = Descriptor(self._producer, self._seq, group.lease, group.min_version, len(payload), 0.5)
-        reply = sink.enqueue(descriptor, payload, epoch=self._run.run_store.state().epoch)
-        assert reply.status is EnqueueStatus.OK, reply
+        while not self._stopping.wait(0.0005):
+            descriptor = Descriptor(self._producer, self._seq + 1, group.lease, group.min_version, len(payload), 0.5)
+            reply = sink.enqueue(descriptor, payload, epoch=self._run.shared.epoch)
+            match reply.status:
+                case EnqueueStatus.OK:
+                    self._seq += 1
+                    return
+                case EnqueueStatus.LATE:
+                    return
+                case EnqueueStatus.GAP | EnqueueStatus.DUP:
+                    self._producer, self._seq = f"a.{next(_LIVES)}", 0
 
     def stop(self) -> None:
         self._stopping.set()

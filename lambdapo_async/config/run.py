@@ -154,13 +154,20 @@ def _check_drop_above(config: RunConfig) -> str | None:
 
 
 def _check_replay(config: RunConfig) -> str | None:
-    from lambdapo_async.replay.limits import ReplayLimits  # made of this config
+    from lambdapo_async.group_bytes import largest_group  # made of these sections
+    from lambdapo_async.replay.limits import ReplayLimits
 
     try:
-        ReplayLimits.of(config)
+        limits = ReplayLimits.of(config)
     except ValueError as error:
         return f"replay: {error}"
-    return None
+    needed = limits.rate.min_size * largest_group(config)
+    if needed <= limits.max_bytes:
+        return None
+    return (
+        f"replay.max_bytes = {limits.max_bytes} may hold fewer than the {limits.rate.min_size} groups that a step "
+        f"waits for: raise it to {needed}"
+    )
 
 
 def _check_queue_holds_a_step(config: RunConfig) -> str | None:

@@ -143,8 +143,8 @@ class BrokerConfig(Section):
     timeout_s: PositiveFloat = 30.0
     """Deadline of one Redis call, retries included."""
     outage_s: PositiveFloat = 600.0
-    """Seconds without Redis, with one that keeps losing data, or (an actor) without a sign of life of its learner, after
-    which a process gives up."""
+    """Seconds without Redis, or with one that keeps losing data, after which a process gives up; an actor waits as long
+    for a learner that gives no sign of life."""
 
 
 class ActorConfig(Section):

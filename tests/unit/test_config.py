@@ -85,6 +85,7 @@ def test_a_wrong_key_or_value_is_named(config_file: Path, override: str, expecte
         (["replay.max_uses=2", "replay.samples_per_insert=2", "replay.error_buffer=1"], "raise it to 16"),
         (["replay.min_size=4"], "min_size = 4 holds no sample of 16 groups"),
         (["replay.max_groups=8"], "must hold min_size = 16"),
+        (["replay.max_bytes=1000000"], "replay.max_bytes = 1000000 may hold fewer than the 16 groups"),
         (["broker.lease_s=3"], "three times broker.heartbeat_s"),
     ],
 )

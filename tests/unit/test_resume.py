@@ -175,7 +175,7 @@ def test_another_loss_trains_on_the_same_groups(folder: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty"):
         replay(Recording.open(folder, [model]), other)
     with pytest.raises(ReplayError, match="not in the replay queue"):
-        replay(Recording.open(folder, [model, "rollout.groups_per_step=2", "replay.max_bytes=10"]), folder / "tight")
+        replay(Recording.open(folder, [model, "rollout.groups_per_step=3"]), folder / "tight")
 
 
 def test_only_a_whole_recording_can_be_replayed(folder: Path) -> None:
