@@ -62,10 +62,11 @@ def run_under_faults(
     return _run(scene, source, choose)
 
 
-def run_mutant(folder: Path, name: str, *, seed: int) -> Outcome:
-    """A run of processes that are broken as ``name`` says, through the faults that bring it to light."""
+def run_mutant(folder: Path, name: str, *, seed: int, is_broken: bool = True) -> Outcome:
+    """A run of processes that are broken as ``name`` says (or are not), through the faults that bring it to light."""
     mutant = MUTANTS[name]
-    scene = Scene(folder, PROFILES[mutant.profile], seed=seed, num_steps=mutant.num_steps, mutant=name)
+    broken = name if is_broken else ""
+    scene = Scene(folder, PROFILES[mutant.profile], seed=seed, num_steps=mutant.num_steps, mutant=broken)
     faults = iter(mutant.faults)
     return _run(scene, random.Random(seed), lambda _: next(faults, None))
 

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 import learner.assembly as assembly
 import learner.session as session
 from lambdapo_async.broker.interface import Delivery, Descriptor, Durable
@@ -21,6 +24,7 @@ from lambdapo_async.journal.records import GroupRecord, Record, StepRecord
 from lambdapo_async.parent_death import die_with_parent
 from lambdapo_async.replay.queue import ReplayEntry, ReplayQueue
 from lambdapo_async.weights.redis_store import RedisWeightStore
+from lambdapo_async.weights.state import State
 from learner import checkpoint as checkpoint_module
 from learner.arrivals import ReceivedGroup
 from learner.character_tokenizer import build_tokenizer
@@ -123,8 +127,9 @@ class _Taps:
         tap(RedisRolloutSource, "read", "read", after=self._received)
         tap(RedisRolloutSource, "commit", "commit", after=self._committed)
         tap(RedisRolloutSource, "release", "release")
-        tap(Publisher, "publish", "publish", before=self._announce)
-        tap(Publisher, "republish", "republish", before=self._announce_again)
+        tap(Publisher, "publish", "publish")
+        tap(Publisher, "republish", "republish")
+        tap(Publisher, "_send", "send", before=self._send)
         tap(RedisWeightStore, "publish", "flip", after=self._published)
         tap(os, "fsync", "fsync")
         self._points.tap_scripts()
@@ -165,12 +170,9 @@ class _Taps:
     def _committed(self, _: object, __: object, watermarks: Mapping[str, int], **___: object) -> None:
         self._ledger.write("committed", watermarks=dict(watermarks))
 
-    def _announce(self, _: object, version: int, policy: CountingPolicy, **__: object) -> None:
-        self._weights[version] = name_of_weights(dict(policy.named_bf16())["digest"])
-
-    def _announce_again(self, _: object, version: int, **__: object) -> None:
-        if self._weights:
-            self._weights[version] = self._weights[max(self._weights)]
+    def _send(self, _: object, state: State, *__: object, **___: object) -> None:
+        bits = torch.from_numpy(state.tensors["digest"].bits.view(np.int16).copy())
+        self._weights[state.version] = name_of_weights(bits.view(torch.bfloat16))
 
     def _published(self, _: object, __: object, version: int, *___: object, **____: object) -> None:
         self._ledger.write("published", version=version, weights=self._weights[version])
