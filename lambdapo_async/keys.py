@@ -18,6 +18,11 @@ class RunKeys:
         return f"{{lp:{self.run_id}}}:{name}".encode()
 
     @property
+    def everything(self) -> bytes:
+        """Pattern of all keys of the run."""
+        return self._key("*")
+
+    @property
     def state(self) -> bytes:
         """Hash: schema, fence, owner, epoch, phase, version, limits and counters."""
         return self._key("st")
@@ -103,6 +108,11 @@ class RunKeys:
     def dead(self) -> bytes:
         """Stream: quarantined groups, the newest ones."""
         return self._key("dead")
+
+    @property
+    def all_weights(self) -> bytes:
+        """Pattern of everything that has to do with weights."""
+        return self._key("w:*")
 
     def weights_chunk(self, name: str, index: int) -> bytes:
         """String: one piece of a weight file."""

@@ -1,7 +1,6 @@
 """Puts a learner together from what it starts with: the checkpoint, the journal behind it, and Redis."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from lambdapo_async.journal.records import GroupRecord
 from lambdapo_async.journal.redo import survey
 from lambdapo_async.metrics import EVAL, MetricRow, MetricsLog, read_metrics
 from lambdapo_async.packing import TrainingSequence
-from lambdapo_async.tasks.interface import Row
 from lambdapo_async.weights.canary import ModelIdentity
 from learner.arrivals import Arrival, Screen
 from learner.batcher import Batcher
@@ -29,6 +27,7 @@ from learner.learner import Learner, LearnerParts
 from learner.parallel import Ranks
 from learner.policy import Policy
 from learner.pool import Pool
+from learner.publication import Publication, Rows
 from learner.publisher import Publisher
 from learner.receipt_book import ReceiptBook
 from learner.reporting import Reporter
@@ -40,14 +39,6 @@ from learner.versions import VersionCounter
 
 JOURNAL_FOLDER = "journal"
 """Beside the checkpoints, in the run's folder."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a run that fit its context."""
-
-    train: list[Row]
-    heldout: list[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +107,7 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
     resync = Resync(
         checkpoints=start.checkpoints,
         run_store=run.run_store,
-        publish_run=lambda: _publish_run(start),
+        publication=Publication(run.run_store, config, policy.model_files, start.rows, fence=start.fence),
         source=source,
         book=book,
         publisher=publisher,
@@ -153,14 +144,6 @@ def members_of(state: LearnerState, history: History, screen: Screen) -> Iterato
             return
         if isinstance(record, GroupRecord) and number in state.pool.replay.uses:
             yield screen.restore(number, record)
-
-
-def _publish_run(start: Start) -> None:
-    """Everything an actor needs to join, but the weights."""
-    store, rows = start.run.run_store, start.rows
-    store.create(json.dumps(start.config.published()).encode(), start.policy.model_files, fence=start.fence)
-    store.put_rows("train", [row.as_map() for row in rows.train])
-    store.put_rows("heldout", [row.as_map() for row in rows.heldout])
 
 
 def _reached(target: float | None, finished: Sequence[MetricRow]) -> bool:

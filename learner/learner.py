@@ -132,6 +132,7 @@ class Learner:
         self._surely(self._evaluation.ask_again)
 
     def _agree(self) -> None:
+        self._resync.publication.write()
         self._resync.initialise(consumed=self._batcher.released)
 
     def _set_phase(self) -> None:

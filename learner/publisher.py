@@ -13,6 +13,7 @@ from torch import Tensor
 from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerError, WeightsError
+from lambdapo_async.weights.catch_up import plan_catch_up
 from lambdapo_async.weights.state import State
 from learner.crew import Crew
 from learner.parallel import ALONE, Ranks
@@ -82,26 +83,41 @@ class Publisher:
         self._newest = State.of_torch(version, dict(policy.named_bf16()))
         self._running = self._thread.submit(self._send, self._newest, consumed)
 
+    def settle(self) -> None:
+        """Wait until nothing is being published, whatever became of it."""
+        with contextlib.suppress(BrokerError, WeightsError):  # what it died of comes back if it is sent again
+            self.flush()
+
+    def is_out(self) -> bool:
+        """Whether readers can have the newest state; to be asked after :meth:`flush` or :meth:`settle`.
+
+        A delta may have reached a store that had just lost its base: then nothing leads there.
+        """
+        if self._newest is None:
+            return True
+        if self._store.head() != self._newest.version:
+            return False
+        try:
+            plan_catch_up(self._store.files(), at=None, head=self._newest.version)
+        except WeightsError:
+            return False
+        return True
+
     def republish(self, version: int, *, consumed: int) -> None:
         """Send the newest state once more, whole and under a new number: the store lost it, or never took it.
 
-        Nothing happens before the first :meth:`publish`, or if it is out. Returns when it is.
+        Returns when it is out. Nothing happens before the first :meth:`publish`.
 
         Raises:
             WeightsError, BrokerError: it could not be sent.
         """
-        if self._newest is None or self.is_out():
+        self.settle()
+        if self._newest is None:
             return
         self.newest_version = version
         self._newest = State(version, self._newest.tensors)
         self._running = self._thread.submit(self._send, self._newest, consumed, is_lost=True)
         self.flush()
-
-    def is_out(self) -> bool:
-        """Whether the store's head is the newest state, once a running publish has ended, however it did."""
-        with contextlib.suppress(BrokerError, WeightsError):  # what it died of comes back if it is sent again
-            self.flush()
-        return self._newest is None or self._store.head() == self._newest.version
 
     def newest_state(self) -> State:
         """The newest state that was to be published, bit for bit; ``WeightsError`` before the first."""

@@ -49,6 +49,9 @@ from learner.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+_RECORDED = ("rollout", "staleness", "replay")
+"""What decided which groups a step was made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recording:
@@ -76,6 +79,10 @@ class Recording:
                 "run with learner.record = true can be replayed"
             )
         config = parse_published(json.dumps(recorded_config(run_folder)).encode(), overrides, run_id=run_folder.name)
+        recorded = parse_published(json.dumps(recorded_config(run_folder)).encode(), run_id=run_folder.name)
+        for section in _RECORDED:
+            if getattr(config, section) != getattr(recorded, section):
+                raise ConfigError(f"{section} cannot be changed: the recorded steps are made of what it says")
         num_steps = sum(isinstance(record, StepRecord) for _, record in history.read(1))
         return cls(history, config, num_steps)
 
@@ -98,12 +105,13 @@ def replay(recording: Recording, output: Path) -> None:
     device = pick_device(config.learner.device)
     with join_ranks(device, context_size=config.learner.context_parallel) as ranks:
         if ranks.is_main:
-            _lead(recording, output, ranks)
+            replay_on(ranks, recording, output)
         else:
             run_member(config, ranks)
 
 
-def _lead(recording: Recording, output: Path, ranks: Ranks) -> None:
+def replay_on(ranks: Ranks, recording: Recording, output: Path) -> None:
+    """Rank 0's part of :func:`replay`."""
     config = recording.config
     resolve_objective(config)
     check_output(output)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lambdapo_async.broker.interface import Phase, RolloutSource, RunStore
-from lambdapo_async.errors import BrokerUnavailable, LostDataError, RunNotFoundError
+from lambdapo_async.errors import BrokerUnavailable, LostDataError
 from learner.checkpoint import CheckpointStore
 from learner.evaluation import Evaluation
 from learner.ingest import Ingest
 from learner.parallel import Ranks
+from learner.publication import Publication
 from learner.publisher import Publisher
 from learner.receipt_book import ReceiptBook
 from learner.versions import VersionCounter
@@ -34,8 +35,7 @@ class Resync:
 
     checkpoints: CheckpointStore
     run_store: RunStore
-    publish_run: Callable[[], None]
-    """Writes config, model files and rows; the run is ``starting`` from then on."""
+    publication: Publication
     source: RolloutSource
     book: ReceiptBook
     publisher: Publisher
@@ -59,8 +59,8 @@ class Resync:
         """
         self.checkpoints.check_owner()
         self.run_store.take_over(fence=self.fence)
-        if not self._is_published():
-            self.publish_run()
+        if not self.publication.is_there():
+            self.publication.write()
         self.source.initialise(self.book.durable(consumed=consumed))
 
     def surely(self, ask: Callable[[], R], *, consumed: Callable[[], int], stopping: threading.Event) -> R:
@@ -85,6 +85,8 @@ class Resync:
                 self.ranks.pulse()
 
     def _heal(self, consumed: int) -> None:
+        # A publish that still runs could reach a Redis that is ours again and lacks what its delta is made from.
+        self.publisher.settle()
         self.initialise(consumed=consumed)
         if not self.publisher.is_out():
             version = self.versions.claim()
@@ -94,16 +96,6 @@ class Resync:
         self.evaluation.ask_again()
         self.ingest.go_on()
         logger.info("Redis agrees with this learner's journal again")
-
-    def _is_published(self) -> bool:
-        """Whether Redis holds what an actor needs to join; rows are many, and not written without need."""
-        try:
-            self.run_store.config_json()
-            return all(self.run_store.num_rows(split) > 0 for split in ("train", "heldout")) and bool(
-                self.run_store.model_files()
-            )
-        except RunNotFoundError:
-            return False
 
 
 class _Trouble:

@@ -7,8 +7,8 @@ from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, RunNotFoundError
 from lambdapo_async.report.run_folder import recorded_config
 
-# What actors and the stored groups depend on; everything else may change from one life of a learner to the next.
-_FIXED = ("seed", "model", "task", "density", "sampling", "rollout")
+# What actors and the journal depend on; everything else may change from one life of a learner to the next.
+_FIXED = ("seed", "model", "task", "density", "sampling", "rollout", "replay")
 
 
 def refuse_taken_id(run_store: RunStore, run_id: str) -> None:
@@ -33,7 +33,7 @@ def check_same_config(folder: Path, config: RunConfig) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"--resume: {', '.join(changed)} differ from the run in {folder}, but actors and stored groups depend on "
+            f"--resume: {', '.join(changed)} differ from the run in {folder}, but actors and the journal depend on "
             "them: set them back, or start another run"
         )
 

@@ -22,13 +22,14 @@ from lambdapo_async.report.run_folder import write_header
 from lambdapo_async.tasks.interface import Task
 from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
 from lambdapo_async.tasks.registry import build_task
-from learner.assembly import Rows, Start, assemble
+from learner.assembly import Start, assemble
 from learner.canary import canary_sequences
 from learner.checkpoint import CheckpointStore
 from learner.crew_member import Origin, load_trainees, run_member
 from learner.learner import Learner
 from learner.parallel import Ranks, join_ranks
 from learner.policy import Policy, pick_device
+from learner.publication import Rows
 from learner.run_identity import check_same_config, refuse_taken_id
 from learner.starter import ensure_starter
 

@@ -21,12 +21,13 @@ from lambdapo_async.tasks.interface import Row
 from lambdapo_async.weights.canary import Canary
 from lambdapo_async.weights.state import State
 from lambdapo_async.wire import encode_group
-from learner.assembly import JOURNAL_FOLDER, Rows, Start, assemble
+from learner.assembly import JOURNAL_FOLDER, Start, assemble
 from learner.canary import canary_sequence
 from learner.checkpoint import CheckpointStore
 from learner.crew_member import Origin, load_trainees
 from learner.parallel import ALONE, Ranks
 from learner.policy import Policy
+from learner.publication import Rows
 from tests.fakes_broker import FakeRun
 from tests.groups import make_group
 from tests.random_groups import random_group
@@ -88,8 +89,8 @@ class Stage:
         origin = Origin(str(folder / "model"), checkpoint)
         origin.share(ranks)
         self.policy, reference = load_trainees(settings, origin, ranks)
-        self.canary_store = WatchedCanary(run, self.policy)
-        run.canary = self.canary_store
+        if ranks.is_alone:  # it looks at the weights, in which other ranks would have to join
+            run.canary = self.canary_store = WatchedCanary(run, self.policy)
         start = Start(
             run, "run", settings, folder, fence, checkpoints, checkpoint, self.policy, reference, ROWS,
             [canary_sequence([1, 2], [3, 4])], ranks,

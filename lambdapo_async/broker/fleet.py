@@ -37,7 +37,7 @@ class RedisFleet:
 
     def members(self) -> tuple[Heartbeat, ...]:
         """Actors whose last heartbeat is younger than ``broker.lease_s``; unreadable records are left out, counted."""
-        records = self._members([self._keys.fleet, self._keys.fleet_expiry], [])
+        records = self._members([], [self._keys.fleet, self._keys.fleet_expiry])
         heartbeats = [self._decode(record) for record in records if isinstance(record, bytes)]
         return tuple(heartbeat for heartbeat in heartbeats if heartbeat is not None)
 

@@ -1,15 +1,10 @@
--- Heartbeats by actor id; expired ones are deleted.
--- KEYS[1] = fleet, KEYS[2] = expiry of its members
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for _, actor in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)) do
-  redis.call('HDEL', KEYS[1], actor)
-  redis.call('ZREM', KEYS[2], actor)
-end
-local actors = redis.call('ZRANGE', KEYS[2], 0, -1)
+-- Heartbeats by actor id, without those that have expired.
+-- The learner may only read them; since a script's KEYS count as written, they come as arguments.
+-- ARGV[1] = fleet, ARGV[2] = expiry of its members
+local actors = redis.call('ZRANGEBYSCORE', ARGV[2], now_ms(), '+inf')
 table.sort(actors)
 local heartbeats = {}
 for _, actor in ipairs(actors) do
-  heartbeats[#heartbeats + 1] = redis.call('HGET', KEYS[1], actor) or nil
+  heartbeats[#heartbeats + 1] = redis.call('HGET', ARGV[1], actor) or nil
 end
 return heartbeats

@@ -109,8 +109,8 @@ class RedisWeightStore:
             self._broker.call(lambda client: client.zrem(self._keys.weights_readers, f"{name}|{reader}"))
 
     def _keep(self, name: str, reader: str) -> None:
-        keys = [self._keys.weights_files, self._keys.weights_readers]
-        (kept,) = self._hold(keys, [name, reader, int(READER_LEASE_S * 1000)])
+        milliseconds = int(READER_LEASE_S * 1000)
+        (kept,) = self._hold([self._keys.weights_readers], [name, reader, milliseconds, self._keys.weights_files])
         if not kept:
             raise WeightsError(f"{name} is gone: the head is {self.head()}")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lambdapo_async.errors import FencedError, WeightsError
+from lambdapo_async.errors import FencedError, LostDataError, WeightsError
 from lambdapo_async.metrics import METRICS
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import read_delta, read_full
@@ -56,7 +56,7 @@ class Store:
         raise NotImplementedError
 
     def files(self) -> tuple[Available, ...]:
-        raise NotImplementedError
+        return tuple(file.available for _, files, _, _ in self.published for file in files)
 
     def fetch(self, file: Available) -> bytes:
         raise NotImplementedError
@@ -142,6 +142,40 @@ def test_a_publish_that_failed_after_all_was_out_makes_the_next_one_whole(store:
     publisher.publish(2, weights, consumed=0)
     publisher.flush()
     assert store.published[-1][1][0].available.base_version is None
+
+
+def test_what_the_store_lost_goes_out_whole_under_a_new_number(store: Store, publisher: Publisher) -> None:
+    weights = Weights()
+    assert publisher.is_out()
+    publisher.republish(0, consumed=0)  # nothing was published yet
+    for version in (0, 1):
+        weights.value = float(version)
+        publisher.publish(version, weights, consumed=0)
+    publisher.settle()
+    assert publisher.is_out()
+    del store.published[0]  # the head is there, but what it is made from is not
+    assert not publisher.is_out()
+    store.published.clear()
+    assert not publisher.is_out()
+    publisher.republish(7, consumed=3)
+    assert publisher.is_out()
+    assert [(version, consumed) for version, _, consumed, _ in store.published] == [(7, 3)]
+    assert list(followed(store)) == [1.0]
+    weights.value = 2.0
+    publisher.publish(8, weights, consumed=4)
+    publisher.flush()
+    assert store.published[-1][1][0].available.base_version == 7
+    assert list(followed(store)) == [1.0, 2.0]
+
+
+def test_a_publish_that_failed_is_sent_again(store: Store, publisher: Publisher) -> None:
+    store.error = LostDataError("gone")
+    publisher.publish(0, Weights(), consumed=0)
+    publisher.settle()
+    assert not publisher.is_out()
+    store.error = None
+    publisher.republish(1, consumed=0)
+    assert list(followed(store)) == [0.0]
 
 
 def test_a_publish_is_reported_once(store: Store, publisher: Publisher) -> None:

@@ -1,21 +1,17 @@
 """A learner killed anywhere ends with the bits of one that lived: an uninterrupted replay of the same journal."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.journal.records import JournalError, VersionRecord
-from lambdapo_async.metrics import STEP
-from lambdapo_async.replay.limits import ReplayError
-from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.replay import Recording, replay
 from tests.fakes_broker import FakeRun
-from tests.learner_stage import Stage, acting, journal_of, rows_of, stage_config, staged, trained_in
+from tests.learner_stage import Stage, acting, journal_of, stage_config, staged, trained_in
+from tests.resumed_run import assert_same_bits, fingerprint, losses, newest
 from tests.tiny_models import tiny_model_folder
 
 REUSE = {"max_uses": 3, "samples_per_insert": 1.5, "error_buffer": 3.0, "min_size": 3, "half_life": 2.0}
@@ -74,39 +70,10 @@ def live(run: FakeRun, folder: Path, settings, die: Callable[[Stage], None] | No
         return False
 
 
-def newest(folder: Path) -> Checkpoint:
-    found = CheckpointStore(folder / "checkpoints").load_latest()
-    assert found is not None
-    return found
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Weights and moments, to the bit."""
-    checkpoint = newest(folder)
-    tensors = {
-        f"{part}/{name}": tensor
-        for part in ("model", "optimizer")
-        for path in sorted((checkpoint.folder / part).glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-    assert any(name.startswith("optimizer/exp_avg_sq") for name in tensors)
-    return {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
-
-
-def history(folder: Path) -> list[tuple[int, float, float]]:
-    return [(row.step, row.values["loss/policy"], row.values["optim/grad_norm"]) for row in rows_of(folder, STEP)]
-
-
 def assert_as_if_it_had_lived(folder: Path, num_steps: int) -> None:
     uninterrupted = folder / "uninterrupted"
     replay(Recording.open(folder, [f"model.path={folder / 'model'}"]), uninterrupted)
-    assert [step for step, _, _ in history(folder)] == list(range(1, num_steps + 1))
-    assert history(folder) == history(uninterrupted)
-    assert fingerprint(folder) == fingerprint(uninterrupted)
-    ours, theirs = newest(folder).state, newest(uninterrupted).state
-    assert ours.pool.model_dump(exclude={"taken", "keep_from"}) == theirs.pool.model_dump(
-        exclude={"taken", "keep_from"}
-    )
+    assert_same_bits(folder, uninterrupted, num_steps=num_steps)
 
 
 @pytest.mark.parametrize("call", [1, 3])
@@ -169,13 +136,13 @@ def test_another_loss_trains_on_the_same_groups(folder: Path) -> None:
     model = f"model.path={folder / 'model'}"
     other = folder / "other"
     replay(Recording.open(folder, [model, "objective.policy_loss.preset=ppo", "learner.lr=1e-4"]), other)
-    assert [step for step, _, _ in history(other)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _, _ in losses(other)] == [1, 2, 3, 4, 5, 6]
     assert fingerprint(other) != fingerprint(folder)
     assert (other / "final" / "config.json").exists()
     with pytest.raises(ConfigError, match="is not empty"):
         replay(Recording.open(folder, [model]), other)
-    with pytest.raises(ReplayError, match="not in the replay queue"):
-        replay(Recording.open(folder, [model, "rollout.groups_per_step=3"]), folder / "tight")
+    with pytest.raises(ConfigError, match="rollout cannot be changed"):
+        Recording.open(folder, [model, "rollout.groups_per_step=3"])
 
 
 def test_only_a_whole_recording_can_be_replayed(folder: Path) -> None:

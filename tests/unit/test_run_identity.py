@@ -37,6 +37,7 @@ def test_the_optimizer_may_change_on_resume(tmp_path: Path) -> None:
         ({"rollout": {"group_size": 4}}, "rollout.group_size"),
         ({"task": {"kind": "arithmetic", "digits": 2}}, "task.digits"),
         ({"seed": 1}, "seed differ"),
+        ({"replay": {"max_uses": 2}}, "replay.max_uses"),
     ],
 )
 def test_what_actors_depend_on_may_not(tmp_path: Path, sections: dict[str, object], name: str) -> None:

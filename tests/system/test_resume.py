@@ -1,0 +1,116 @@
+"""kill -9 of a real learner on a real Redis, at seven named points in one run; and of a learner of two ranks."""
+
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lambdapo_async.config import RunConfig
+from lambdapo_async.journal.records import VersionRecord
+from learner.character_tokenizer import build_tokenizer
+from learner.crew_member import run_member
+from learner.parallel import Ranks
+from learner.replay import Recording, replay_on
+from tests.dying_learner import PLACES
+from tests.fakes_broker import FakeRun
+from tests.learner_stage import Stage, journal_of, stage_config, trained_in
+from tests.learner_stage import acting as acting_in_memory
+from tests.processes import Process
+from tests.ranks import run_ranks
+from tests.resumed_run import assert_same_bits
+from tests.system.test_ranks import CONFIG_FILE, acting, settings
+from tests.tiny_models import tiny_model, tiny_model_folder
+
+LIFE_S = 120.0
+NUM_STEPS = 12
+
+
+@pytest.mark.system
+@pytest.mark.timeout(600)
+def test_a_learner_killed_at_every_named_point_ends_as_if_it_had_lived(tmp_path: Path, redis_url: str) -> None:
+    tokenizer = build_tokenizer(64)
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config_path = tmp_path / "run.toml"
+    config_path.write_text(CONFIG_FILE.format(model=tmp_path / "model"))
+    changes = [f"output_dir={tmp_path}", f"learner.num_steps={NUM_STEPS}", "learner.checkpoint_every=3"]
+    flags = [part for change in [*changes, "learner.record=true"] for part in ("--set", change)]
+    arguments = [str(config_path), "--redis-url", redis_url, "--run-id", "killed", *flags]
+    folder = tmp_path / "killed"
+    with acting(redis_url, "killed", settings(rollout={"groups_per_step": 2})):
+        for number, place in enumerate(PLACES):
+            resume = ["--resume"] if number else []
+            log = tmp_path / f"{number}.log"
+            # The second such call: each life gets at least one step further than the one before.
+            process = Process("tests.dying_learner", place, "2", *arguments, *resume, log=log)
+            try:
+                assert process.wait(timeout_s=LIFE_S) == -signal.SIGKILL, f"{place}: {process.log_tail()}"
+            finally:
+                process.kill()
+        last = Process("learner", *arguments, "--resume", log=tmp_path / "last.log")
+        try:
+            assert last.wait(timeout_s=LIFE_S) == 0, last.log_tail()
+        finally:
+            last.kill()
+    uses = Counter(trained_in(folder))
+    assert (len(uses), max(uses.values())) == (2 * NUM_STEPS, 1)
+    versions = [record.version for _, record in journal_of(folder) if isinstance(record, VersionRecord)]
+    assert versions == sorted(set(versions))
+    again = Process("lambdapo_async.cli.app", "replay", str(folder), log=tmp_path / "replay.log")
+    try:
+        assert again.wait(timeout_s=LIFE_S) == 0, again.log_tail()
+    finally:
+        again.kill()
+    assert_same_bits(folder, tmp_path / "killed-replay", num_steps=NUM_STEPS)
+
+
+class Crash(Exception):  # noqa: N818
+    """Rank 0 dies here; the others are sent home, for a test wants them back."""
+
+
+def _dying(stage: Stage, at_call: int) -> None:
+    train, left = stage.parts.stepper.train, [at_call]
+
+    def train_or_die(batch):
+        left[0] -= 1
+        if left[0] == 0:
+            stage.kill()
+            raise Crash
+        return train(batch)
+
+    stage.parts.stepper.train = train_or_die
+
+
+def _two_lives(ranks: Ranks, folder: Path, config: RunConfig) -> None:
+    if not ranks.is_main:
+        run_member(config, ranks)  # until rank 0 dies
+        run_member(config, ranks)
+        return
+    run = FakeRun("run")
+    with acting_in_memory(run, config):
+        first = Stage(run, folder, config, ranks)
+        _dying(first, 4)
+        with pytest.raises(Crash), first.resources:
+            first.learner.run()
+        first.parts.stepper.crew.finish()
+        second = Stage(run, folder, config, ranks)
+        with second.resources:
+            second.learner.run()
+
+
+def _uninterrupted(ranks: Ranks, folder: Path, config: RunConfig) -> None:
+    if ranks.is_main:
+        replay_on(ranks, Recording.open(folder), folder / "replay")
+    else:
+        run_member(config, ranks)
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_take_the_journal_s_steps_again(tmp_path: Path) -> None:
+    model = tiny_model_folder(tmp_path / "model")
+    config = stage_config(model={"path": str(model)}, learner={"num_threads": 1})
+    for name, function in (("lives", _two_lives), ("replay", _uninterrupted)):
+        (tmp_path / f"{name}-results").mkdir()
+        run_ranks(tmp_path / f"{name}-results", 2, function, tmp_path, config, deadline_s=120.0)
+    assert_same_bits(tmp_path, tmp_path / "replay", num_steps=6)
