@@ -126,8 +126,10 @@ ACTOR_POINTS = (
     "lease", "renew", "enqueue", "hand_back", "sampled", "beat", "advance", "spool", "spool_delete", "adopt", "fsync",
     "lua", "lua.enqueue", "lua.marks", "lua.weights_reader", "lua.beat",
 )  # fmt: skip
-FREQUENT = ("fsync", "lua", "read", "enter", "append", "commit", "release", "beat", "lease", "enqueue", "sampled", "spool", "spool_delete",
-            "lua.enqueue")  # fmt: skip
+FREQUENT = (
+    "fsync", "lua", "read", "enter", "append", "commit", "release", "beat", "lease", "enqueue", "sampled", "spool",
+    "spool_delete", "lua.enqueue",
+)  # fmt: skip
 """Reached many times a second: any of the next ones may be it."""
 
 

@@ -194,8 +194,8 @@ PROCESS_FAULTS: dict[str, Fault] = {
 REDIS_FAULTS: dict[str, Fault] = {
     each.__name__: each
     for each in (
-        promote_replica, redis_restart, redis_power_loss, redis_empty, redis_snapshot, redis_freeze, redis_freeze_long, cut_connections,
-        lose_replies,
+        promote_replica, redis_restart, redis_power_loss, redis_empty, redis_snapshot, redis_freeze, redis_freeze_long,
+        cut_connections, lose_replies,
     )
 }  # fmt: skip
 DIRECTED_FAULTS: dict[str, Fault] = {"learner_dies_before_the_journal": learner_dies_before_the_journal}

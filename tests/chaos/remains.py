@@ -76,6 +76,7 @@ def _queue(client: redis.Redis, keys: RunKeys) -> tuple[frozenset[int], int, int
     named = {keys.payload(fields[b"p"].decode(), int(fields[b"s"])) for _, fields in entries}
     prefix = keys.payload("", 0).removesuffix(b":0")
     found = set(client.scan_iter(match=prefix.replace(b"{", b"[{]") + b"*", count=1000))
+    found -= {name for name in found - named if client.ttl(name) >= 0}  # put down, never offered, soon gone
     queued_bytes = sum(client.strlen(name) for name in named)
     indices = _indices([fields[b"l"] for _, fields in entries])
     return indices, queued_bytes, len(named ^ found)

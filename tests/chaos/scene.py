@@ -20,13 +20,13 @@ from tests.chaos.ledger import SUFFIX, Entry, Ledger
 from tests.chaos.profiles import Profile
 from tests.chaos.proxy import Proxy
 from tests.chaos.redis_control import RedisControl
-from tests.chaos.spec import RUN_ID, VARIANTS, ProcessSpec, Variant, output_dir, write_config
+from tests.chaos.spec import RUN_ID, VARIANTS, ProcessSpec, Variant, output_dir, spool_dir, write_config
 from tests.chaos.zygote import Forked
 
 NUM_ACTORS = 2
-STUCK_S = 30.0
+STUCK_S = 60.0
 """Without a step for this long, while nothing is being broken, a run counts as stuck."""
-_EXIT_S = 20.0
+_EXIT_S = 40.0
 _TEND_S = 0.02
 _SAMPLE_S = 0.2
 _FOREVER = 1_000_000
@@ -236,6 +236,8 @@ class Scene:
                     self.newest_step = max(self.newest_step, int(line.partition(b'"step":')[2].partition(b",")[0]))
 
     def _sample(self) -> None:
+        self.ledger.write("sampled", place="outbox", bytes=_bytes_below(spool_dir(self.folder)))
+        self.ledger.write("sampled", place="journal", bytes=_bytes_below(output_dir(self.folder) / RUN_ID / "journal"))
         if not self.redis_is_up:
             return
         with contextlib.suppress(redis.RedisError), contextlib.closing(self.redis.client(timeout_s=0.5)) as client:
@@ -255,6 +257,15 @@ class Scene:
             self.proxy.close()
         self.redis_is_up = False
         self.redis.close()
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # its group was confirmed a moment ago
+                total += os.stat(Path(parent) / name).st_size
+    return total
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ RUN_ID = "chaos"
 GROUPS_PER_STEP = 4
 MAX_STALENESS = 2
 DROP_ABOVE = 8
-MAX_QUEUE_BYTES = 256 * 1024
+_MAX_JOURNAL_BYTES = 16 * 1024**2
 LEASE_S, HEARTBEAT_S, TIMEOUT_S = 1.5, 0.3, 3.0
 
 _CONFIG = f"""
@@ -45,7 +45,7 @@ every_steps = 40
 num_prompts = 3
 [broker]
 max_groups = 400
-max_bytes = {MAX_QUEUE_BYTES}
+max_bytes = {{queue_bytes}}
 lease_s = {LEASE_S}
 heartbeat_s = {HEARTBEAT_S}
 timeout_s = {TIMEOUT_S}
@@ -70,6 +70,8 @@ class Variant:
     """Above 1 groups are drawn out of order, and stay in the replay queue."""
     record: bool = False
     """Whether the journal keeps everything."""
+    queue_bytes: int = 256 * 1024
+    """What Redis may hold of groups."""
 
     @property
     def bounds(self) -> Bounds:
@@ -77,11 +79,12 @@ class Variant:
             groups_per_step=GROUPS_PER_STEP,
             drop_above=DROP_ABOVE,
             max_uses=self.max_uses,
-            max_bytes={"queue": MAX_QUEUE_BYTES},
+            # An actor keeps what the queue or the learner has of it, and what it is about to offer.
+            max_bytes={"queue": self.queue_bytes, "outbox": 2 * self.queue_bytes, "journal": _MAX_JOURNAL_BYTES},
         )
 
 
-VARIANTS = (Variant(), Variant(max_tokens=250), Variant(max_uses=2), Variant(record=True))
+VARIANTS = (Variant(), Variant(max_tokens=250), Variant(max_uses=2), Variant(record=True, queue_bytes=60_000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ def write_config(folder: Path, variant: Variant, *, seed: int, num_steps: int) -
         max_length=18 + variant.max_tokens,
         max_tokens=variant.max_tokens,
         max_uses=variant.max_uses,
+        queue_bytes=variant.queue_bytes,
         record=str(variant.record).lower(),
     )
     partial = folder / "config.partial"
