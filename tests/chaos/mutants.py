@@ -36,7 +36,7 @@ class Mutant:
     caught: tuple[Kind, ...]
     """Violations of which at least one must show."""
     net: str = ""
-    """What a safety net says in a log when it catches the mutant before the ledger has to; the faults alone are not why."""
+    """What a safety net says in a log when it catches it before the ledger has to; the faults alone are not why."""
     faults: tuple[str, ...]
     """Keys of ``faults.FAULTS``, in order."""
     profile: str = "stable"
