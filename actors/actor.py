@@ -7,47 +7,22 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Literal
 
-from actors.canary import ActorCanary
-from actors.engine import Completion, InferenceEngine
-from actors.follower import WeightFollower
+from actors.engine import CUT_OFF_S
+from actors.holding import Holding, HoldLimits
 from actors.meter import EngineMeter
-from actors.outbox import Outbox
-from actors.prompts import LeasedPrompts, Prompt
-from actors.scoring import Scorer
+from actors.parts import ActorParts
+from actors.sampled import Sampled
+from actors.sampler import Sampler
 from actors.vigil import Vigil
-from lambdapo_async.broker.interface import Admission, Fleet, Heartbeat, RunStore
-from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import BrokerError, EngineError
-from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing
-from lambdapo_async.tasks.interface import Scored
+from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.errors import BrokerError
+from lambdapo_async.rollout import Lease
 
 logger = logging.getLogger(__name__)
 
 _GATE_POLL_S = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActorParts:
-    """Everything an actor is put together from."""
-
-    actor_id: str
-    config: RunConfig
-    engine: InferenceEngine
-    follower: WeightFollower
-    canary: ActorCanary
-    prompts: LeasedPrompts
-    scorer: Scorer
-    outbox: Outbox
-    orphans: tuple[Outbox, ...]
-    """What dead actors of this run left on this machine."""
-    admission: Admission
-    fleet: Fleet
-    run_store: RunStore
-    hurry: Callable[[], None]
-    """From now on no call waits long for Redis: we are leaving."""
 
 
 class Actor:
@@ -57,12 +32,16 @@ class Actor:
         self._parts = parts
         self._config = parts.config
         self._meter = EngineMeter()
+        self._sampler = Sampler(parts.engine, self._meter, parts.config)
+        self._holding = Holding(HoldLimits.of(parts.config))
         self._in_flight: dict[Lease, asyncio.Task[None]] = {}
         self._delivering: set[Lease] = set()
         self._owed: set[Lease] = set()
+        self._unsent: dict[Lease, Sampled] = {}
         self._draining = asyncio.Event()
         self._slot_freed = asyncio.Event()
         self._lost_leases = 0
+        self._is_set_aside = False
         self._orphans = list(parts.orphans)
         self._leasing: asyncio.Future[tuple[Lease, ...]] | None = None
         self._vigil = Vigil(parts.run_store, outage_s=parts.config.broker.outage_s)
@@ -101,20 +80,22 @@ class Actor:
                 loops.create_task(self._beat(), name="beat"),
                 loops.create_task(self._keep_outboxes(), name="keep_outboxes"),
             ]
-            await self._sample()
+            await self._answer_leases()
             for task in background:
                 task.cancel()
 
-    async def _sample(self) -> None:
-        """Keep ``groups_in_flight`` groups going.
+    async def _answer_leases(self) -> None:
+        """Keep as many groups going as suit this actor's speed.
 
         consumes: leases    waits for: the admission gate, a free slot    unblocks: the learner's next batch
         """
         async with asyncio.TaskGroup() as groups:
             while not self._draining.is_set():
-                free = self._config.actor.groups_in_flight - len(self._in_flight)
-                leases = await self._lease(free)
+                now = time.monotonic()
+                self._holding.saw_version(self._parts.engine.policy_version, now)
+                leases = await self._lease(self._holding.target(now) - len(self._in_flight))
                 for lease in leases:
+                    self._holding.leased(lease, now)
                     task = groups.create_task(self._answer(lease), name=lease.id)
                     self._in_flight[lease] = task
                     self._owed.add(lease)
@@ -125,7 +106,7 @@ class Actor:
 
     async def _lease(self, free: int) -> tuple[Lease, ...]:
         # A prompt leased while newer weights are on their way would be answered by the old ones.
-        if free == 0 or self._parts.follower.is_behind or not self._parts.canary.is_admitted:
+        if free <= 0 or self._parts.follower.is_behind or not self._parts.canary.is_admitted:
             return ()
         # Kept where a cancellation does not lose what was granted meanwhile.
         self._leasing = asyncio.ensure_future(asyncio.to_thread(self._parts.admission.lease, free))
@@ -145,72 +126,48 @@ class Actor:
 
     def _forget(self, lease: Lease, answer: asyncio.Task[None]) -> None:
         self._in_flight.pop(lease, None)
+        is_answered = not answer.cancelled() and answer.exception() is None and lease not in self._unsent
+        self._holding.ended(lease, time.monotonic(), is_delivered=is_answered)
         self._delivering.discard(lease)
-        if not answer.cancelled() and answer.exception() is None:
+        if is_answered:
             self._owed.discard(lease)
         self._slot_freed.set()
 
     async def _answer(self, lease: Lease) -> None:
         """One lease, from prompt to delivered group."""
         prompt = await asyncio.to_thread(self._parts.prompts.of, lease)
-        started_at, started = time.time(), time.monotonic()
-        with self._meter.request():
-            completions = await self._sample_group(prompt)
-        sampled = time.monotonic()
-        self._meter.count(len(completions), sum(len(completion.token_ids) for completion in completions))
-        if any(completion.finish_reason == "abort" for completion in completions):
-            await asyncio.to_thread(self._parts.admission.hand_back, [lease])
-            return
-        texts = await asyncio.to_thread(self._parts.prompts.decode, completions)
+        version = self._parts.engine.policy_version
+        begun = await asyncio.to_thread(self._parts.handoff.take, lease, prompt, version=version)
+        started = time.monotonic()
+        sampled = await self._sampler.sample(prompt, begun)
+        sampled_at = time.monotonic()
+        self._unsent[lease] = sampled
+        if sampled.is_cut_off:
+            return  # the lease is still owed: signing off hands it back, with what there is
+        lengths = [len(each.token_ids) for each in sampled.completions]
+        self._holding.sampled(lease, lengths, sampling_s=sampled_at - started)
+        texts = await asyncio.to_thread(self._parts.prompts.decode, sampled.completions)
         scores = await self._parts.scorer.score(prompt.row, texts)
-        timing = Timing(started_at=started_at, generation_s=sampled - started, scoring_s=time.monotonic() - sampled)
+        scoring_s = time.monotonic() - sampled_at
+        group = sampled.rewarded(lease, self._parts.actor_id, texts, scores, scoring_s=scoring_s)
         self._delivering.add(lease)
-        await self._parts.outbox.send(self._group(lease, prompt, completions, texts, scores, timing))
-
-    async def _sample_group(self, prompt: Prompt) -> tuple[Completion, ...]:
-        deadline_s = self._config.actor.group_timeout_s
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await self._parts.engine.sample_group(
-                    prompt.token_ids.tolist(), size=prompt.num_samples, sampling=self._config.sampling
-                )
-        except TimeoutError as error:
-            raise EngineError(f"a group was not sampled within actor.group_timeout_s = {deadline_s:g} s") from error
-
-    def _group(
-        self,
-        lease: Lease,
-        prompt: Prompt,
-        completions: tuple[Completion, ...],
-        texts: list[str],
-        scores: list[Scored],
-        timing: Timing,
-    ) -> RolloutGroup:
-        rollouts = tuple(
-            Rollout(
-                completion_ids=completion.token_ids,
-                behavior_logprobs=completion.logprobs,
-                version_spans=completion.version_spans,
-                finish_reason=completion.finish_reason,
-                text=text,
-                reward=scored.reward,
-                reward_parts=scored.parts,
-            )
-            for completion, text, scored in zip(completions, texts, scores, strict=True)
-        )
-        return RolloutGroup(
-            lease=lease,
-            prompt_ids=prompt.token_ids,
-            rollouts=rollouts,
-            actor_id=self._parts.actor_id,
-            timing=timing,
-        )
+        del self._unsent[lease]  # the outbox keeps it from here on
+        await self._parts.outbox.send(group)
+        await asyncio.to_thread(self._parts.handoff.done, lease)
 
     async def _finish_or_cancel(self) -> None:
         """Give running groups ``drain_s``; the leases of those that are cut off are handed back at sign-off."""
-        if not self._in_flight:
+        if not self._in_flight or self._is_run_finished:  # then nobody waits for them
+            self._cancel_groups()
             return
         await asyncio.wait(list(self._in_flight.values()), timeout=self._config.actor.drain_s)
+        sampling = [task for lease, task in self._in_flight.items() if lease not in self._unsent]
+        if sampling and self._config.actor.handoff:
+            await self._parts.engine.abort_all()  # each returns what it has
+            await asyncio.wait(sampling, timeout=CUT_OFF_S)
+        self._cancel_groups()
+
+    def _cancel_groups(self) -> None:
         for task in self._in_flight.values():
             task.cancel()
 
@@ -224,7 +181,9 @@ class Actor:
         """
         parts, beat_s = self._parts, self._config.broker.heartbeat_s
         while True:
-            await asyncio.to_thread(parts.fleet.beat, self._heartbeat())
+            self._is_set_aside = await asyncio.to_thread(parts.fleet.beat, self._heartbeat())
+            if self._is_set_aside:
+                parts.canary.doubt()
             held = list(self._in_flight)
             for lease in await asyncio.to_thread(parts.admission.renew, held) if held else ():
                 self._drop_lost(lease)
@@ -253,6 +212,7 @@ class Actor:
         task = self._in_flight.get(lease)
         if task is not None and lease not in self._delivering:
             self._lost_leases += 1
+            self._unsent.pop(lease, None)
             self._owed.discard(lease)
             task.cancel()
 
@@ -264,7 +224,7 @@ class Actor:
             actor_id=parts.actor_id,
             host=socket.gethostname()[:256],
             pid=os.getpid(),
-            state="draining" if self._draining.is_set() else "sampling" if parts.canary.is_admitted else "starting",
+            state=self._state(),
             device=info.device,
             dtype=info.dtype,
             engine=info.name,
@@ -278,6 +238,8 @@ class Actor:
             counters={
                 **parts.follower.counters(),
                 **parts.canary.counters(),
+                **parts.handoff.counters(),
+                "groups_to_hold": self._holding.target(time.monotonic()),
                 "groups_late": parts.outbox.late,
                 "groups_unconfirmed": parts.outbox.unconfirmed,
                 "groups_adopted": sum(orphan.unconfirmed for orphan in self._orphans),
@@ -288,12 +250,20 @@ class Actor:
             sent_at=time.time(),
         )
 
+    def _state(self) -> Literal["starting", "sampling", "quarantined", "draining"]:
+        if self._draining.is_set():
+            return "draining"
+        if self._is_set_aside:
+            return "quarantined"
+        return "sampling" if self._parts.canary.is_admitted else "starting"
+
     async def _sign_off(self) -> None:
         """Hand back what was not answered, see our groups confirmed, and leave the fleet."""
         if self._leasing is not None:
             self._owed |= set(await self._leasing)
         if self._owed:
             logger.info("handing back %d unanswered leases", len(self._owed))
+            await asyncio.to_thread(self._parts.handoff.leave, self._unsent)
             await asyncio.to_thread(self._parts.admission.hand_back, sorted(self._owed, key=lambda lease: lease.index))
         await self._confirm()
         await asyncio.to_thread(self._parts.fleet.leave, self._parts.actor_id)

@@ -1,6 +1,7 @@
 """The actor's side of the canary: no lease before its numbers are the learner's, and a new look every so often."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -14,6 +15,8 @@ from lambdapo_async.weights.canary_store import CanaryStore
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_SOONEST_S = 5.0
+"""Between two comparisons, however much the actor is doubted."""
 
 
 class ScoringEngine(Protocol):
@@ -56,6 +59,7 @@ class ActorCanary:
         self._checksum_of = checksum_of
         self._every_s, self._timeout_s = every_s, timeout_s
         self._verdict: CanaryVerdict | None = None
+        self._doubted = asyncio.Event()
         self._checks = self._failures = 0
 
     @property
@@ -80,7 +84,15 @@ class ActorCanary:
         """
         while True:
             await self.compare()
-            await asyncio.sleep(self._every_s)
+            pause_s = min(_SOONEST_S, self._every_s)
+            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._doubted.wait(), self._every_s - pause_s)
+            self._doubted.clear()
+
+    def doubt(self) -> None:
+        """The learner has set this actor aside: compare soon, for nothing else brings it back."""
+        self._doubted.set()
 
     async def compare(self) -> CanaryVerdict:
         """One comparison; see :meth:`watch`."""

@@ -31,6 +31,10 @@ class EngineInfo:
     dtype: str
 
 
+CUT_OFF_S = 5.0
+"""Seconds after :meth:`InferenceEngine.abort_all` in which every running request has come back."""
+
+
 class InferenceEngine(Protocol):
     """Samples completions under the weights it was last given."""
 
@@ -87,7 +91,7 @@ class InferenceEngine(Protocol):
         """
 
     async def abort_all(self) -> None:
-        """End running requests; their :meth:`sample_group` returns what was sampled, reason ``abort``."""
+        """End running samples; their :meth:`sample_group` returns what there is of all of them, reason ``abort``."""
 
     async def shutdown(self) -> None:
         """Free the engine's processes and memory; idempotent."""

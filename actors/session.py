@@ -3,25 +3,28 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actors.actor import Actor, ActorParts
+from actors.actor import Actor
 from actors.between_groups import BetweenGroups
 from actors.canary import ActorCanary
-from actors.engine import InferenceEngine
+from actors.engine import CUT_OFF_S, InferenceEngine
 from actors.follower import WeightFollower
+from actors.handoff import Handoff
 from actors.outbox import Outbox
+from actors.parts import ActorParts
 from actors.prompts import LeasedPrompts
 from actors.scoring import Scorer
 from actors.scratch import scratch_folder
 from actors.spool import Spool, spool_root
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
-from lambdapo_async.config.load import parse_published
+from lambdapo_async.config.load import HMAC_KEY_VARIABLE, parse_published
 from lambdapo_async.errors import BrokerError, ConfigError
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
@@ -39,14 +42,14 @@ def read_run(url: str, run_id: str, overrides: Sequence[str]) -> tuple[RedisRun,
     Raises:
         BrokerUnreachableError: no Redis there.
         RunNotFoundError: no such run there, or one of a schema we do not know.
-        ConfigError: an override of something that is not the actor's to choose.
+        ConfigError: an override of something that is not the actor's to choose, or LAMBDAPO_HMAC_KEY is not the run's.
         TaskError: a reward function that this machine does not have.
     """
     foreign = [override for override in overrides if not override.startswith("actor.")]
     if foreign:
         key = foreign[0].partition("=")[0] if "=" in foreign[0] else "***"  # the value may be a password
         raise ConfigError(f"--set {key}: an actor takes everything but actor.* from its run")
-    run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S)
+    run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S, hmac_key=os.environ.get(HMAC_KEY_VARIABLE))
     run.check_reachable()
     config = parse_published(run.run_store.config_json(), overrides, run_id=run_id)
     run.wait_at_most(config.broker.outage_s)
@@ -110,13 +113,29 @@ def _assemble(
         canary=canary,
         prompts=LeasedPrompts(run.run_store, encoder, tokenizer, config),
         scorer=scorer,
+        handoff=Handoff(
+            run.partials(actor_id),
+            run.seal,
+            config,
+            actor_id=actor_id,
+            vocab_size=_vocab_size(scratch / "model"),
+            newest_version=lambda: run.run_store.state().version,
+        ),
         outbox=outbox,
         orphans=orphans,
         admission=run.admission(actor_id),
         fleet=run.fleet,
         run_store=run.run_store,
-        hurry=lambda: run.wait_at_most(config.actor.drain_s),
+        hurry=lambda: run.wait_at_most(max(config.actor.drain_s, CUT_OFF_S)),
     )
+
+
+def _vocab_size(model_folder: Path) -> int:
+    """Token ids that the model knows: an engine fails on any other."""
+    from transformers import AutoConfig
+
+    num_tokens: int = AutoConfig.from_pretrained(model_folder).get_text_config().vocab_size
+    return num_tokens
 
 
 def _outboxes(run: RedisRun, config: RunConfig, run_id: str, actor_id: str) -> tuple[Outbox, tuple[Outbox, ...]]:

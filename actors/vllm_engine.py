@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from actors.engine import Completion, EngineInfo
+from actors.engine import CUT_OFF_S, Completion, EngineInfo
 from actors.requests import NO_WEIGHTS, check_request
 from actors.weights_file import Layout, check_finite, check_names, check_same, in_layers_of, read_layout
 from lambdapo_async.config import RunConfig
@@ -51,7 +51,8 @@ class VllmEngine:
         self._shapes = _parameter_shapes(model_dir)
         self._layout: Layout | None = None
         self._policy_version = -1
-        self._running: set[str] = set()
+        self._sampling: set[str] = set()
+        self._scoring: set[str] = set()
         self._swapping = asyncio.Lock()
         self._death: str | None = None
         self._info = EngineInfo(
@@ -123,7 +124,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._generate([int(token) for token in prompt_ids], params)
+        output = await self._generate([int(token) for token in prompt_ids], params, self._sampling)
         return tuple(_completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index))
 
     async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> LogProbs:
@@ -136,20 +137,20 @@ class VllmEngine:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         ids = [int(token) for token in (*prompt_ids, *completion_ids)]
         async with self._swapping:
-            output = await self._generate(ids, params)
+            output = await self._generate(ids, params, self._scoring)
         return np.array(output.prompt_logprobs.logprobs[len(prompt_ids) - 1 :], np.float32)  # the first token has none
 
-    async def _generate(self, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
+    async def _generate(self, prompt_ids: list[int], params: SamplingParams, running: set[str]) -> RequestOutput:
         request_id = uuid.uuid4().hex
         # A cache that outlives an update must not serve those who come after it.
         prompt = tokens_input(prompt_ids, cache_salt=f"v{self._policy_version}" if self._stale_kv else None)
-        self._running.add(request_id)
+        running.add(request_id)
         try:
             outputs = [output async for output in self._llm.generate(prompt, params, request_id)]
         except VLLMError as error:
             raise EngineError(f"vLLM failed on a prompt of {len(prompt_ids)} tokens: {error!r}") from error
         finally:
-            self._running.discard(request_id)
+            running.discard(request_id)
         self._check_alive()  # a dying engine ends its requests as if they had been aborted
         if not outputs or not outputs[-1].finished:
             raise EngineError(f"vLLM ended a request of {params.n} samples without its completions")
@@ -166,8 +167,11 @@ class VllmEngine:
 
     async def abort_all(self) -> None:
         """See :meth:`actors.engine.InferenceEngine.abort_all`."""
+        await self._abort(self._sampling)
+
+    async def _abort(self, request_ids: Set[str]) -> None:
         with contextlib.suppress(VLLMError):  # a dead engine runs nothing, and each request says so itself
-            await self._llm.abort(list(self._running))
+            await self._llm.abort(list(request_ids))
 
     async def shutdown(self) -> None:
         """End the engine's process; idempotent."""
@@ -222,7 +226,7 @@ class VllmEngine:
     async def _die(self, reason: str) -> None:
         if self._death is None:
             self._death = reason
-            await self.abort_all()
+            await self._abort(self._sampling | self._scoring)
             self._llm.shutdown()
 
     def _check_alive(self) -> None:
@@ -265,7 +269,8 @@ def _engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
         seed=secrets.randbits(31),  # actors with one seed would draw the same noise
         worker_extension_cls="actors.vllm_worker.WeightSwap",
         enable_log_requests=False,
-        shutdown_timeout=math.ceil(actor.drain_s),  # a SIGTERM to every process must not cut off what we still drain
+        # A SIGTERM to every process must not cut off what we still drain.
+        shutdown_timeout=math.ceil(actor.drain_s + CUT_OFF_S),
     )
 
 

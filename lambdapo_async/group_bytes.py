@@ -7,7 +7,7 @@ _PER_TOKEN = 4 + 4 + 12 + 8
 """Id, log-probability, a version span of its own at worst, and its text (UTF-8, longer than nearly all tokens)."""
 _PER_ROLLOUT = 64 + 8 * MAX_REWARD_PARTS
 _PER_GROUP = 2048 + 128 * MAX_REWARD_PARTS
-"""Names, headers, lease, actor."""
+"""Names, headers, lease, actor, signature."""
 
 
 def largest_group(config: RunConfig) -> int:

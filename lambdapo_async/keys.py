@@ -5,7 +5,7 @@ The braces are a hash tag: a cluster keeps the whole run in one slot, so that sc
 
 from dataclasses import dataclass
 
-from lambdapo_async.rollout import Split
+from lambdapo_async.rollout import Lease, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,20 @@ class RunKeys:
         return self._key(f"grant:{actor_id}")
 
     @property
+    def partials(self) -> bytes:
+        """Hash: lease id -> expiry in milliseconds of server time, a blank, bytes of its partial."""
+        return self._key("partials")
+
+    @property
+    def all_partials(self) -> bytes:
+        """Pattern of what actors left of unfinished groups."""
+        return self._key("part:*")
+
+    def partial(self, lease: Lease) -> bytes:
+        """String, expiring: what an actor left of an unfinished group."""
+        return self._key(f"part:{lease.id}")
+
+    @property
     def fleet(self) -> bytes:
         """Hash: actor id -> heartbeat (msgpack)."""
         return self._key("fleet")
@@ -103,6 +117,11 @@ class RunKeys:
     def fleet_expiry(self) -> bytes:
         """Sorted set: actor id -> expiry of its heartbeat in milliseconds of server time."""
         return self._key("fleet_expiry")
+
+    @property
+    def quarantined(self) -> bytes:
+        """Set: ids of the actors that are set aside."""
+        return self._key("quarantined")
 
     @property
     def dead(self) -> bytes:

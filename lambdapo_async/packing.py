@@ -67,6 +67,8 @@ class MicroBatch:
     """int64"""
     segment_ids_T: Tensor
     """int64 number of the token's rollout, from 0; that of the first for a prompt that several share."""
+    group_keys: tuple[str, ...]
+    """Of each rollout by its number; empty for a number that no token has."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``."""
@@ -80,6 +82,7 @@ class MicroBatch:
             advantages_T=self.advantages_T.to(device),
             token_versions_T=self.token_versions_T.to(device),
             segment_ids_T=self.segment_ids_T.to(device),
+            group_keys=self.group_keys,
         )
 
 
@@ -158,7 +161,13 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
         advantages_T=torch.from_numpy(np.repeat(advantages, lengths)),
         token_versions_T=_column([sequence.token_versions[rows] for sequence, rows in cut], np.int64),
         segment_ids_T=torch.from_numpy(np.repeat([part.rollout for part in parts], lengths)),
+        group_keys=_group_keys(parts),
     )
+
+
+def _group_keys(parts: Sequence[_Part]) -> tuple[str, ...]:
+    keys = {part.rollout: part.sequence.group_key for part in parts}
+    return tuple(keys.get(rollout, "") for rollout in range(max(keys) + 1))
 
 
 def _parts(pieces: Sequence[Sequence[TrainingSequence]]) -> list[_Part]:

@@ -58,4 +58,5 @@ def filler() -> MicroBatch:
         advantages_T=torch.zeros(1),
         token_versions_T=zero - 1,
         segment_ids_T=zero,
+        group_keys=("",),
     )

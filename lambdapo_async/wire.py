@@ -17,6 +17,8 @@ from lambdapo_async.errors import WireFormatError
 from lambdapo_async.rollout import FINISH_REASONS, Lease, Rollout, RolloutGroup, Timing, VersionSpan
 
 WIRE_SCHEMA = 1
+GROUP, PARTIAL = "group", "partial group"
+"""What a seal around a message says it is for."""
 MAX_PAYLOAD_BYTES = 256 * 1024**2
 MAX_ROLLOUTS = 4096
 MAX_REWARD_PARTS = 64

@@ -1,6 +1,7 @@
 """What arrived: decoded and judged once, and found the same when it is read from the journal again."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from lambdapo_async.objective.advantage import estimate_advantages, group_confid
 from lambdapo_async.replay.bias import GroupShape
 from lambdapo_async.replay.queue import ReplayEntry
 from lambdapo_async.rollout import RolloutGroup
-from lambdapo_async.wire import decode_group
+from lambdapo_async.seal import Seal
+from lambdapo_async.wire import GROUP, decode_group
 
-MALFORMED, ZERO_VARIANCE = "malformed", "zero_variance"
+MALFORMED, ZERO_VARIANCE, QUARANTINED = "malformed", "zero_variance", "quarantined"
 
 _ANY_VERSION = 2**62
 
@@ -61,14 +63,43 @@ class Verdict:
     record: GroupRecord
     group: RolloutGroup | None
     problem: str
-    """Why it is malformed; empty if it is not."""
+    """Why it is to be kept aside; empty if it is not."""
+
+
+class Doorkeeper(Protocol):
+    """Knows whose groups are wanted."""
+
+    def welcomes(self, group: RolloutGroup) -> bool:
+        """Whether ``group`` may be trained on."""
+
+
+class Anybody:
+    """A doorkeeper without suspicion."""
+
+    def welcomes(self, group: RolloutGroup) -> bool:
+        """Whether ``group`` may be trained on: it may."""
+        del group
+        return True
 
 
 class Screen:
-    """Decodes what arrives, and says which of it nothing can be learned from."""
+    """Decodes what arrives, and says which of it nothing can be learned from.
 
-    def __init__(self, config: RunConfig, *, vocab_size: int) -> None:
+    Args:
+        seal: what deliveries are signed with; the journal keeps what was inside.
+        doorkeeper: asked at the first sight of a group. Its answer is in the journal, so nobody asks again.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        vocab_size: int,
+        seal: Seal = Seal(None, run_id=""),  # noqa: B008 - without state
+        doorkeeper: Doorkeeper = Anybody(),  # noqa: B008 - without state
+    ) -> None:
         self._config, self._vocab_size = config, vocab_size
+        self._seal, self._doorkeeper = seal, doorkeeper
 
     def examine(self, delivery: Delivery, *, newest_version: int) -> Verdict:
         """Judge a delivery that was never seen before.
@@ -78,14 +109,18 @@ class Screen:
         """
         descriptor = delivery.descriptor
         try:
-            group = decode_group(delivery.payload, vocab_size=self._vocab_size, max_version=newest_version)
+            payload = self._seal.open(delivery.payload, purpose=GROUP)
+            group = decode_group(payload, vocab_size=self._vocab_size, max_version=newest_version)
             if group.lease != descriptor.lease:
                 raise WireFormatError(f"payload answers {group.lease.id}, its entry {descriptor.lease.id}")  # noqa: TRY301
             check_fits_run(group, self._config)
         except WireFormatError as error:
             return Verdict(GroupRecord(descriptor, b"", MALFORMED), None, str(error))
+        if not self._doorkeeper.welcomes(group):
+            problem = f"its actor {group.actor_id} is set aside"
+            return Verdict(GroupRecord(descriptor, b"", QUARANTINED), None, problem)
         discarded = ZERO_VARIANCE if group.lease.split == "train" and self._has_no_signal(group) else ""
-        return Verdict(GroupRecord(descriptor, delivery.payload, discarded), group, "")
+        return Verdict(GroupRecord(descriptor, payload, discarded), group, "")
 
     def arrival(self, number: int, record: GroupRecord, group: RolloutGroup | None) -> Arrival:
         """The delivery under its number in the journal; ``group`` is dropped where the record has no payload."""

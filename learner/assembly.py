@@ -22,6 +22,7 @@ from learner.canary import LearnerCanary
 from learner.checkpoint import Checkpoint, CheckpointStore, LearnerState
 from learner.crew import Crew
 from learner.evaluation import Evaluation
+from learner.fleet_watch import FleetWatch
 from learner.ingest import Ingest
 from learner.learner import Learner, LearnerParts
 from learner.parallel import Ranks
@@ -72,7 +73,8 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
     journal = resources.enter_context(contextlib.closing(Journal.open(start.folder / JOURNAL_FOLDER, start.fence)))
     receipts = Receipts(state.receipts)
     claimed = survey(journal.history.read(state.pool.keep_from), receipts)
-    screen = Screen(config, vocab_size=policy.vocab_size)
+    watch = FleetWatch(run.fleet_control(start.fence), run.fleet)
+    screen = Screen(config, vocab_size=policy.vocab_size, seal=run.seal, doorkeeper=watch)
     pool = Pool(config, screen, state.pool, members_of(state, journal.history, screen))
     metrics = resources.enter_context(MetricsLog(start.folder / "metrics.jsonl", after_step=state.step))
     samples = resources.enter_context(
@@ -129,7 +131,7 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
         journal=journal,
         resync=resync,
         canary=LearnerCanary(run.canary, policy, start.scored, identity=identity, fence=start.fence, crew=crew),
-        fleet=run.fleet,
+        watch=watch,
         reporter=reporter,
     )
     return Learner(

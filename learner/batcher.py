@@ -26,7 +26,7 @@ _TAKE_S = 0.5
 """Longest wait for one arrival; between two the loop looks whether it should stop."""
 _IDLE_S = 0.02
 """From this wait on the learner has time for others: what it does for them delays no group that is already there."""
-_USELESS = ("malformed", "zero_variance", "stale", "too_large", "duplicate", "unleased")
+_USELESS = ("malformed", "zero_variance", "stale", "too_large", "duplicate", "unleased", "quarantined")
 """What may happen to a group that no step was made of."""
 _SAY_EVERY_S = 30.0
 """Seconds of silence after which a waiting learner says what for."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lambdapo_async.broker.interface import Fleet
 from lambdapo_async.config import RunConfig
 from lambdapo_async.journal.journal import Journal
 from lambdapo_async.weights.hf_folder import replace_hf_folder
@@ -17,6 +16,7 @@ from learner.batcher import Batcher
 from learner.canary import LearnerCanary
 from learner.checkpoint import LearnerState
 from learner.evaluation import EvaluationResult
+from learner.fleet_watch import FleetWatch
 from learner.policy import Policy
 from learner.pool import StepBatch
 from learner.reporting import Reporter, Surroundings
@@ -43,7 +43,7 @@ class LearnerParts:
     journal: Journal
     resync: Resync
     canary: LearnerCanary
-    fleet: Fleet
+    watch: FleetWatch
     reporter: Reporter
 
 
@@ -140,7 +140,7 @@ class Learner:
 
     def _next_batch(self) -> StepBatch | None:
         return self._batcher.next_batch(
-            self._stepper.step + 1, self._versions.newest, stopping=self._stopping, while_idle=self._serve_canary
+            self._stepper.step + 1, self._versions.newest, stopping=self._stopping, while_idle=self._serve_fleet
         )
 
     def _publish(self) -> None:
@@ -151,6 +151,11 @@ class Learner:
         consumed = self._batcher.pool.consumed
         self._publisher.publish(self._versions.claim(), self._parts.policy, consumed=consumed)
         self._batcher.released = consumed
+
+    def _serve_fleet(self) -> None:
+        """What actors may wait for before they sample."""
+        self._serve_canary()
+        self._parts.watch.tend_if_needed()
 
     def _serve_canary(self) -> None:
         """Score for the actors, if it is due: they may wait for it before they sample.
@@ -163,11 +168,14 @@ class Learner:
             canary.publish(version, self._publisher.checksum(), keyframe_version=self._publisher.keyframe_version)
 
     def _report(self, trained: Trained) -> None:
+        watch = self._parts.watch
+        watch.trained(trained.batch.groups, trained.result.fresh_by_group)
         surroundings = Surroundings(
             publish_stall_s=self._publisher.take_stall_s(),
             weights=self._publisher.take_report(),
             queue=self._surely(self._resync.source.stats),
-            fleet=self._surely(self._parts.fleet.members),
+            fleet=self._surely(watch.tend),
+            health=watch.metrics(),
         )
         self._stepper.report(trained, surroundings, version=self._versions.newest)
 

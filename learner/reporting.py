@@ -29,6 +29,8 @@ class Surroundings:
     """``weights/*`` of the last publication that has ended; empty if it was reported already."""
     queue: QueueStats | None = None
     fleet: Sequence[Heartbeat] = ()
+    health: Mapping[str, float] = field(default_factory=dict)
+    """``actors/*`` of what their groups say of them."""
 
     def metrics(self) -> dict[str, float]:
         """By name."""
@@ -38,6 +40,7 @@ class Surroundings:
             **self.weights,
             **_depths(self.queue),
             **_fleet(self.fleet),
+            **self.health,
             "time/publish_stall_s": self.publish_stall_s,
         }
 
@@ -138,6 +141,7 @@ def _counts(batch: StepBatch) -> dict[str, float]:
         "groups/evicted": totals.get("evicted", 0),
         "groups/too_large": totals.get("too_large", 0),
         "groups/duplicate": totals.get("duplicate", 0),
+        "groups/quarantined": totals.get("quarantined", 0),
         "groups/malformed": totals.get("malformed", 0) + totals.get("unleased", 0),
         "groups/without_confidence": sum(received.num_missing_confidence for received in batch.groups),
     }

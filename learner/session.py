@@ -59,7 +59,13 @@ def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume:
     task = build_task(config)
     for split in (task.train_rows(), task.heldout_rows()):  # unreadable files end it here, too
         logger.info("%d rows", len(split))
-    run = RedisRun(config.broker.url, run_id, timeout_s=config.broker.timeout_s)
+    key = config.broker.hmac_key
+    run = RedisRun(
+        config.broker.url,
+        run_id,
+        timeout_s=config.broker.timeout_s,
+        hmac_key=None if key is None else key.get_secret_value(),
+    )
     run.check_reachable()  # a wrong URL or password ends it here, before minutes of work
     if resume:
         check_same_config(folder, config)

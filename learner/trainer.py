@@ -1,7 +1,7 @@
 """One step: groups -> advantages -> packed micro-batches -> gradient -> new weights, once or several times."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lambdapo_async.config import RunConfig
+from lambdapo_async.fleet_health import FreshTokens
 from lambdapo_async.objective.advantage import estimate_advantages
 from lambdapo_async.objective.anchor import anchor_of, version_alpha
-from lambdapo_async.objective.diagnostics import TokenDiagnostics, density_diagnostics, group_diagnostics
+from lambdapo_async.objective.diagnostics import density_diagnostics, group_diagnostics
 from lambdapo_async.objective.policy_loss import LossDenominator, PolicyLoss, policy_loss
 from lambdapo_async.objective.presets import PolicyLossSpec
 from lambdapo_async.objective.regularisation import Regularisation, regularisation
@@ -20,8 +21,9 @@ from lambdapo_async.objective.second_moment import solve_trust_region
 from lambdapo_async.packing import MicroBatch
 from learner.arrivals import ReceivedGroup
 from learner.parallel import ALONE, Ranks
-from learner.policy import Policy, TokenStatistics
+from learner.policy import Policy
 from learner.sequences import proximal_confidence, rank_shares, training_sequences
+from learner.step_tally import StepTally, fresh_by_group, token_metrics
 
 ReferenceLogprobs = Callable[[MicroBatch], Tensor]
 """Micro-batch on the policy's device -> [T] float32 log-probabilities under a frozen reference, without gradient; what
@@ -33,6 +35,8 @@ class StepResult:
     """What one step did, as numbers with stable names."""
 
     metrics: dict[str, float]
+    fresh_by_group: tuple[FreshTokens, ...] = ()
+    """Of each group, in order; empty where nothing was trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,27 +70,6 @@ class _Moment:
     """The version that the step started from."""
     progress: float
     """Share of the step's updates already taken, in [0, 1)."""
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What the updates of a step add up to."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Stay on the device: nothing is read back before the step has ended."""
-    columns: list[Tensor] = field(default_factory=list)
-    """Of each micro-batch four [K] float32 of its loss tokens: logprobs, behavior_logprobs, segment_ids, ages."""
-    grad_norms: list[float] = field(default_factory=list)
-
-    def add(self, sums: Mapping[str, Tensor]) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
-
-    def remember(self, statistics: TokenStatistics, columns: MicroBatch, *, version: int) -> None:
-        """Keep what the diagnostics are made of."""
-        mask_T, ages_T = columns.loss_mask_T, version - columns.token_versions_T
-        kept = (statistics.logprobs_T, columns.behavior_logprobs_T, columns.segment_ids_T, ages_T)
-        self.columns += [column_T[mask_T].float() for column_T in kept]
 
 
 class Trainer:
@@ -124,20 +107,22 @@ class Trainer:
         rewards_BG = torch.tensor(np.stack([received.group.rewards for received in groups]))
         confidence_BG = self._confidence(groups)
         advantages_BG = estimate_advantages(rewards_BG, confidence_BG, self._config.objective.advantage)
-        lr, tally = self._policy.lr, _Tally()
+        numbers = {received.group.lease.id: number for number, received in enumerate(groups)}
+        lr, tally = self._policy.lr, StepTally(group_numbers=numbers)
         minibatches = self._minibatches(groups, advantages_BG) * self._config.learner.epochs
         for number, minibatch in enumerate(minibatches):
             self._update(minibatch, _Moment(version, number / self._num_updates), tally)
+        columns = self._ranks.collect(tally.columns)
         metrics = {
             **self._loss_metrics(tally),
-            **_token_metrics(self._ranks.collect(tally.columns)),
+            **token_metrics(columns),
             **group_diagnostics(rewards_BG, confidence_BG, advantages_BG),
             **_density_metrics(groups),
             "optim/grad_norm": max(tally.grad_norms),
             "optim/lr": lr,
             "optim/skipped": float(self._policy.num_skipped),
         }
-        return StepResult(metrics)
+        return StepResult(metrics, fresh_by_group(columns, len(groups)))
 
     def _confidence(self, groups: Sequence[ReceivedGroup]) -> Tensor:
         """[B, G] float64 s."""
@@ -173,7 +158,7 @@ class Trainer:
             token_share=len(micro_batch.input_ids_T) / num_tokens if micro_batch.loss_mask_T.any() else 0.0,
         )
 
-    def _update(self, minibatch: _Minibatch, moment: _Moment, tally: _Tally) -> None:
+    def _update(self, minibatch: _Minibatch, moment: _Moment, tally: StepTally) -> None:
         """One optimizer update."""
         spec = self._solved(minibatch, moment)
         for batch in minibatch.batches:
@@ -206,7 +191,7 @@ class Trainer:
         denominator: LossDenominator,
         spec: PolicyLossSpec,
         moment: _Moment,
-        tally: _Tally,
+        tally: StepTally,
     ) -> None:
         """Add one micro-batch's gradient, and what is to be reported of it."""
         columns = batch.columns
@@ -240,7 +225,7 @@ class Trainer:
         tally.add(_sums_of(*outcome[0], statistics.entropy_T, columns))
         tally.remember(statistics, columns, version=moment.version)
 
-    def _loss_metrics(self, tally: _Tally) -> dict[str, float]:
+    def _loss_metrics(self, tally: StepTally) -> dict[str, float]:
         """Sums over the step and the shares -> losses per update, entropy and KL per token, shares of tokens."""
         sums = self._ranks.add_up({name: float(value) for name, value in tally.sums.items()})
         num_updates, tokens = len(tally.grad_norms), max(sums["tokens"], 1.0)
@@ -265,16 +250,6 @@ def _sums_of(policy: PolicyLoss, extra: Regularisation, entropy_T: Tensor, colum
         "entropy": entropy_T[columns.loss_mask_T].sum(),
         "tokens": columns.loss_mask_T.sum(),
     }
-
-
-def _token_metrics(columns_of_shares: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    """Diagnostics of the loss tokens of all shares, from each share's ``_Tally.columns``."""
-    diagnostics = TokenDiagnostics()
-    for columns in columns_of_shares:
-        for logprobs_K, behavior_K, segments_K, ages_K in zip(*(columns[i::4] for i in range(4)), strict=True):
-            mask_K = torch.ones(len(logprobs_K), dtype=torch.bool)
-            diagnostics.add(logprobs_K, behavior_K, mask_K, segments_K.long(), ages_K.long())
-    return diagnostics.finalise()
 
 
 def _density_metrics(groups: Sequence[ReceivedGroup]) -> dict[str, float]:

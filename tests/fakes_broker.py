@@ -23,9 +23,11 @@ from lambdapo_async.broker.interface import (
     RunLimits,
     RunState,
 )
+from lambdapo_async.broker.partials import SHARE_OF_QUEUE
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerError, FencedError, LostDataError, RunNotFoundError, TaskError, WeightsError
 from lambdapo_async.rollout import Lease, Split
+from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.manifest import NewFile, check_version, name_of
 from lambdapo_async.weights.retention import Retention
@@ -64,7 +66,9 @@ class FakeRedisRun:
     committed: dict[str, int] = field(default_factory=dict)
     held: dict[Lease, tuple[str, float]] = field(default_factory=dict)
     lines: dict[Split, deque[Lease]] = field(default_factory=lambda: {"train": deque(), "heldout": deque()})
+    partials: dict[Lease, bytes] = field(default_factory=dict)
     answered: set[Lease] = field(default_factory=set)
+    set_aside: set[str] = field(default_factory=set)
     beats: dict[str, tuple[Heartbeat, float]] = field(default_factory=dict)
     weight_files: dict[Available, bytes] = field(default_factory=dict)
     head: int | None = None
@@ -116,6 +120,8 @@ class FakeAdmission:
         with state.lock:
             if state.phase != "running" or state.limits is None or not state.is_open:
                 return ()
+            if self._actor_id in state.set_aside:
+                return ()
             now = time.monotonic()
             expired = [lease for lease, (_, expiry) in state.held.items() if expiry <= now]
             state.put_in_front(sorted(expired, key=lambda lease: (state.held[lease][1], lease.id)))
@@ -151,6 +157,34 @@ class FakeAdmission:
         with self._state.lock:
             ours = [lease for lease in leases if self._state.held.get(lease, ("",))[0] == self._actor_id]
             self._state.put_in_front(ours)
+
+
+class FakePartials:
+    """``partials.PartialStore``; nothing expires."""
+
+    def __init__(self, state: FakeRedisRun, actor_id: str) -> None:
+        self._state, self._actor_id = state, actor_id
+
+    def leave(self, lease: Lease, payload: bytes) -> bool:
+        state = self._state
+        with state.lock:
+            others = sum(len(kept) for of, kept in state.partials.items() if of != lease)
+            limit = 0.0 if state.limits is None else state.limits.max_bytes / SHARE_OF_QUEUE
+            if not self._holds(lease) or others + len(payload) > limit:
+                return False
+            state.partials[lease] = payload
+            return True
+
+    def take(self, lease: Lease) -> bytes | None:
+        with self._state.lock:
+            return self._state.partials.get(lease) if self._holds(lease) else None
+
+    def forget(self, lease: Lease) -> None:
+        with self._state.lock:
+            self._state.partials.pop(lease, None)
+
+    def _holds(self, lease: Lease) -> bool:
+        return self._state.held.get(lease, ("",))[0] == self._actor_id
 
 
 class FakeRolloutSink:
@@ -342,10 +376,11 @@ class FakeFleet:
     def __init__(self, state: FakeRedisRun) -> None:
         self._state = state
 
-    def beat(self, heartbeat: Heartbeat) -> None:
+    def beat(self, heartbeat: Heartbeat) -> bool:
         with self._state.lock:
             lease_s = self._state.limits.lease_s if self._state.limits else 60.0
             self._state.beats[heartbeat.actor_id] = (heartbeat, time.monotonic() + lease_s)
+            return heartbeat.actor_id in self._state.set_aside
 
     def members(self) -> tuple[Heartbeat, ...]:
         with self._state.lock:
@@ -355,6 +390,30 @@ class FakeFleet:
     def leave(self, actor_id: str) -> None:
         with self._state.lock:
             self._state.beats.pop(actor_id, None)
+
+
+class FakeFleetControl:
+    """``fleet_control.FleetControl``"""
+
+    def __init__(self, state: FakeRedisRun, fence: int) -> None:
+        self._state, self._fence = state, fence
+
+    def quarantine(self, actor_ids: Collection[str]) -> None:
+        state = self._state
+        with state.lock:
+            state.check_fence(self._fence)
+            state.set_aside |= set(actor_ids)
+            theirs = [lease for lease, (holder, _) in state.held.items() if holder in state.set_aside]
+            state.put_in_front(sorted(theirs, key=lambda lease: (state.held[lease][1], lease.id)))
+
+    def readmit(self, actor_ids: Collection[str]) -> None:
+        with self._state.lock:
+            self._state.check_fence(self._fence)
+            self._state.set_aside -= set(actor_ids)
+
+    def quarantined(self) -> frozenset[str]:
+        with self._state.lock:
+            return frozenset(self._state.set_aside)
 
 
 class FakeRunStore:
@@ -471,6 +530,7 @@ class FakeRun:
 
     def __init__(self, run_id: str = "fake", state: FakeRedisRun | None = None) -> None:
         self.shared = state or FakeRedisRun()
+        self.seal = Seal(None, run_id=run_id)
         self._owner = uuid.uuid4().hex
         self.run_store = FakeRunStore(self.shared, self._owner, run_id)
         self.fleet = FakeFleet(self.shared)
@@ -480,11 +540,17 @@ class FakeRun:
     def admission(self, actor_id: str) -> FakeAdmission:
         return FakeAdmission(self.shared, actor_id)
 
+    def partials(self, actor_id: str) -> FakePartials:
+        return FakePartials(self.shared, actor_id)
+
     def sink(self) -> FakeRolloutSink:
         return FakeRolloutSink(self.shared)
 
     def weights_for(self, config: WeightsConfig) -> FakeWeightStore:
         return FakeWeightStore(self.shared, config)
+
+    def fleet_control(self, fence: int) -> FakeFleetControl:
+        return FakeFleetControl(self.shared, fence)
 
     def source(self, fence: int, limits: RunLimits) -> FakeRolloutSource:
         return FakeRolloutSource(self.shared, self._owner, fence, limits)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -116,18 +117,29 @@ class Actor(threading.Thread):
     """Answers leases at once, with the newest version, until it is stopped."""
 
     def __init__(
-        self, run: FakeRun, settings: RunConfig, *, heldout_reward: float = 0.5, is_wary: bool = False
+        self,
+        run: FakeRun,
+        settings: RunConfig,
+        *,
+        actor_id: str = "a",
+        heldout_reward: float = 0.5,
+        is_wary: bool = False,
+        nats_off: float = 0.0,
     ) -> None:
-        """A wary one answers each lease only after a canary that it asked for."""
+        """A wary one answers each lease only after a canary that it asked for.
+
+        ``nats_off``: what each of its log-probabilities is too low.
+        """
         super().__init__(daemon=True)
         self._run, self._settings = FakeRun("run", run.shared), settings
         self._heldout_reward, self._is_wary = heldout_reward, is_wary
+        self._actor_id, self._nats_off = actor_id, nats_off
         self._stopping = threading.Event()
-        self._producer, self._seq = f"a.{next(_LIVES)}", 0
+        self._producer, self._seq = f"{actor_id}.{next(_LIVES)}", 0
         self.answered: list[str] = []
 
     def run(self) -> None:
-        admission, sink = self._run.admission("a"), self._run.sink()
+        admission, sink = self._run.admission(self._actor_id), self._run.sink()
         while not self._stopping.wait(0.001):
             for lease in admission.lease(4):
                 self._look_at_canary()
@@ -147,7 +159,7 @@ class Actor(threading.Thread):
 
     def _offer(self, sink, group: RolloutGroup) -> None:
         """Until it is taken; after a loss under a new name, for it remembers nothing of what it sent before."""
-        payload = encode_group(group)
+        payload = encode_group(self._as_ours(group))
         while not self._stopping.wait(0.0005):
             descriptor = Descriptor(self._producer, self._seq + 1, group.lease, group.min_version, len(payload), 0.5)
             reply = sink.enqueue(descriptor, payload, epoch=self._run.shared.epoch)
@@ -158,7 +170,13 @@ class Actor(threading.Thread):
                 case EnqueueStatus.LATE:
                     return
                 case EnqueueStatus.GAP | EnqueueStatus.DUP:
-                    self._producer, self._seq = f"a.{next(_LIVES)}", 0
+                    self._producer, self._seq = f"{self._actor_id}.{next(_LIVES)}", 0
+
+    def _as_ours(self, group: RolloutGroup) -> RolloutGroup:
+        rollouts = tuple(
+            replace(each, behavior_logprobs=each.behavior_logprobs - self._nats_off) for each in group.rollouts
+        )
+        return replace(group, actor_id=self._actor_id, rollouts=rollouts)
 
     def stop(self) -> None:
         self._stopping.set()

@@ -20,11 +20,15 @@ AOF = ("appendonly yes", "appendfsync everysec", 'save ""')
 RDB = ("appendonly no", 'save ""', "dbfilename dump.rdb")
 
 
+class ServerRefusedError(Exception):
+    """This server does not know a setting."""
+
+
 class RedisServer:
     """One server process after the other on one folder and one socket."""
 
-    def __init__(self, folder: Path, socket: Path, settings: Sequence[str] = AOF) -> None:
-        self.url = f"unix://{socket}"
+    def __init__(self, folder: Path, socket: Path, settings: Sequence[str], password: str | None) -> None:
+        self.url = f"unix://:{password}@{socket}" if password else f"unix://{socket}"
         self.data = folder
         self._socket, self._settings = socket, settings
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,7 +49,8 @@ class RedisServer:
             stdin.write("\n".join(settings).encode())
         deadline = time.monotonic() + READY_S
         while not self._answers():
-            assert time.monotonic() < deadline, "the server did not start"
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise ServerRefusedError(f"the server did not start: {self._process.returncode}")
             time.sleep(0.01)
 
     def kill(self) -> None:
@@ -99,10 +104,10 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def own_server(folder: Path, settings: Sequence[str] = AOF) -> Iterator[RedisServer]:
+def own_server(folder: Path, settings: Sequence[str] = AOF, *, password: str | None = None) -> Iterator[RedisServer]:
     """A running server, gone afterwards; its socket lies in a short path of its own."""
     with tempfile.TemporaryDirectory(prefix="lp-test-") as socket_folder:
-        server = RedisServer(folder / "data", Path(socket_folder) / "s", settings)
+        server = RedisServer(folder / "data", Path(socket_folder) / "s", settings, password)
         try:
             server.start()
             yield server

@@ -45,6 +45,12 @@ class RoleRun:
     def admission(self, actor_id: str) -> object:
         return self.actor.admission(actor_id)
 
+    def partials(self, actor_id: str) -> object:
+        return self.actor.partials(actor_id)
+
+    def fleet_control(self, fence: int) -> object:
+        return self.learner.fleet_control(fence)
+
     def sink(self) -> object:
         return self.actor.sink()
 

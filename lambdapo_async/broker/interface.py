@@ -158,7 +158,7 @@ class Heartbeat(BaseModel):
     actor_id: Annotated[str, Field(max_length=128)]
     host: Annotated[str, Field(max_length=256)]
     pid: int
-    state: Literal["starting", "sampling", "draining"]
+    state: Literal["starting", "sampling", "quarantined", "draining"]
     device: Annotated[str, Field(max_length=128)]
     dtype: Annotated[str, Field(max_length=32)]
     engine: Annotated[str, Field(max_length=128)]
@@ -265,8 +265,8 @@ class RolloutSource(Protocol):
 class Fleet(Protocol):
     """Who is there."""
 
-    def beat(self, heartbeat: Heartbeat) -> None:
-        """Say that we live."""
+    def beat(self, heartbeat: Heartbeat) -> bool:
+        """Say that we live; True while the learner has set us aside (see ``fleet_control``)."""
 
     def members(self) -> tuple[Heartbeat, ...]:
         """Actors whose last heartbeat is younger than ``broker.lease_s``; unreadable records are left out."""

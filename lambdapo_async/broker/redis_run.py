@@ -7,14 +7,17 @@ import redis
 from lambdapo_async.broker.admission import RedisAdmission
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.fleet import RedisFleet
+from lambdapo_async.broker.fleet_control import RedisFleetControl
 from lambdapo_async.broker.interface import RunLimits
 from lambdapo_async.broker.ownership import Ownership
+from lambdapo_async.broker.partials import RedisPartials
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.run_store import RedisRunStore
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerUnavailable, BrokerUnreachableError
 from lambdapo_async.keys import RunKeys
+from lambdapo_async.seal import Seal
 from lambdapo_async.weights.canary_store import RedisCanaryStore
 from lambdapo_async.weights.redis_store import RedisWeightStore
 
@@ -28,16 +31,18 @@ class RedisRun:
         url: ``redis://``, ``rediss://`` or ``unix://``.
         run_id: names the run's keys.
         timeout_s: deadline of each call, repetitions included.
+        hmac_key: ``broker.hmac_key``; None for a run whose messages are not signed.
     """
 
-    def __init__(self, url: str, run_id: str, *, timeout_s: float) -> None:
+    def __init__(self, url: str, run_id: str, *, timeout_s: float, hmac_key: str | None = None) -> None:
         self.keys = RunKeys(run_id)
+        self.seal = Seal(hmac_key, run_id=run_id)
         self._url, self._timeout_s = url, timeout_s
         self._broker = Broker(url, timeout_s=timeout_s)
         self._ownership = Ownership(self._broker, self.keys)
-        self.run_store = RedisRunStore(self._broker, self.keys, self._ownership)
+        self.run_store = RedisRunStore(self._broker, self.keys, self._ownership, self.seal)
         self.fleet = RedisFleet(self._broker, self.keys)
-        self.weights = RedisWeightStore(self._broker, self.keys, WeightsConfig())
+        self.weights = RedisWeightStore(self._broker, self.keys, WeightsConfig(), self.seal)
         self.canary = RedisCanaryStore(self._broker, self.keys)
 
     def check_reachable(self) -> None:
@@ -61,13 +66,21 @@ class RedisRun:
         """The leases of one actor."""
         return RedisAdmission(self._broker, self.keys, actor_id)
 
+    def partials(self, actor_id: str) -> RedisPartials:
+        """Unfinished groups, as one actor leaves and takes them."""
+        return RedisPartials(self._broker, self.keys, actor_id)
+
     def sink(self) -> RedisRolloutSink:
         """The actor's end of the queue; its producers are named ``<actor_id>.<number>``, as leases are by actor."""
-        return RedisRolloutSink(self._broker, self.keys)
+        return RedisRolloutSink(self._broker, self.keys, self.seal)
 
     def weights_for(self, config: WeightsConfig) -> RedisWeightStore:
         """The learner's end of ``weights``, which publishes as ``config`` says; readers need no config."""
-        return RedisWeightStore(self._broker, self.keys, config)
+        return RedisWeightStore(self._broker, self.keys, config, self.seal)
+
+    def fleet_control(self, fence: int) -> RedisFleetControl:
+        """The learner's hand on the fleet."""
+        return RedisFleetControl(self._broker, self.keys, fence)
 
     def source(self, fence: int, limits: RunLimits) -> RedisRolloutSource:
         """The learner's end of the queue."""

@@ -5,6 +5,8 @@ from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueSta
 from lambdapo_async.broker.script import Script, as_text
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
+from lambdapo_async.seal import Seal
+from lambdapo_async.wire import GROUP
 
 ANSWERED_KEPT = 65_536
 """Answered leases remembered, to tell a late answer from a first one."""
@@ -15,10 +17,10 @@ _OFFER_EXPIRY_S = 300
 
 
 class RedisRolloutSink:
-    """The actor's end (see ``interface.RolloutSink``)."""
+    """The actor's end (see ``interface.RolloutSink``); ``seal`` signs each payload, which the learner checks."""
 
-    def __init__(self, broker: Broker, keys: RunKeys) -> None:
-        self._keys = keys
+    def __init__(self, broker: Broker, keys: RunKeys, seal: Seal) -> None:
+        self._keys, self._seal = keys, seal
         self._enqueue = Script(broker, "enqueue")
         self._marks = Script(broker, "marks")
 
@@ -33,6 +35,7 @@ class RedisRolloutSink:
             BrokerError: the group alone is larger than ``broker.max_bytes``.
         """
         keys, lease_id = self._keys, descriptor.lease.id
+        payload = self._seal.close(payload, purpose=GROUP)
         payload_key = keys.payload(descriptor.producer, descriptor.seq)
         while True:
             _, (status, last, committed, current_epoch) = self._enqueue.after(

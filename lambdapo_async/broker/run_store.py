@@ -11,9 +11,10 @@ from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Phase, RunState
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.script import Script
-from lambdapo_async.errors import BrokerError, RunNotFoundError, TaskError
+from lambdapo_async.errors import BrokerError, ConfigError, RunNotFoundError, TaskError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Split
+from lambdapo_async.seal import Seal, SealError
 
 PROTOCOL_SCHEMA = 1
 """Raised whenever an older process could misread or corrupt what a newer one keeps in Redis."""
@@ -21,6 +22,7 @@ ROWS_PER_CHUNK = 256
 MAX_SPLIT_BYTES = 1024**3
 """Compressed rows of one split; they share Redis' memory with the queue."""
 _CHUNKS_CACHED = 128
+_CONFIG = "config"
 _MAX_CHUNK_BYTES = 512 * 1024**2  # decompressed: 2 MB per row; more is damage or a bomb
 
 FoundRow = dict[str, str | None]
@@ -30,9 +32,15 @@ class RedisRunStore:
     """The published run (see ``interface.RunStore``)."""
 
     def __init__(
-        self, broker: Broker, keys: RunKeys, ownership: Ownership, *, max_split_bytes: int = MAX_SPLIT_BYTES
+        self,
+        broker: Broker,
+        keys: RunKeys,
+        ownership: Ownership,
+        seal: Seal,
+        *,
+        max_split_bytes: int = MAX_SPLIT_BYTES,
     ) -> None:
-        self._broker, self._keys, self._ownership = broker, keys, ownership
+        self._broker, self._keys, self._ownership, self._seal = broker, keys, ownership, seal
         self._max_split_bytes = max_split_bytes
         self._set_phase = Script(broker, "set_phase", fenced=True)
         self._chunk = lru_cache(maxsize=_CHUNKS_CACHED)(self._fetch_chunk)
@@ -47,7 +55,7 @@ class RedisRunStore:
 
         def publish(client: redis.Redis) -> None:
             pipeline = client.pipeline(transaction=True)
-            pipeline.set(self._keys.config, config_json)
+            pipeline.set(self._keys.config, self._seal.close(config_json, purpose=_CONFIG))
             pipeline.delete(self._keys.model_files)
             for name, content in model_files.items():
                 pipeline.hset(self._keys.model_files, name, content)
@@ -80,12 +88,16 @@ class RedisRunStore:
 
         Raises:
             RunNotFoundError: there is none, or its schema is not ours.
+            ConfigError: it is not signed with our key, or only one side has a key.
         """
         self.state()
         config = self._broker.call(lambda client: client.get(self._keys.config))
         if not isinstance(config, bytes):
             raise RunNotFoundError(f"run {self._keys.run_id} has no config yet: is its learner still starting?")
-        return config
+        try:
+            return self._seal.open(config, purpose=_CONFIG)
+        except SealError as error:
+            raise ConfigError(f"the config of run {self._keys.run_id} cannot be trusted: {error}") from error
 
     def model_files(self) -> dict[str, bytes]:
         """File name -> content."""

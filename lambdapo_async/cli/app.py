@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from lambdapo_async.cli.errors import RUN_ERROR_STATUS, run_main
+from lambdapo_async.cli.errors import RUN_ERROR_STATUS, USER_ERROR_STATUS, run_main
 from lambdapo_async.cli.options import ConfigPath, DryRun, Overrides, RunId
 from lambdapo_async.config import load_config
 
@@ -110,6 +110,23 @@ def report(
         typer.echo(f"would report {len(read_run(folder).rows)} rows of {folder}")
         return
     typer.echo(str(write_report(folder)))
+
+
+@app.command()
+def doctor(
+    url: Annotated[str, typer.Argument(metavar="URL", help="redis://, rediss:// or unix://")],
+    config_path: Annotated[
+        Path | None, typer.Option("--config", metavar="CONFIG", help="TOML file whose broker.max_bytes must fit.")
+    ] = None,
+    overrides: Overrides = (),
+) -> None:
+    """Check how a Redis is set up: one line per finding and what to change; exits with 2 if anything is wrong."""
+    from lambdapo_async.cli.doctor import diagnose
+    from lambdapo_async.config.sections import BrokerConfig
+
+    broker = BrokerConfig() if config_path is None else load_config(config_path, overrides).broker
+    if not diagnose(url, max_bytes=broker.max_bytes):
+        raise typer.Exit(USER_ERROR_STATUS)
 
 
 def main() -> NoReturn:

@@ -1,5 +1,6 @@
 """The demo's view of Redis: which server, and what it knows of the run."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from lambdapo_async.broker.connection import embedded_server
 from lambdapo_async.broker.interface import Heartbeat
 from lambdapo_async.broker.redis_run import RedisRun
-from lambdapo_async.config.load import REDIS_URL_VARIABLE
+from lambdapo_async.config.load import HMAC_KEY_VARIABLE, REDIS_URL_VARIABLE
 from lambdapo_async.errors import RunNotFoundError
 
 _TIMEOUT_S = 10.0
@@ -27,7 +28,7 @@ class BrokerWatch:
     """Reads a run's state and fleet; writes nothing."""
 
     def __init__(self, url: str, run_id: str) -> None:
-        self._run = RedisRun(url, run_id, timeout_s=_TIMEOUT_S)
+        self._run = RedisRun(url, run_id, timeout_s=_TIMEOUT_S, hmac_key=os.environ.get(HMAC_KEY_VARIABLE))
 
     def is_published(self) -> bool:
         """Whether actors can join."""

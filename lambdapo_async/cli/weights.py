@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.options import RedisUrl
-from lambdapo_async.config.load import REDIS_URL_VARIABLE
+from lambdapo_async.config.load import HMAC_KEY_VARIABLE, REDIS_URL_VARIABLE
 from lambdapo_async.errors import ConfigError, WeightsError
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import DeltaMetadata
@@ -130,7 +130,9 @@ def _open_run(run_id: str, redis_url: str | None) -> Iterator[tuple[RedisRun, We
     if not url:
         raise ConfigError(f"no Redis: give --redis-url redis://host:6379 or set {REDIS_URL_VARIABLE}")
     with (
-        contextlib.closing(RedisRun(url, run_id, timeout_s=_TIMEOUT_S)) as run,
+        contextlib.closing(
+            RedisRun(url, run_id, timeout_s=_TIMEOUT_S, hmac_key=os.environ.get(HMAC_KEY_VARIABLE))
+        ) as run,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         run.check_reachable()

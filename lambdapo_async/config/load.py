@@ -15,19 +15,22 @@ from lambdapo_async.config.run import CONFIG_SCHEMA, RunConfig
 from lambdapo_async.errors import ConfigError, RunNotFoundError
 
 REDIS_URL_VARIABLE = "REDIS_URL"
+HMAC_KEY_VARIABLE = "LAMBDAPO_HMAC_KEY"
 
 
 def load_config(path: Path, overrides: Iterable[str] = (), *, environ: Mapping[str, str] = os.environ) -> RunConfig:
     """Read ``path``, apply ``section.key=value`` overrides and validate.
 
-    Precedence: overrides, then REDIS_URL for ``broker.url``, then the file, then the defaults.
+    Precedence: overrides, then REDIS_URL for ``broker.url`` and LAMBDAPO_HMAC_KEY for ``broker.hmac_key``, then the
+    file, then the defaults.
 
     Raises:
         ConfigError: one line that names the field, the value and the nearest valid name.
     """
     tree = _read_toml(path)
-    if url := environ.get(REDIS_URL_VARIABLE):
-        _set(tree, ["broker", "url"], url)
+    for name, variable in (("url", REDIS_URL_VARIABLE), ("hmac_key", HMAC_KEY_VARIABLE)):
+        if value := environ.get(variable):
+            _set(tree, ["broker", name], value)
     return parse_config(apply_overrides(tree, overrides), source=str(path))
 
 
@@ -121,8 +124,9 @@ def _describe(detail: ErrorDetails) -> str:
 
 
 def _shown(field: str, value: Any) -> str:
-    """The wrong value, unless it may hold a password: of the broker only numbers are shown."""
-    is_secret = field.split(".")[0] == "broker" and not isinstance(value, int | float)
+    """The wrong value, unless it may hold a password: of the broker only numbers are shown, and no key."""
+    is_number = isinstance(value, int | float) and field != "broker.hmac_key"
+    is_secret = field.split(".")[0] == "broker" and not is_number
     return "***" if is_secret else repr(value)[:120]
 
 

@@ -27,7 +27,7 @@ CONFIG_SCHEMA = 1
 
 
 class RunConfig(Section):
-    """Everything that defines a run; the actors get all of it but ``broker.url``."""
+    """Everything that defines a run; the actors get all of it but ``broker.url`` and ``broker.hmac_key``."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]{1,64}$")
     """Run ids are made from it."""
@@ -70,8 +70,9 @@ class RunConfig(Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """What the actors may know: JSON-ready, without the broker's URL; ``load.parse_published`` reads it."""
-        return {"config_schema": CONFIG_SCHEMA, **self.model_dump(mode="json", exclude={"broker": {"url"}})}
+        """What the actors may know: JSON-ready, without the broker's URL and key; ``load.parse_published`` reads it."""
+        secret = {"broker": {"url", "hmac_key"}}
+        return {"config_schema": CONFIG_SCHEMA, **self.model_dump(mode="json", exclude=secret)}
 
 
 def _check_context(config: RunConfig) -> str | None:

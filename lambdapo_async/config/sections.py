@@ -6,7 +6,9 @@ Every field has its unit and default here; ``lambdapo config`` prints them resol
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr
+
+from lambdapo_async.seal import MIN_KEY_LENGTH
 
 
 class Section(BaseModel):
@@ -132,6 +134,9 @@ class BrokerConfig(Section):
 
     url: str = "redis://127.0.0.1:6379/0"
     """Also from ``--redis-url`` or REDIS_URL; never published, its password never logged."""
+    hmac_key: SecretStr | None = Field(None, min_length=MIN_KEY_LENGTH)
+    """Signs groups, weight manifests and the run's config; also from LAMBDAPO_HMAC_KEY, which every actor needs then.
+    At least 16 characters; never published, never logged."""
     max_groups: PositiveInt = 4096
     """Groups in the queue; they leave it as soon as the learner's disk holds them."""
     max_bytes: PositiveInt = 2 * 1024**3
@@ -150,8 +155,8 @@ class BrokerConfig(Section):
 class ActorConfig(Section):
     """What every actor of the run does alike."""
 
-    groups_in_flight: PositiveInt = 16
-    """Groups an actor samples at once."""
+    max_groups_in_flight: PositiveInt = 64
+    """Groups an actor holds at most; how many it does hold follows its speed."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """The engine's compute type."""
     max_num_seqs: PositiveInt = 128
@@ -182,3 +187,5 @@ class ActorConfig(Section):
     TMPDIR names. The next actor of the run on the same machine sends what a dead one left there."""
     drain_s: PositiveFloat = 30.0
     """After SIGTERM unfinished groups get this long before their leases are handed back."""
+    handoff: bool = False
+    """Hand back what was sampled of those groups, too: the next actor continues them instead of starting anew."""

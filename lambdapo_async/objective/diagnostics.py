@@ -76,7 +76,7 @@ class TokenDiagnostics:
             "tokens": torch.ones_like(log_ratio_K),
             "ratio": ratio_K,
             "ratio_squared": ratio_K.square(),
-            "k3": ratio_K - 1 - log_ratio_K,
+            "k3": k3_divergence(logprobs_T[loss_mask_T], behavior_logprobs_T[loss_mask_T]),
             "log": log_ratio_K,
             "abs_log": log_ratio_K.abs(),
             "fresh_tokens": fresh_K,
@@ -109,6 +109,12 @@ class TokenDiagnostics:
         if sums["fresh_tokens"] > 0:
             metrics["mismatch/fresh"] = sums["fresh_abs_log"] / sums["fresh_tokens"]
         return metrics
+
+
+def k3_divergence(logprobs_K: Tensor, behavior_logprobs_K: Tensor) -> Tensor:
+    """[K] float64 k3 estimates of KL(mu || pi) in nats, ratio - 1 - log ratio with ratio pi / mu; never negative."""
+    log_ratio_K = logprobs_K.detach().double() - behavior_logprobs_K.detach().double()
+    return _ratio(log_ratio_K) - 1 - log_ratio_K
 
 
 def group_diagnostics(rewards_BG: Tensor, confidence_BG: Tensor, advantages_BG: Tensor) -> dict[str, float]:

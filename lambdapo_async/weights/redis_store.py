@@ -9,6 +9,7 @@ from lambdapo_async.broker.script import Script, as_text
 from lambdapo_async.config.weights import REDIS, WeightsConfig
 from lambdapo_async.errors import WeightsError
 from lambdapo_async.keys import RunKeys
+from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.fsspec_store import FsspecFiles, delete_file, read_file
 from lambdapo_async.weights.manifest import Manifest, NewFile, check_version, name_of, pack_available, unpack_available
@@ -31,10 +32,11 @@ class RedisWeightStore:
         broker: the run's Redis.
         keys: of the run.
         config: where new files go and how much may stay; readers find out by themselves.
+        seal: signs manifests, and through them every byte of their files.
     """
 
-    def __init__(self, broker: Broker, keys: RunKeys, config: WeightsConfig) -> None:
-        self._broker, self._keys = broker, keys
+    def __init__(self, broker: Broker, keys: RunKeys, config: WeightsConfig, seal: Seal) -> None:
+        self._broker, self._keys, self._seal = broker, keys, seal
         self._chunks = RedisChunks(broker, keys)
         self._target = self._chunks if config.store == REDIS else FsspecFiles(config.store, keys.run_id)
         self._retention = Retention(max_bytes=config.budget_bytes, grace_s=config.grace_s)
@@ -55,8 +57,8 @@ class RedisWeightStore:
         check_version(version, files)
         keys, base = self._keys, _base_of(files)
         self._make_room(sum(len(file.payload) for file in files), fence=fence)
-        manifests = [self._target.manifest(file, fence=fence) for file in files]
-        packed = [part for manifest in manifests for part in (manifest.name, manifest.pack())]
+        manifests = [self._target.manifest(file, fence=fence).signed_for(file, self._seal) for file in files]
+        packed = [part for manifest in manifests for part in (manifest.name, manifest.pack(self._seal))]
         begun = self._begin([keys.state, keys.weights_head, keys.weights_begun], [fence, version, base, *packed])
         _check_newer(version, begun)
         for manifest, file in zip(manifests, files, strict=True):
@@ -118,7 +120,7 @@ class RedisWeightStore:
         packed = self._broker.call(lambda client: client.hget(self._keys.weights_begun, name))
         if not isinstance(packed, bytes):
             raise WeightsError(f"{name} has no manifest: this Redis lost it")
-        return Manifest.unpack(packed, name=name)
+        return Manifest.unpack(packed, name=name, seal=self._seal)
 
     def _make_room(self, incoming_bytes: int, *, fence: int) -> None:
         """Take files off the list, then delete what is on no list and nobody reads, a crash's leftovers included."""
@@ -129,7 +131,7 @@ class RedisWeightStore:
         )
         for name, packed in zip(freed[::2], freed[1::2], strict=True):
             assert isinstance(packed, bytes)
-            manifest = Manifest.unpack(packed, name=as_text(name))
+            manifest = Manifest.unpack(packed, name=as_text(name), seal=self._seal)
             if manifest.url is not None:
                 delete_file(manifest)
             self._forget([keys.state, keys.weights_begun, *self._chunks.names(manifest)], [fence, manifest.name])

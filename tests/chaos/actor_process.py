@@ -10,8 +10,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 import actors.session as session
-from actors.actor import Actor
+from actors.handoff import Handoff
 from actors.mirror import Mirror
+from actors.sampled import Sampled
 from actors.scripted_engine import ScriptedEngine
 from actors.spool import Spool
 from lambdapo_async.broker.admission import RedisAdmission
@@ -100,7 +101,9 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
     points.tap(RedisAdmission, "hand_back", "hand_back")
     points.tap(RedisRolloutSink, "enqueue", "enqueue", after=offered)
     points.tap(RedisFleet, "beat", "beat")
-    points.tap(Actor, "_group", "sampled")
+    points.tap(Sampled, "rewarded", "sampled")
+    points.tap(Handoff, "leave", "leave")
+    points.tap(Handoff, "take", "take")
     points.tap(Mirror, "advance", "advance")
     points.tap(Spool, "write", "spool")
     points.tap(Spool, "delete", "spool_delete")

@@ -9,7 +9,13 @@ import pytest
 from lambdapo_async.broker.acl import FIRST_WITH_READ_ONLY_KEYS, rules
 from lambdapo_async.broker.connection import BrokerRefusedError
 from lambdapo_async.broker.redis_run import RedisRun
-from tests.contract import test_broker_admission, test_broker_queue, test_broker_run
+from tests.contract import (
+    test_broker_admission,
+    test_broker_fleet_control,
+    test_broker_partials,
+    test_broker_queue,
+    test_broker_run,
+)
 from tests.contract.broker_world import start
 from tests.contract.test_broker_run import heartbeat
 from tests.redis_fixtures import TIMEOUT_S, next_run_id
@@ -49,7 +55,10 @@ def contract_of(module: ModuleType) -> dict[str, object]:
     return {name: found for name, found in vars(module).items() if name.startswith("test_")}
 
 
-for _module in (test_broker_admission, test_broker_queue, test_broker_run):
+_MODULES = (
+    test_broker_admission, test_broker_fleet_control, test_broker_partials, test_broker_queue, test_broker_run
+)  # fmt: skip
+for _module in _MODULES:
     globals().update(contract_of(_module))
 
 
@@ -70,6 +79,7 @@ def test_an_actor_cannot_write_weights(broker_run: RoleRun) -> None:
         lambda client: client.hset(keys.weights_files, "x", "y"),
         lambda client: client.delete(keys.weights_begun),
         lambda client: client.set(keys.weights_canary, b"evil"),
+        lambda client: client.srem(keys.quarantined, "a"),
         lambda client: client.set(keys.config, b"evil"),
         lambda client: client.hset(keys.rows("train"), "0", b"evil"),
         lambda client: client.hset(keys.model_files, "config.json", b"evil"),

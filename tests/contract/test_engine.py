@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from actors.continuation import continue_group
 from actors.engine import Completion, InferenceEngine
 from actors.scripted_engine import ScriptedEngine, bigram_script
 from lambdapo_async.config.sections import SamplingConfig
@@ -219,6 +220,52 @@ async def test_abort_all_returns_what_was_sampled(engine: InferenceEngine) -> No
         assert len(completion.logprobs) == len(completion.token_ids)
         assert sum(span.num_tokens for span in completion.version_spans) == len(completion.token_ids)
     assert await engine.sample_group(PROMPT, size=1, sampling=SAMPLING), "the engine must go on after an abort"
+
+
+async def test_cut_off_samples_are_continued_where_they_stopped(
+    engine: InferenceEngine, weights: Callable[[int], Path]
+) -> None:
+    """Under other weights, too: what was sampled stays as it is, and what follows is as long as it would have been."""
+    tasks = await running(engine)
+    await engine.abort_all()
+    groups = await asyncio.gather(*tasks)
+    assert all(len(group) == 8 for group in groups), "an abort returns all samples of a group"
+    await engine.load_weights(2, weights(2))
+    for i, partials in enumerate(groups):
+        continued = await continue_group(engine, [*PROMPT, i], partials, sampling=SAMPLING)
+        for partial, whole in zip(partials, continued, strict=True):
+            if partial.finish_reason != "abort":
+                assert whole is partial
+                continue
+            num_old, num_tokens = len(partial.token_ids), len(whole.token_ids)
+            assert num_old < num_tokens <= 100
+            assert (whole.finish_reason == "stop") == (whole.token_ids[-1] == 0)
+            assert (whole.finish_reason == "length") == (num_tokens == 100 and whole.token_ids[-1] != 0)
+            assert whole.token_ids[:num_old].tolist() == partial.token_ids.tolist()
+            assert whole.logprobs[:num_old].tolist() == partial.logprobs.tolist()
+            assert len(whole.logprobs) == num_tokens
+            assert versions(whole) == [*versions(partial), 2]
+            assert whole.version_spans[-1].num_tokens == num_tokens - num_old
+
+
+async def test_the_continued_part_has_the_log_probabilities_of_its_whole_context(engine: InferenceEngine) -> None:
+    tasks = await running(engine, groups=1)
+    await engine.abort_all()
+    (partials,) = await asyncio.gather(*tasks)
+    assert any(partial.finish_reason == "abort" and len(partial.token_ids) for partial in partials)
+    for whole in await continue_group(engine, [*PROMPT, 0], partials, sampling=SAMPLING):
+        assert versions(whole) == [1]
+        scores = await engine.score([*PROMPT, 0], whole.token_ids.tolist()[:90])
+        assert np.allclose(whole.logprobs[:90], scores, atol=1e-3)
+
+
+async def test_an_abort_leaves_scores_alone(engine: InferenceEngine) -> None:
+    tasks = await running(engine, groups=1)
+    scoring = asyncio.create_task(engine.score(PROMPT, [*range(6, 40)]))
+    await asyncio.sleep(0)
+    await engine.abort_all()
+    await asyncio.gather(*tasks)
+    assert np.allclose(await scoring, await engine.score(PROMPT, [*range(6, 40)]), atol=1e-3)
 
 
 async def test_a_cancelled_request_leaves_the_others_alone(engine: InferenceEngine) -> None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from actors.continuation import continue_group
 from actors.engine import Completion
 from actors.scripted_engine import sampling_logprobs
 from actors.vllm_engine import VllmEngine
@@ -111,6 +112,31 @@ async def test_bfloat16_is_near_transformers_after_every_update(
         for temperature in (1.0, 0.7):
             samples = await sample(untied, SamplingConfig(max_tokens=40, temperature=temperature))
             assert gaps(model, samples, temperature=temperature).mean() < BFLOAT16_MEAN
+
+
+async def test_a_continued_sample_is_transformers_under_the_weights_of_each_part(
+    tied: VllmEngine, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """As between two actors: cut off under one version, prefilled and sampled on under the next."""
+    sampling = SamplingConfig(max_tokens=100, temperature=0.7)
+    models = {1: await load(tied, tiny_model_folder, 1, tmp_path)}
+    tasks = [asyncio.create_task(tied.sample_group(prompt, size=8, sampling=sampling)) for prompt in PROMPTS]
+    await tied.sample_group(PROMPTS[0], size=1, sampling=SamplingConfig(max_tokens=5, top_k=1))
+    await tied.abort_all()
+    cut_off = await asyncio.gather(*tasks)
+    models[2] = await load(tied, tiny_model_folder, 2, tmp_path)
+    num_continued = 0
+    for prompt, partials in zip(PROMPTS, cut_off, strict=True):
+        for whole in await continue_group(tied, prompt, partials, sampling=sampling):
+            spans = whole.version_spans
+            versions = np.repeat([span.policy_version for span in spans], [span.num_tokens for span in spans])
+            num_continued += len(spans) == 2
+            for version, model in models.items():
+                gap = np.abs(
+                    whole.logprobs - reference_logprobs(model, prompt, whole.token_ids.tolist(), temperature=0.7)
+                )
+                assert (gap[versions == version] < FLOAT32_MAX).all()
+    assert num_continued >= 4
 
 
 @pytest.mark.parametrize("truncation", [{"top_p": 0.7}, {"top_k": 5}, {"top_k": 8, "top_p": 0.8}], ids=str)

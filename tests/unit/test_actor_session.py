@@ -1,5 +1,6 @@
 """What an actor does before it samples: it trusts little, fails early, and leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -51,9 +52,9 @@ def publish(redis_run: RedisRun) -> Callable[[object], str]:
 
 def test_a_run_is_read_with_the_actors_own_settings(publish: Callable[[object], str], redis_url: str) -> None:
     run_id = publish(config_of(ArithmeticTask()).published())
-    run, config = read_run(redis_url, run_id, ["actor.groups_in_flight=3"])
+    run, config = read_run(redis_url, run_id, ["actor.max_groups_in_flight=3"])
     run.close()
-    assert (config.model.path, config.actor.groups_in_flight) == ("some/model", 3)
+    assert (config.model.path, config.actor.max_groups_in_flight) == ("some/model", 3)
 
 
 def test_a_config_of_another_schema_is_refused(publish: Callable[[object], str], redis_url: str) -> None:
@@ -101,6 +102,32 @@ def test_model_files_have_a_bounded_size() -> None:
     _check_model_files(dict.fromkeys("abcd", tokenizer))
     with pytest.raises(BrokerError, match="have 335544320 bytes"):
         _check_model_files(dict.fromkeys("abcde", tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("learners", "ours", "message"),
+    [
+        ("k" * 16, None, "has no key: set LAMBDAPO_HMAC_KEY"),
+        (None, "k" * 16, "it is not signed"),
+        ("k" * 16, "o" * 16, "signed with another LAMBDAPO_HMAC_KEY"),
+    ],
+)
+def test_an_actor_without_the_runs_key_is_told_at_once(
+    redis_run: RedisRun,
+    redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    learners: str | None,
+    ours: str | None,
+    message: str,
+) -> None:
+    run_id = redis_run.keys.run_id
+    with contextlib.closing(RedisRun(redis_url, run_id, timeout_s=10, hmac_key=learners)) as learner:
+        learner.run_store.create(json.dumps(config_of(ArithmeticTask()).published()).encode(), {}, fence=1)
+    monkeypatch.delenv("LAMBDAPO_HMAC_KEY", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("LAMBDAPO_HMAC_KEY", ours)
+    with pytest.raises(ConfigError, match=message):
+        read_run(redis_url, run_id, [])
 
 
 def test_folders_of_killed_actors_go_and_others_stay(tmp_path: Path) -> None:

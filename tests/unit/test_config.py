@@ -137,7 +137,7 @@ def test_the_published_config_reads_back(config_file: Path) -> None:
     config = load_config(config_file, environ={})
     published = json.dumps(config.published()).encode()
     assert parse_published(published, run_id="r") == config
-    assert parse_published(published, ["actor.groups_in_flight=3"], run_id="r").actor.groups_in_flight == 3
+    assert parse_published(published, ["actor.max_groups_in_flight=3"], run_id="r").actor.max_groups_in_flight == 3
     with pytest.raises(ConfigError, match=r"run r: actor\.drain_s = -1"):
         parse_published(published, ["actor.drain_s=-1"], run_id="r")
 

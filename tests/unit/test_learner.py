@@ -1,5 +1,6 @@
 """The learner's loop on a run in memory: what is trained, published, committed, and what a crash does to it."""
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -10,12 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lambdapo_async import fleet_health
 from lambdapo_async.errors import FencedError, NoGroupsError
 from lambdapo_async.journal.history import History
+from lambdapo_async.journal.records import GroupRecord
 from lambdapo_async.metrics import EVAL, EVENT, STEP
 from learner.assembly import JOURNAL_FOLDER
+from tests.contract.test_broker_run import heartbeat
 from tests.fakes_broker import FakeRun
-from tests.learner_stage import acting, is_open, rows_of, stage_config, staged, trained_in
+from tests.learner_stage import acting, is_open, journal_of, rows_of, stage_config, staged, trained_in
 from tests.tiny_models import tiny_model_folder
 
 
@@ -212,3 +216,37 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the learner does not serve"
         time.sleep(0.002)
+
+
+def test_a_fleet_that_was_set_aside_holds_the_run_up_until_it_passes_a_canary(folder: Path) -> None:
+    """A resumed learner waits for nobody in vain: it takes the actors back without a step."""
+    run, settings = FakeRun("run"), stage_config()
+    run.shared.set_aside = {"a"}
+    with staged(run, folder, settings) as stage, acting(run, settings):
+        running = threading.Thread(target=stage.learner.run)
+        running.start()
+        checks = itertools.count()
+        wait_for(lambda: is_open(run))
+        assert stage.source.stats().leased == 0
+        wait_for(lambda: not run.fleet.beat(heartbeat("a", counters={"canary_checks": next(checks)})))
+        running.join(60)
+    assert Counter(trained_in(folder)) == Counter(f"train:0:{i}" for i in range(12))
+    assert rows_of(folder, STEP)[-1].values["actors/readmitted"] == 1
+
+
+def test_a_lying_actor_is_set_aside_and_the_journal_knows_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it sent meanwhile is discarded by the journal's word, so that a replay discards the same."""
+    monkeypatch.setattr(fleet_health, "MIN_FRESH_TOKENS", 1)
+    run, settings = FakeRun("run"), stage_config(learner={"num_steps": 12}, staleness={"max_staleness": 0})
+    with (
+        staged(run, folder, settings) as stage,
+        acting(run, settings),
+        acting(run, settings, actor_id="liar", nats_off=3.0),
+    ):
+        stage.learner.run()
+    last = rows_of(folder, STEP)[-1].values
+    assert run.shared.set_aside == {"liar"}
+    assert (last["actors/quarantined"], last["actors/quarantines"]) == (1, 1)
+    assert last["actors/mismatch_max"] > 5.0
+    discarded = [record for _, record in journal_of(folder) if isinstance(record, GroupRecord) and record.discarded]
+    assert len(discarded) == last["groups/quarantined"]

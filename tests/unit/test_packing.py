@@ -70,7 +70,7 @@ def test_every_sequence_is_once_in_one_piece(lengths: list[int]) -> None:
 
 def columns(micro_batch: MicroBatch) -> list[torch.Tensor]:
     layout = micro_batch.layout
-    tensors = [getattr(micro_batch, name) for name in MicroBatch.__slots__ if name != "layout"]
+    tensors = [getattr(micro_batch, name) for name in MicroBatch.__slots__ if name not in ("layout", "group_keys")]
     return [*tensors, layout.cu_seqlens, *([] if layout.shared is None else [layout.key_marks, layout.shared.index_K])]
 
 
@@ -129,6 +129,7 @@ def test_every_rollout_is_once_behind_its_prompt(shapes: list[tuple[int, list[in
             own = (micro_batch.segment_ids_T == segment) & micro_batch.loss_mask_T
             assert own.sum() == sequence.loss_mask.sum()
             assert set(micro_batch.advantages_T[own].tolist()) == {sequence.advantage}
+            assert micro_batch.group_keys[segment] == sequence.group_key
             seen.append(ids)
     assert sorted(seen) == sorted(wanted)
 

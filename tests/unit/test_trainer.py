@@ -356,3 +356,23 @@ def test_minibatches_and_epochs_take_several_updates(folder: Path) -> None:
     policy = policy_of(folder, run)
     Trainer(policy, run).step(groups_of_model(folder), version=0)
     assert policy.num_updates == 4
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_each_group_is_measured_over_the_tokens_of_the_learners_version(minibatches: int) -> None:
+    """What an actor is judged by: k3 between its engine and the learner, stale tokens left out."""
+    policy = bigram(lr=0.0)
+    groups = groups_by(policy.completion_logprobs, noise=0.4, versions=(1, 3))
+    result = Trainer(policy, config(learner={"minibatches": minibatches})).step(groups, version=3)  # type: ignore[arg-type]
+    for received, found in zip(groups, result.fresh_by_group, strict=True):
+        expected = []
+        for rollout in received.group.rollouts:
+            logprobs = policy.completion_logprobs(received.group.prompt_ids, rollout.completion_ids)
+            for log_pi, log_mu, version in zip(
+                logprobs, rollout.behavior_logprobs, rollout.token_versions, strict=True
+            ):
+                if version == 3:
+                    expected.append(math.exp(log_pi - log_mu) - 1 - (log_pi - log_mu))
+        assert 0 < len(expected) < received.group.num_completion_tokens
+        assert found.count == len(expected)
+        assert found.k3_sum == pytest.approx(sum(expected), rel=1e-4)

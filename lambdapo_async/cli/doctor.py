@@ -1,0 +1,31 @@
+"""`lambdapo doctor URL`: is this Redis set up for a run?"""
+
+import contextlib
+
+import redis
+import typer
+
+from lambdapo_async.broker.connection import BrokerRefusedError, connect, redact
+from lambdapo_async.broker.doctor import examine
+from lambdapo_async.errors import BrokerUnreachableError
+
+_TIMEOUT_S = 5.0
+
+
+def diagnose(url: str, *, max_bytes: int) -> bool:
+    """Print every finding; whether all of them are right.
+
+    Raises:
+        BrokerUnreachableError: nobody answers there.
+        BrokerRefusedError: somebody who does not let us in.
+    """
+    with contextlib.closing(connect(url, timeout_s=_TIMEOUT_S)) as client:
+        try:
+            findings = examine(client, url, max_bytes=max_bytes)
+        except (redis.AuthenticationError, redis.ResponseError) as error:
+            raise BrokerRefusedError(f"{redact(url)}: {error}: check user and password of the URL") from error
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            raise BrokerUnreachableError(f"{redact(url)} did not answer: {error}; does it run?") from error
+    for finding in findings:
+        typer.echo(str(finding))
+    return all(finding.problem is None for finding in findings)
