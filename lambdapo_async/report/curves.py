@@ -62,7 +62,7 @@ CHARTS = (
     ),
     Chart(
         "Queue, groups",
-        (Line("queue/groups", "in Redis until the checkpoint", _AMBER), Line("queue/leased", "held by actors", _BLUE)),
+        (Line("queue/groups", "in Redis", _AMBER), Line("queue/leased", "held by actors", _BLUE)),
     ),
     Chart(
         "Throughput, tokens per second",

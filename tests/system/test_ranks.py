@@ -1,6 +1,7 @@
 """A policy over several ranks: trained, checkpointed, resumed on another number of ranks; one rank is the oracle."""
 
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
+from lambdapo_async.broker.interface import Descriptor, EnqueueStatus, RolloutSink
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, RunNotFoundError
 from lambdapo_async.journal.receipts import ReceiptsState
+from lambdapo_async.rollout import RolloutGroup
 from lambdapo_async.weights.canary import Canary, ModelIdentity
 from lambdapo_async.wire import encode_group
 from learner.canary import LearnerCanary, canary_sequence, score
@@ -263,6 +265,7 @@ class ScriptedActor(threading.Thread):
         super().__init__(daemon=True)
         self._run, self._config = RedisRun(url, run_id, timeout_s=10.0), config
         self._stopping = threading.Event()
+        self._producer, self._seq = f"a.{uuid.uuid4().hex[:8]}", 0
         self.problem: BaseException | None = None
 
     def run(self) -> None:
@@ -273,17 +276,29 @@ class ScriptedActor(threading.Thread):
             raise
 
     def _answer(self) -> None:
-        admission, sink, seq = self._run.admission("a"), self._run.sink(), 0
+        admission, sink = self._run.admission("a"), self._run.sink()
         while not self._stopping.wait(0.02):
             if not self._is_open():
                 continue
             for lease in admission.lease(1):
-                seq += 1
-                group = random_group(lease.index, self._config, vocab=VOCAB)
-                payload = encode_group(group)
-                descriptor = Descriptor("a.0", seq, lease, 0, len(payload), 0.5)
-                reply = sink.enqueue(descriptor, payload, epoch=self._run.run_store.state().epoch)
-                assert reply.status is EnqueueStatus.OK, reply
+                self._offer(sink, random_group(lease.index, self._config, vocab=VOCAB))
+
+    def _offer(self, sink: RolloutSink, group: RolloutGroup) -> None:
+        """Until it is taken; after a loss under a new name, for it remembers nothing of what it sent before."""
+        payload = encode_group(group)
+        while not self._stopping.wait(0.01):
+            if not self._is_open():
+                continue
+            descriptor = Descriptor(self._producer, self._seq + 1, group.lease, 0, len(payload), 0.5)
+            reply = sink.enqueue(descriptor, payload, epoch=self._run.run_store.state().epoch)
+            match reply.status:
+                case EnqueueStatus.OK:
+                    self._seq += 1
+                    return
+                case EnqueueStatus.LATE:
+                    return
+                case EnqueueStatus.GAP | EnqueueStatus.DUP:
+                    self._producer, self._seq = f"a.{uuid.uuid4().hex[:8]}", 0
 
     def _is_open(self) -> bool:
         try:

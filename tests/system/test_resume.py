@@ -2,9 +2,13 @@
 
 import signal
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from lambdapo_async.config import RunConfig
 from lambdapo_async.journal.records import VersionRecord
@@ -16,9 +20,9 @@ from tests.dying_learner import PLACES
 from tests.fakes_broker import FakeRun
 from tests.learner_stage import Stage, journal_of, stage_config, trained_in
 from tests.learner_stage import acting as acting_in_memory
-from tests.processes import Process
+from tests.processes import Process, wait_until
 from tests.ranks import run_ranks
-from tests.resumed_run import assert_same_bits
+from tests.resumed_run import assert_same_bits, losses
 from tests.system.test_ranks import CONFIG_FILE, acting, settings
 from tests.tiny_models import tiny_model, tiny_model_folder
 
@@ -26,43 +30,82 @@ LIFE_S = 120.0
 NUM_STEPS = 12
 
 
-@pytest.mark.system
-@pytest.mark.timeout(600)
-def test_a_learner_killed_at_every_named_point_ends_as_if_it_had_lived(tmp_path: Path, redis_url: str) -> None:
+@dataclass(frozen=True)
+class Scene:
+    """A run on a real Redis, of which each process is one life of its learner."""
+
+    root: Path
+    redis_url: str
+    run_id: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.run_id
+
+    @contextmanager
+    def learner(self, log: str, *flags: str, dies_at: str | None = None) -> Iterator[Process]:
+        changes = [f"output_dir={self.root}", f"learner.num_steps={NUM_STEPS}", "learner.checkpoint_every=3"]
+        settings = [part for change in [*changes, "learner.record=true"] for part in ("--set", change)]
+        # The second such call: each life gets at least one step further than the one before.
+        module = ["learner"] if dies_at is None else ["tests.dying_learner", dies_at, "2"]
+        place = ["--redis-url", self.redis_url, "--run-id", self.run_id]
+        process = Process(*module, str(self.root / "run.toml"), *place, *settings, *flags, log=self.root / log)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+    def replay(self) -> Path:
+        again = Process("lambdapo_async.cli.app", "replay", str(self.folder), log=self.root / "replay.log")
+        try:
+            assert again.wait(timeout_s=LIFE_S) == 0, again.log_tail()
+        finally:
+            again.kill()
+        return self.root / f"{self.run_id}-replay"
+
+    def assert_every_prompt_once(self) -> None:
+        uses = Counter(trained_in(self.folder))
+        assert (len(uses), max(uses.values())) == (2 * NUM_STEPS, 1)
+        versions = [record.version for _, record in journal_of(self.folder) if isinstance(record, VersionRecord)]
+        assert versions == sorted(set(versions))
+
+
+@pytest.fixture
+def scene(tmp_path: Path, redis_url: str, request: pytest.FixtureRequest) -> Iterator[Scene]:
     tokenizer = build_tokenizer(64)
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    config_path = tmp_path / "run.toml"
-    config_path.write_text(CONFIG_FILE.format(model=tmp_path / "model"))
-    changes = [f"output_dir={tmp_path}", f"learner.num_steps={NUM_STEPS}", "learner.checkpoint_every=3"]
-    flags = [part for change in [*changes, "learner.record=true"] for part in ("--set", change)]
-    arguments = [str(config_path), "--redis-url", redis_url, "--run-id", "killed", *flags]
-    folder = tmp_path / "killed"
-    with acting(redis_url, "killed", settings(rollout={"groups_per_step": 2})):
-        for number, place in enumerate(PLACES):
-            resume = ["--resume"] if number else []
-            log = tmp_path / f"{number}.log"
-            # The second such call: each life gets at least one step further than the one before.
-            process = Process("tests.dying_learner", place, "2", *arguments, *resume, log=log)
-            try:
-                assert process.wait(timeout_s=LIFE_S) == -signal.SIGKILL, f"{place}: {process.log_tail()}"
-            finally:
-                process.kill()
-        last = Process("learner", *arguments, "--resume", log=tmp_path / "last.log")
-        try:
-            assert last.wait(timeout_s=LIFE_S) == 0, last.log_tail()
-        finally:
-            last.kill()
-    uses = Counter(trained_in(folder))
-    assert (len(uses), max(uses.values())) == (2 * NUM_STEPS, 1)
-    versions = [record.version for _, record in journal_of(folder) if isinstance(record, VersionRecord)]
-    assert versions == sorted(set(versions))
-    again = Process("lambdapo_async.cli.app", "replay", str(folder), log=tmp_path / "replay.log")
-    try:
-        assert again.wait(timeout_s=LIFE_S) == 0, again.log_tail()
-    finally:
-        again.kill()
-    assert_same_bits(folder, tmp_path / "killed-replay", num_steps=NUM_STEPS)
+    (tmp_path / "run.toml").write_text(CONFIG_FILE.format(model=tmp_path / "model"))
+    scene = Scene(tmp_path, redis_url, request.node.name[:40])
+    with acting(redis_url, scene.run_id, settings(rollout={"groups_per_step": 2})):
+        yield scene
+
+
+@pytest.mark.system
+@pytest.mark.timeout(600)
+def test_a_learner_killed_at_every_named_point_ends_as_if_it_had_lived(scene: Scene) -> None:
+    for number, place in enumerate(PLACES):
+        with scene.learner(f"{number}.log", *(["--resume"] if number else []), dies_at=place) as process:
+            assert process.wait(timeout_s=LIFE_S) == -signal.SIGKILL, f"{place}: {process.log_tail()}"
+    with scene.learner("last.log", "--resume") as process:
+        assert process.wait(timeout_s=LIFE_S) == 0, process.log_tail()
+    scene.assert_every_prompt_once()
+    assert_same_bits(scene.folder, scene.replay(), num_steps=NUM_STEPS)
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+def test_a_redis_that_forgot_everything_is_told_again(scene: Scene) -> None:
+    with scene.learner("learner.log") as process, Redis.from_url(scene.redis_url) as client:
+        for step in (3, 7):
+            wait_until(
+                lambda step=step: len(losses(scene.folder)) >= step, f"step {step}", timeout_s=LIFE_S, alive=process
+            )
+            client.flushall()
+        assert process.wait(timeout_s=LIFE_S) == 0, process.log_tail()
+    assert "Redis agrees with this learner's journal again" in (scene.root / "learner.log").read_text()
+    scene.assert_every_prompt_once()
+    assert_same_bits(scene.folder, scene.replay(), num_steps=NUM_STEPS)
 
 
 class Crash(Exception):  # noqa: N818
