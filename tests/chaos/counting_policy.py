@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lambdapo_async.config import RunConfig
+from lambdapo_async.fleet_health import FreshTokens
 from lambdapo_async.packing import MicroBatch
 from learner.arrivals import ReceivedGroup
 from learner.character_tokenizer import CHARACTERS
@@ -102,7 +103,7 @@ class CountingTrainer:
             "used", step=len(self._policy.history), version=version, indices=[group.index for group in trained]
         )
         metrics = {"loss/policy": 0.0, "optim/grad_norm": 0.0, "optim/lr": 1.0, "optim/skipped": 0.0}
-        return StepResult(metrics)
+        return StepResult(metrics, tuple(FreshTokens(1, 0.0) for _ in groups))
 
 
 def dump_history(history: Sequence[Step]) -> str:

@@ -26,7 +26,7 @@ from lambdapo_async.replay.queue import ReplayEntry, ReplayQueue
 from lambdapo_async.weights.redis_store import RedisWeightStore
 from lambdapo_async.weights.state import State
 from learner import checkpoint as checkpoint_module
-from learner.arrivals import ReceivedGroup
+from learner.arrivals import Arrival, ReceivedGroup
 from learner.character_tokenizer import build_tokenizer
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew_member import Origin
@@ -119,6 +119,7 @@ class _Taps:
         tap(Journal, "prune", "forget")
         tap(ReceiptBook, "enter", "enter", after=self._entered)
         tap(Pool, "sample", "sample", after=self._chose)
+        tap(Pool, "offer", "offer", after=self._offered)
         tap(ReplayQueue, "_note_drop", "drop", before=self._dropped)
         tap(RedisRunStore, "create", "create")
         tap(RedisRunStore, "put_rows", "rows")
@@ -150,6 +151,11 @@ class _Taps:
         for _number, record in entered:
             if record.discarded and record.descriptor.lease.split == "train":
                 self._ledger.write("discarded", **_fields(record.descriptor), reason=record.discarded)
+
+    def _offered(self, _: bool, __: object, arrival: Arrival) -> None:
+        """Again, for a learner that died between writing a discard down and saying so."""
+        if arrival.record.discarded and arrival.is_training:
+            self._ledger.write("discarded", **_fields(arrival.record.descriptor), reason=arrival.record.discarded)
 
     def _dropped(self, _: object, entry: ReplayEntry[ReceivedGroup], reason: str, uses: int) -> None:
         if uses == 0:

@@ -177,7 +177,9 @@ class Scene:
         deadline = time.monotonic() + STUCK_S
         with contextlib.closing(self.redis.client()) as client:
             while not client.hexists(RunKeys(RUN_ID).state, "rows_heldout"):
-                assert time.monotonic() < deadline, "the first learner did not come up"
+                assert self.learner is not None
+                if self.learner.returncode is not None or time.monotonic() > deadline:
+                    raise StuckError(f"the first learner did not come up: {self.learner.last_line()}")
                 time.sleep(_TEND_S)
 
     def _spec(self, role: str, *, resume: bool = False) -> ProcessSpec:

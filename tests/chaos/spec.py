@@ -52,7 +52,8 @@ timeout_s = {TIMEOUT_S}
 outage_s = 60.0
 [actor]
 spool_dir = "{{spool_dir}}"
-groups_in_flight = 3
+max_groups_in_flight = 3
+handoff = {{handoff}}
 drain_s = 5.0
 [weights]
 grace_s = 1.0
@@ -70,6 +71,8 @@ class Variant:
     """Above 1 groups are drawn out of order, and stay in the replay queue."""
     record: bool = False
     """Whether the journal keeps everything."""
+    handoff: bool = False
+    """Whether actors that end leave partial samples to others."""
     queue_bytes: int = 256 * 1024
     """What Redis may hold of groups."""
 
@@ -84,7 +87,7 @@ class Variant:
         )
 
 
-VARIANTS = (Variant(), Variant(max_tokens=250), Variant(max_uses=2), Variant(record=True, queue_bytes=60_000))
+VARIANTS = (Variant(), Variant(max_tokens=250, handoff=True), Variant(max_uses=2), Variant(record=True, queue_bytes=60_000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,7 @@ def write_config(folder: Path, variant: Variant, *, seed: int, num_steps: int) -
         max_length=18 + variant.max_tokens,
         max_tokens=variant.max_tokens,
         max_uses=variant.max_uses,
+        handoff=str(variant.handoff).lower(),
         queue_bytes=variant.queue_bytes,
         record=str(variant.record).lower(),
     )
