@@ -13,7 +13,7 @@ from tests.chaos.ledger import Kind, Violation, check, read_ledger
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.profiles import PROFILES, Profile
 from tests.chaos.remains import read_remains
-from tests.chaos.scene import Scene, StuckError
+from tests.chaos.scene import STUCK_S, Scene, StuckError
 from tests.chaos.spec import VARIANTS, Variant
 
 _REDIS_SHARE = 0.4
@@ -21,6 +21,9 @@ _REDIS_SHARE = 0.4
 _GAP_S = (0.05, 0.5)
 _WITHOUT_PROGRESS = 0.25
 """Share of the faults that come before anything has recovered from the last one."""
+
+_MUTANT_STUCK_S = 8.0
+"""A broken run may well be stuck, and that is not what has to show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,14 @@ def run_mutant(folder: Path, name: str, *, seed: int, is_broken: bool = True) ->
     """A run of processes that are broken as ``name`` says (or are not), through the faults that bring it to light."""
     mutant = MUTANTS[name]
     broken = name if is_broken else ""
-    scene = Scene(folder, PROFILES[mutant.profile], seed=seed, num_steps=mutant.num_steps, mutant=broken)
+    scene = Scene(
+        folder,
+        PROFILES[mutant.profile],
+        seed=seed,
+        num_steps=mutant.num_steps,
+        mutant=broken,
+        stuck_s=_MUTANT_STUCK_S if is_broken else STUCK_S,
+    )
     faults = iter(mutant.faults)
     return _run(scene, random.Random(seed), lambda _: next(faults, None))
 

@@ -49,6 +49,7 @@ class Scene:
         seed: int,
         num_steps: int | None = None,
         mutant: str = "",
+        stuck_s: float = STUCK_S,
         variant: Variant = VARIANTS[0],
     ) -> None:
         """Starts nothing yet.
@@ -58,7 +59,7 @@ class Scene:
             num_steps: after which the run ends; None lets :meth:`finish` decide, with a learner started anew.
         """
         self.folder, self.profile, self.variant, self._mutant = folder, profile, variant, mutant
-        self.seed, self._num_steps = seed, num_steps
+        self.seed, self._num_steps, self._stuck_s = seed, num_steps, stuck_s
         self.ledger = Ledger(folder, "scene")
         self.redis = RedisControl(folder / "r", profile.persistence)
         self.proxy: Proxy | None = None
@@ -75,7 +76,7 @@ class Scene:
         self._started: Counter[str] = Counter()
         self._expected: set[str] = set()
         self._read: dict[Path, int] = {}
-        self._num_used = self.newest_step = 0
+        self.newest_step = 0
         self._is_finishing = num_steps is not None
         """Whether a learner that ends with 0 has ended the run."""
         self._sampled_at = 0.0
@@ -130,21 +131,21 @@ class Scene:
             wait(sentinels, timeout=min(left_s, _TEND_S))
 
     def wait_for_step(self, count: int = 1) -> None:
-        """Until the learner has made ``count`` more steps."""
-        goal, deadline = self._num_used + count, time.monotonic() + STUCK_S
-        while self._num_used < goal:
+        """Until the run is ``count`` steps further than it ever was."""
+        goal, deadline = self.newest_step + count, time.monotonic() + self._stuck_s
+        while self.newest_step < goal:
             self.tend(_TEND_S)
             if time.monotonic() > deadline:
                 self._show_stacks()
-                raise StuckError(f"no step for {STUCK_S:g} s after step {self.newest_step}")
+                raise StuckError(f"no new step for {self._stuck_s:g} s after step {self.newest_step}")
 
     def wait_for_end(self, process: Forked) -> None:
         """Until it is dead."""
-        deadline = time.monotonic() + STUCK_S
+        deadline = time.monotonic() + self._stuck_s
         while process.returncode is None:
             self.tend(_TEND_S)
             if time.monotonic() > deadline:
-                raise StuckError(f"{process.who} did not come to its end within {STUCK_S:g} s")
+                raise StuckError(f"{process.who} did not come to its end within {self._stuck_s:g} s")
 
     def finish(self) -> None:
         """Let the run end by itself a few steps from now."""
@@ -159,12 +160,12 @@ class Scene:
             self.expect_end(self.learner)
             self.learner.send(signal.SIGTERM)
             self._is_finishing = True
-        deadline = time.monotonic() + 2 * STUCK_S
+        deadline = time.monotonic() + 2 * self._stuck_s
         while self.learner is not None:
             self.tend(_TEND_S)
             if time.monotonic() > deadline:
                 self._show_stacks()
-                raise StuckError(f"the learner did not finish within {2 * STUCK_S:g} s")
+                raise StuckError(f"the learner did not finish within {2 * self._stuck_s:g} s")
         for process in [*self.actors, *self.sleepers]:
             if process.wait(_EXIT_S) is None:
                 self._show_stacks()
@@ -234,7 +235,6 @@ class Scene:
             if newline:
                 self._read[path] = self._read.get(path, 0) + len(whole) + 1
                 used = [line for line in whole.split(b"\n") if b'"used"' in line]
-                self._num_used += len(used)
                 for line in used:
                     self.newest_step = max(self.newest_step, int(line.partition(b'"step":')[2].partition(b",")[0]))
 
