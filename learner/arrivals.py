@@ -44,16 +44,13 @@ class Arrival:
     """Without its payload, which is decoded."""
     received: ReceivedGroup | None
     """None where the payload could not be read, or was not kept."""
+    num_bytes: int
+    """What it weighs in memory: its payload, of which the decoded columns are views."""
 
     @property
     def is_training(self) -> bool:
         """Whether it answers a training prompt."""
         return self.record.descriptor.lease.split == "train"
-
-    @property
-    def num_bytes(self) -> int:
-        """What it weighs in memory: its payload, of which the decoded columns are views."""
-        return self.record.descriptor.num_bytes if self.received is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +128,7 @@ class Screen:
                 kind=self._config.objective.advantage.confidence,
             )
             received = ReceivedGroup(record.descriptor, group, confidence_G, num_missing)
-        return Arrival(number, GroupRecord(record.descriptor, b"", record.discarded), received)
+        return Arrival(number, GroupRecord(record.descriptor, b"", record.discarded), received, len(record.payload))
 
     def restore(self, number: int, record: GroupRecord) -> Arrival:
         """The delivery as it was before, from the journal.

@@ -148,6 +148,7 @@ class Learner:
         self._surely(self._serve_canary)
 
     def _publish_next(self) -> None:
+        self._publisher.flush()  # what became of the version before must not cost a number
         consumed = self._batcher.pool.consumed
         self._publisher.publish(self._versions.claim(), self._parts.policy, consumed=consumed)
         self._batcher.released = consumed

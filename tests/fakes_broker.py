@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.broker.interface import (
     Delivery,
     Descriptor,
     Durable,
     EnqueueReply,
     EnqueueStatus,
-    Heartbeat,
     Marks,
     Phase,
     QueueStats,
@@ -29,7 +29,7 @@ from lambdapo_async.errors import BrokerError, FencedError, LostDataError, RunNo
 from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
-from lambdapo_async.weights.manifest import NewFile, check_version, name_of
+from lambdapo_async.weights.manifest import NewFile, base_of, check_version, name_of
 from lambdapo_async.weights.retention import Retention
 from tests.fakes_canary import FakeCanaryStore
 
@@ -496,6 +496,9 @@ class FakeWeightStore:
                 del state.weight_files[dropped]
             if state.head is not None and version <= state.head:
                 raise WeightsError(f"version {version} is not above the head {state.head}")
+            base = base_of(files)
+            if (state.limits is not None and not state.is_open) or (base is not None and base != state.head):
+                raise LostDataError("the newest weights are gone")
             state.weight_files.update({file.available: file.payload for file in files})
             state.head = version
             state.consumed = max(state.consumed, consumed)

@@ -29,9 +29,9 @@ class RedisAdmission:
             self._lease(
                 [
                     keys.state, keys.leases, keys.holders, keys.todo, keys.heldout, keys.grant(self._actor_id),
-                    keys.queue, keys.answered, keys.quarantined,
+                    keys.queue, keys.answered,
                 ],
-                [self._actor_id, max_count, uuid.uuid4().hex],
+                [self._actor_id, max_count, uuid.uuid4().hex, keys.quarantined],
             )
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ import redis
 from pydantic import ValidationError
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
@@ -35,7 +35,7 @@ class RedisFleet:
             raise BrokerError(f"a heartbeat of {len(record)} bytes exceeds {MAX_HEARTBEAT_BYTES}: use fewer counters")
         keys = self._keys
         (is_set_aside,) = self._beat(
-            [keys.state, keys.fleet, keys.fleet_expiry, keys.quarantined], [heartbeat.actor_id, record]
+            [keys.state, keys.fleet, keys.fleet_expiry], [heartbeat.actor_id, record, keys.quarantined]
         )
         return bool(is_set_aside)
 

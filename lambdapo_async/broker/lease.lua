@@ -1,12 +1,13 @@
 -- Grant leases: held-out ones, then returned ones, then new ones as far as the gate is open.
 -- Each lease is also the promise of room in the queue for its answer: no group is sampled that could be refused.
 -- KEYS[1] = state, KEYS[2] = leases, KEYS[3] = holders, KEYS[4] = todo, KEYS[5] = heldout, KEYS[6] = the actor's last grant,
--- KEYS[7] = queue, KEYS[8] = answered, KEYS[9] = actors set aside
--- ARGV[1] = actor id, ARGV[2] = leases wanted, ARGV[3] = request id
+-- KEYS[7] = queue, KEYS[8] = answered
+-- ARGV[1] = actor id, ARGV[2] = leases wanted, ARGV[3] = request id,
+-- ARGV[4] = actors set aside, which an actor may only read (a script's KEYS count as written)
 local state = redis.call('HMGET', KEYS[1], 'phase', 'lease_ms', 'capacity', 'admitted', 'consumed', 'frontier',
                          'server', 'bytes', 'max_bytes', 'group_bytes', 'max_groups')
 if state[1] ~= 'running' or state[7] ~= server_id() then return {} end
-if redis.call('SISMEMBER', KEYS[9], ARGV[1]) == 1 then return {} end
+if redis.call('SISMEMBER', ARGV[4], ARGV[1]) == 1 then return {} end
 local actor, wanted, lease_ms = ARGV[1], tonumber(ARGV[2]), tonumber(state[2])
 local capacity, admitted, consumed, frontier =
   tonumber(state[3]), tonumber(state[4]), tonumber(state[5]), tonumber(state[6])

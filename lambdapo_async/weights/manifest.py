@@ -49,6 +49,12 @@ def check_version(version: int, files: Sequence[NewFile]) -> None:
         raise WeightsError(f"version {version} cannot consist of the files {names}")
 
 
+def base_of(files: Sequence[NewFile]) -> int | None:
+    """The version that a reader must have for ``files`` to lead anywhere; None if one of them is whole."""
+    bases = [file.available.base_version for file in files]
+    return None if None in bases else max(base for base in bases if base is not None)
+
+
 def pack_available(file: Available) -> bytes:
     """A file as the catalogue of a store lists it."""
     packed: bytes = msgpack.packb([file.version, file.num_bytes, file.base_version, file.base_min])

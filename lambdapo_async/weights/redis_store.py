@@ -12,7 +12,15 @@ from lambdapo_async.keys import RunKeys
 from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.fsspec_store import FsspecFiles, delete_file, read_file
-from lambdapo_async.weights.manifest import Manifest, NewFile, check_version, name_of, pack_available, unpack_available
+from lambdapo_async.weights.manifest import (
+    Manifest,
+    NewFile,
+    base_of,
+    check_version,
+    name_of,
+    pack_available,
+    unpack_available,
+)
 from lambdapo_async.weights.redis_chunks import RedisChunks
 from lambdapo_async.weights.retention import Retention
 
@@ -51,7 +59,7 @@ class RedisWeightStore:
 
         Raises:
             WeightsError: ``version`` is not above the head, a file leads elsewhere, or the byte budget is too small.
-            LostDataError: what the files change is not the head any more, or what was written of them is gone.
+            LostDataError: the version that the files lead from is not the head any more, or the server restarted.
             FencedError: another learner owns the run.
         """
         check_version(version, files)
@@ -66,8 +74,8 @@ class RedisWeightStore:
         listed = [part for file in files for part in (name_of(file.available), pack_available(file.available))]
         chunks = [name for manifest in manifests for name in self._chunks.names(manifest)]
         flipped = self._flip(
-            [keys.state, keys.weights_head, keys.weights_log, keys.weights_files, keys.weights_begun, *chunks],
-            [fence, version, base, consumed, _LOG_ENTRIES, *listed],
+            [keys.state, keys.weights_head, keys.weights_log, keys.weights_files],
+            [fence, version, consumed, _LOG_ENTRIES, "" if (base := base_of(files)) is None else base, *listed],
         )
         _check_newer(version, flipped)
 

@@ -1,6 +1,8 @@
 """What only a real Redis can do to us: lost replies, cut connections, damaged and missing data, strangers."""
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -126,7 +128,7 @@ def test_an_actor_refuses_another_schema(redis_run: RedisRun, server: redis.Redi
 
 def test_too_many_rows_are_refused(redis_run: RedisRun) -> None:
     store = redis_run.run_store
-    small = type(store)(store._broker, redis_run.keys, store._ownership, max_split_bytes=100)
+    small = type(store)(store._broker, redis_run.keys, store._ownership, store._seal, max_split_bytes=100)
     with pytest.raises(TaskError, match=r"task\.max_rows"):
         small.put_rows("train", [{"prompt": str(index), "answer": ""} for index in range(600)])
 
@@ -308,6 +310,19 @@ def test_our_server_keeps_its_data(tmp_path: Path) -> None:
             assert client.get("name") == expected
             assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
             client.set("name", b"value")
+
+
+def test_our_server_starts_again_while_a_child_of_the_killed_one_lives(tmp_path: Path) -> None:
+    with embedded_server(tmp_path) as url, contextlib.closing(connect(url, timeout_s=FOREVER_S)) as client:
+        client.set("name", b"value")
+        client.config_set("rdb-key-save-delay", 5_000_000)  # microseconds: the child saves, and holds our socket
+        client.bgsave()
+        os.kill(client.info("server")["process_id"], signal.SIGKILL)
+        with (
+            embedded_server(tmp_path) as url_again,
+            contextlib.closing(connect(url_again, timeout_s=FOREVER_S)) as again,
+        ):
+            assert again.get("name") == b"value"
 
 
 def _answers(client: redis.Redis) -> bool:

@@ -14,7 +14,7 @@ from lambdapo_async.broker.connection import connect
 from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import ConfigError, FencedError, WeightsError
+from lambdapo_async.errors import ConfigError, FencedError, LostDataError, WeightsError
 from lambdapo_async.weights.manifest import CHUNK_BYTES, NewFile
 from tests.contract.broker_world import FOREVER_S, LIMITS, start
 from tests.fakes_broker import FakeRedisRun, FakeRun
@@ -90,6 +90,15 @@ def test_the_head_only_rises(world: World, version: int) -> None:
         publish(world.store(), full(version, b"other"))
     assert (world.reader.weights.head(), names(world.reader.weights)) == (4, [(4, None, None)])
     assert world.reader.weights.fetch(full(4, b"four").available) == b"four"
+
+
+def test_a_step_from_what_is_not_the_head_any_more_is_not_listed(world: World) -> None:
+    publish(world.store(), full(4, b"four"))
+    with pytest.raises(LostDataError):
+        publish(world.store(), step(6))
+    assert (world.reader.weights.head(), names(world.reader.weights)) == (4, [(4, None, None)])
+    publish(world.store(), full(6), step(6))  # whole, whatever the step leads from
+    assert world.reader.weights.head() == 6
 
 
 @pytest.mark.parametrize("files", [[], [full(1), full(2)], [full(1), full(1)]], ids=["none", "two versions", "twice"])

@@ -43,6 +43,8 @@ def test_limits_come_from_the_config() -> None:
     tree = {"model": {"path": "m"}, "task": {"kind": "arithmetic"}, "rollout": {"group_size": 6}}
     limits = HoldLimits.of(RunConfig.model_validate({**tree, "staleness": {"max_staleness": 0}}))
     assert limits == HoldLimits(most=64, engine_groups=22, longest_s=900.0, versions=1)
+    reused = RunConfig.model_validate({**tree, "staleness": {"max_staleness": 1}, "replay": {"max_uses": 4}})
+    assert HoldLimits.of(reused).versions == 8
 
 
 @given(st.none() | speeds(), hold_limits(), SECONDS | st.just(math.inf))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lambdapo_async.cli.errors import USER_ERROR_STATUS, run_main
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.journal.records import JournalError, VersionRecord
-from learner.replay import Recording, replay
+from learner.replay import Recording, app, replay
 from tests.fakes_broker import FakeRun
 from tests.learner_stage import Stage, acting, journal_of, stage_config, staged, trained_in
 from tests.resumed_run import assert_same_bits, fingerprint, losses, newest
@@ -143,6 +144,20 @@ def test_another_loss_trains_on_the_same_groups(folder: Path) -> None:
         replay(Recording.open(folder, [model]), other)
     with pytest.raises(ConfigError, match="rollout cannot be changed"):
         Recording.open(folder, [model, "rollout.groups_per_step=3"])
+
+
+def test_the_command_says_what_it_would_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, settings = FakeRun("run"), stage_config(learner={"num_steps": 2})
+    with acting(run, settings):
+        live(run, folder, settings)
+    with pytest.raises(SystemExit) as ended:
+        run_main(app, [str(folder), "--dry-run", "--set", "objective.policy_loss.preset=ppo"])
+    assert ended.value.code == 0
+    assert f"would train 2 steps of {folder} again, into {folder}-replay" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        run_main(app, [str(folder), "--output", str(folder)])
+    assert ended.value.code == USER_ERROR_STATUS
+    assert "is not empty: name another folder with --output" in capsys.readouterr().err
 
 
 def test_only_a_whole_recording_can_be_replayed(folder: Path) -> None:
