@@ -63,18 +63,18 @@ class RedisWeightStore:
             FencedError: another learner owns the run.
         """
         check_version(version, files)
-        keys, base = self._keys, _base_of(files)
+        keys = self._keys
         self._make_room(sum(len(file.payload) for file in files), fence=fence)
         manifests = [self._target.manifest(file, fence=fence).signed_for(file, self._seal) for file in files]
         packed = [part for manifest in manifests for part in (manifest.name, manifest.pack(self._seal))]
-        begun = self._begin([keys.state, keys.weights_head, keys.weights_begun], [fence, version, base, *packed])
+        begun = self._begin([keys.state, keys.weights_head, keys.weights_begun], [fence, version, *packed])
         _check_newer(version, begun)
         for manifest, file in zip(manifests, files, strict=True):
             self._target.put(manifest, file.payload, fence=fence)
         listed = [part for file in files for part in (name_of(file.available), pack_available(file.available))]
-        chunks = [name for manifest in manifests for name in self._chunks.names(manifest)]
+        pieces = [name for manifest in manifests for name in self._chunks.names(manifest)]
         flipped = self._flip(
-            [keys.state, keys.weights_head, keys.weights_log, keys.weights_files],
+            [keys.state, keys.weights_head, keys.weights_log, keys.weights_files, keys.weights_begun, *pieces],
             [fence, version, consumed, _LOG_ENTRIES, "" if (base := base_of(files)) is None else base, *listed],
         )
         _check_newer(version, flipped)
@@ -153,14 +153,6 @@ class RedisWeightStore:
     def _wait_for_log(self, after: bytes, block_s: float) -> None:
         block_ms = max(1, int(1000 * block_s))
         self._broker.call(lambda client: client.xread({self._keys.weights_log: after}, count=1, block=block_ms))
-
-
-def _base_of(files: Sequence[NewFile]) -> str:
-    """The version that a step among the files was made from, as the scripts take it; a keyframe needs none."""
-    of = [file.available for file in files]
-    if any(file.base_version is None for file in of):
-        return ""
-    return next((str(file.base_version) for file in of if file.base_min is None), "")
 
 
 def _check_newer(version: int, reply: Sequence[bytes | int]) -> None:
