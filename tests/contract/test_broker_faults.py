@@ -96,9 +96,9 @@ def test_a_learner_whose_replies_are_lost_does_everything_once(
         lambda: source.quarantine(Descriptor("a.0", 1, seq_1, 0, 1, 0.0), b"x", "reason"),
         lambda: source.commit({"a.0": 1}),
     ]
-    for number, step in enumerate(life):
+    for number, act in enumerate(life):
         proxy.lose_replies(1 if number == call else 0)
-        step()
+        act()
     assert proxy.lost == 1
     stats = source.stats()
     assert (stats.queued, stats.num_bytes, stats.admitted, stats.quarantined) == (1, len(b"payload"), 1, 1)
