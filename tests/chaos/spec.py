@@ -87,7 +87,12 @@ class Variant:
         )
 
 
-VARIANTS = (Variant(), Variant(max_tokens=250, handoff=True), Variant(max_uses=2), Variant(record=True, queue_bytes=60_000))
+VARIANTS = (
+    Variant(),
+    Variant(max_tokens=250, handoff=True),
+    Variant(max_uses=2),
+    Variant(record=True, queue_bytes=60_000),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,14 @@
 import contextlib
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgpack
 
+from lambdapo_async.broker.descriptors import read_descriptor, read_name
 from lambdapo_async.broker.fleet import RedisFleet
 from lambdapo_async.broker.interface import Descriptor, Heartbeat
 from lambdapo_async.errors import LambdaPOError, WeightsError, WireFormatError
@@ -18,6 +19,7 @@ from lambdapo_async.journal.journal import Journal
 from lambdapo_async.journal.records import GroupRecord, StepRecord, VersionRecord, decode_record, encode_record
 from lambdapo_async.journal.segment import SegmentId, read_frames
 from lambdapo_async.rollout import Lease
+from lambdapo_async.seal import Seal, SealError
 from lambdapo_async.weights.canary import Canary
 from lambdapo_async.weights.delta_file import read_delta, read_full, write_full
 from lambdapo_async.weights.manifest import Manifest, unpack_available
@@ -46,7 +48,10 @@ class Target:
 
 def targets() -> list[Target]:
     """All of them."""
-    return [_group(), _record(), _segment(), _heartbeat(), _lease(), _manifest(), _catalogue(), _canary(), _weights()]
+    return [
+        _group(), _sealed(), _descriptor(), _record(), _segment(), _heartbeat(), _lease(), _manifest(), _catalogue(),
+        _canary(), _weights(),
+    ]  # fmt: skip
 
 
 def mutated(seed: bytes, source: random.Random) -> bytes:
@@ -144,13 +149,49 @@ def _lease() -> Target:
 
 def _manifest() -> Target:
     manifest = Manifest(name="full-3", num_bytes=4, digest="0" * 32, chunk_bytes=(4,), chunk_digests=(1,))
+    seal = Seal(None, run_id="r")
     return Target(
-        "manifest", lambda content: Manifest.unpack(content, name="full-3"), (WeightsError,), (manifest.pack(),)
+        "manifest",
+        lambda content: Manifest.unpack(content, name="full-3", seal=seal),
+        (WeightsError,),
+        (manifest.pack(seal),),
     )
 
 
+def _sealed() -> Target:
+    """A group behind a signature: nothing but what its key holder wrote gets as far as the decoder."""
+    seal, group = Seal("a key of the run", run_id="r"), encode_group(make_group())
+
+    def read(content: bytes) -> object:
+        opened = seal.open(content, purpose="group")
+        assert opened == group, "a forgery"
+        return opened
+
+    return Target("sealed", read, (SealError,), (seal.close(group, purpose="group"),))
+
+
+def _descriptor() -> Target:
+    """An entry of the queue; its fields' values, one per line."""
+    names = (b"p", b"s", b"l", b"v", b"n", b"r")
+
+    def read(content: bytes) -> object:
+        fields = dict(zip(names, content.split(b"\n"), strict=False))
+        read_name(fields)
+        return read_descriptor(fields)
+
+    return Target("descriptor", read, (WireFormatError,), (b"a.0\n7\ntrain:0:3\n1\n300\n0.5",))
+
+
 def _catalogue() -> Target:
-    return Target("catalogue", unpack_available, (WeightsError,), (msgpack.packb([3, 100, None, None]),))
+    def read(content: bytes) -> object:
+        file = unpack_available(content)
+        assert isinstance(file.version, int), file
+        assert isinstance(file.num_bytes, int), file
+        assert file.base_version is None or isinstance(file.base_version, int), file
+        assert file.base_min is None or isinstance(file.base_min, int), file
+        return file
+
+    return Target("catalogue", read, (WeightsError,), (msgpack.packb([3, 100, None, None]),))
 
 
 def _canary() -> Target:
@@ -180,7 +221,3 @@ def _weights() -> Target:
         return read_full(content, run_id="r", version=1, max_bytes=_MAX_BYTES, pool=pool)
 
     return Target("weights", read, (WeightsError,), (seed,))
-
-
-def names(some: Sequence[Target]) -> list[str]:
-    return [target.name for target in some]

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lambdapo_async.errors import WeightsError
 from lambdapo_async.journal.records import JournalError, decode_record
+from lambdapo_async.weights.manifest import unpack_available
 from tests.fuzz.targets import Target, mutated, targets
 
 TARGETS = targets()
@@ -52,3 +54,10 @@ def test_a_record_whose_fields_are_of_other_types_is_refused(fields: object) -> 
     """Found by atheris: such a record came out whole, or as an AttributeError."""
     with pytest.raises(JournalError, match="a journal record"):
         decode_record(msgpack.packb(fields), b"")
+
+
+@pytest.mark.parametrize("fields", [["3", 100, None, None], [3, 100, "2", None], [3, 100, None], 3])
+def test_a_listed_weight_file_whose_fields_are_of_other_types_is_refused(fields: object) -> None:
+    """Or sorting the list would fail in every actor."""
+    with pytest.raises(WeightsError, match="is damaged"):
+        unpack_available(msgpack.packb(fields))
