@@ -1,6 +1,7 @@
 """What a run under faults leaves: the final checkpoint, and what its Redis holds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import redis
@@ -11,7 +12,7 @@ from lambdapo_async.journal.records import GroupRecord
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
 from lambdapo_async.wire import decode_group
-from learner.checkpoint import CheckpointStore
+from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.pool import PoolState
 from tests.chaos.counting_policy import read_history
 from tests.chaos.ledger import Remains
@@ -20,10 +21,24 @@ from tests.chaos.spec import RUN_ID, output_dir, spool_dir
 
 
 def read_remains(folder: Path, server: RedisControl, problems: Sequence[str], *, max_uses: int = 1) -> Remains:
-    """After the end; the server still runs, nobody else does."""
-    checkpoint = CheckpointStore(output_dir(folder) / RUN_ID / "checkpoints").load_latest()
-    assert checkpoint is not None
-    client, keys = server.client(), RunKeys(RUN_ID)
+    """After the end of a scene's run; the server still runs, nobody else does."""
+    run = output_dir(folder) / RUN_ID
+    checkpoint = _newest(run)
+    pool = checkpoint.state.pool
+    consumed = pool.replay.consumed + pool.num_discarded if max_uses == 1 else None
+    found = look_around(run, spool_dir(folder), server)
+    return replace(found, history=read_history(checkpoint.model_dir), consumed=consumed, problems=problems)
+
+
+def look_around(run: Path, spool: Path, server: RedisControl) -> Remains:
+    """Where groups are that were not trained on; history and counts are somebody else's to fill in.
+
+    Args:
+        run: the run's folder, named as the run.
+        spool: in which its actors kept their groups.
+        server: it runs, with nobody else.
+    """
+    client, keys = server.client(), RunKeys(run.name)
     try:
         frontier, counted = (int(value or 0) for value in client.hmget(keys.state, ["frontier", "bytes"]))
         queued, queued_bytes, orphans = _queue(client, keys)
@@ -31,25 +46,29 @@ def read_remains(folder: Path, server: RedisControl, problems: Sequence[str], *,
         todo = _indices(client.lrange(keys.todo, 0, -1))
     finally:
         client.close()
-    kept = _kept(output_dir(folder) / RUN_ID / "journal", checkpoint.state.pool)
-    pool = checkpoint.state.pool
+    kept = _kept(run / "journal", _newest(run).state.pool)
     return Remains(
-        history=read_history(checkpoint.model_dir),
-        consumed=pool.replay.consumed + pool.num_discarded if max_uses == 1 else None,
+        history=(),
+        consumed=None,
         frontier=frontier,
         held={
             "queue": queued,
             "leased": leased,
             "todo": todo,
-            "outbox": _spooled(spool_dir(folder)),
+            "outbox": _spooled(spool),
             "learner": frozenset(descriptor.lease.index for descriptor in kept),
         },
         kept=frozenset((descriptor.producer, descriptor.seq) for descriptor in kept),
         counted_bytes=counted,
         queued_bytes=queued_bytes,
         orphans=orphans,
-        problems=problems,
     )
+
+
+def _newest(run: Path) -> Checkpoint:
+    checkpoint = CheckpointStore(run / "checkpoints").load_latest()
+    assert checkpoint is not None
+    return checkpoint
 
 
 def _kept(journal: Path, pool: PoolState) -> list[Descriptor]:
