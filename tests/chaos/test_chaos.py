@@ -25,7 +25,7 @@ def test_there_are_two_hundred_of_them() -> None:
 
 @pytest.mark.system
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("number", "name"), enumerate(PROFILES), ids=lambda value: str(value))
+@pytest.mark.parametrize(("number", "name"), list(enumerate(PROFILES)), ids=lambda value: str(value))
 def test_a_run_under_faults_keeps_its_promises(folder: Path, number: int, name: str) -> None:
     variant = VARIANTS[number % len(VARIANTS)]
     outcome = run_under_faults(
