@@ -15,7 +15,7 @@ import typer
 from benchmarks.machine import describe_machine
 from tests.chaos.campaign import Outcome, run_under_faults
 from tests.chaos.profiles import PROFILES
-from tests.chaos.scene import scene_folder
+from tests.chaos.scene import scene_folder, sockets
 from tests.chaos.spec import VARIANTS
 
 _FAULTS_PER_RUN = 40
@@ -51,12 +51,8 @@ def _run(profile: str, seed: int, faults: int, number: int) -> Outcome:
             variant=VARIANTS[number // 2 % len(VARIANTS)],
         )
         if outcome.violations:
-            shutil.copytree(folder, Path("outputs") / f"chaos-{profile}-{seed}", dirs_exist_ok=True, ignore=_sockets)
+            shutil.copytree(folder, Path("outputs") / f"chaos-{profile}-{seed}", dirs_exist_ok=True, ignore=sockets)
     return outcome
-
-
-def _sockets(folder: str, names: list[str]) -> set[str]:
-    return {name for name in names if (Path(folder) / name).is_socket()}
 
 
 def _say(outcome: Outcome, before: int, wanted: int) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -273,10 +274,13 @@ def _bytes_below(folder: Path) -> int:
 
 @contextlib.contextmanager
 def scene_folder(name: str) -> Iterator[Path]:
-    """A short path in memory, where fsync is free; kept when what happens in it fails."""
-    import tempfile
-
+    """A short path in memory, where fsync is free."""
     parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix=f"lp-{name}-", dir=parent))
     yield folder
     shutil.rmtree(folder)
+
+
+def sockets(folder: str, names: list[str]) -> set[str]:
+    """What nobody can copy of a scene's folder, for ``shutil.copytree``."""
+    return {name for name in names if (Path(folder) / name).is_socket()}
