@@ -10,7 +10,9 @@ from typing import TypeVar
 
 from lambdapo_async.config import RunConfig
 from lambdapo_async.journal.journal import Journal
+from lambdapo_async.weights.adapter import merged_state
 from lambdapo_async.weights.hf_folder import replace_hf_folder
+from lambdapo_async.weights.state import State
 from learner.arrivals import Screen
 from learner.batcher import Batcher
 from learner.canary import LearnerCanary
@@ -233,7 +235,7 @@ class Learner:
         """Final checkpoint and model, last version, tail evaluation; then the actors may go home."""
         self._checkpoint()
         self._surely(self._publisher.flush)
-        replace_hf_folder(self._parts.folder / "final", self._publisher.newest_state(), self._parts.policy.model_files)
+        replace_hf_folder(self._parts.folder / "final", self._final_state(), self._parts.policy.model_files)
         self._finish_evaluation()
         if self._stopping.is_set():
             self._suspend_run()
@@ -242,6 +244,11 @@ class Learner:
         self._surely(self._set_phase)
         self._parts.reporter.event(self._stepper.step, "finished")
         logger.info("finished at step %d, version %d", self._stepper.step, self._versions.newest)
+
+    def _final_state(self) -> State:
+        """The newest weights as one model; adapters are merged."""
+        state, lora = self._publisher.newest_state(), self._config.learner.lora
+        return state if lora is None else merged_state(state, lora)
 
     def _finish_evaluation(self) -> None:
         """Nobody may be left to answer: then the run ends without, for everything else is safe."""

@@ -86,8 +86,8 @@ def _run(scene: Scene, source: random.Random, choose: Callable[[int], str | None
     faults: Counter[str] = Counter()
     problems: list[str] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(scene.running())
         try:
-            stack.enter_context(scene.running())
             while (name := choose(faults.total() + scene.points.total())) is not None:
                 scene.tend(source.uniform(*_GAP_S))
                 if source.random() >= _WITHOUT_PROGRESS:

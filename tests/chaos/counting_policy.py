@@ -57,7 +57,7 @@ class CountingPolicy:
     def load(cls, folder: Path, model_files: Mapping[str, bytes]) -> "CountingPolicy":
         return cls(read_history(folder), model_files)
 
-    def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
+    def published(self) -> Iterator[tuple[str, Tensor]]:
         yield "ballast", torch.arange(_BALLAST).remainder(128).to(torch.bfloat16)
         yield "digest", weights_of(self.history)
 

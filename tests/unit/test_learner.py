@@ -87,6 +87,21 @@ def test_the_final_model_is_one_that_transformers_reads(folder: Path) -> None:
     assert not all(torch.equal(weight, loaded[name]) for name, weight in again.named_parameters())
 
 
+def test_the_final_model_of_adapters_is_one_merged_model(folder: Path) -> None:
+    pytest.importorskip("peft")
+    run, settings = FakeRun("run"), stage_config(learner={"num_steps": 2, "lr": 1e-2, "lora": {"rank": 4}})
+    with staged(run, folder, settings) as stage, acting(run, settings):
+        before = {name: weight.clone() for name, weight in stage.policy.named_bf16()}
+        stage.learner.run()
+        merged = {name: weight.clone() for name, weight in stage.policy.named_bf16()}
+    model = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.bfloat16)
+    loaded = dict(model.named_parameters())
+    # The adapters go out in bfloat16, so each weight lies within a rounding or two of the policy's own.
+    for name, weight in merged.items():
+        torch.testing.assert_close(loaded[name].detach(), weight, rtol=2**-6, atol=1e-3)
+    assert not all(torch.equal(loaded[name], weight) for name, weight in before.items())
+
+
 def test_the_old_learner_can_do_nothing_once_a_new_one_came(folder: Path) -> None:
     run, settings = FakeRun("run"), stage_config()
     with acting(run, settings), staged(run, folder, settings) as first, staged(run, folder, settings) as second:
