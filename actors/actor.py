@@ -16,7 +16,7 @@ from actors.parts import ActorParts
 from actors.sampled import Sampled
 from actors.sampler import Sampler
 from actors.vigil import Vigil
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.rollout import Lease
 

@@ -33,7 +33,8 @@ class HoldLimits:
     longest_s: float
     """Half of the time in which the engine must have sampled a group."""
     versions: int
-    """Versions while a group may be on its way: ``staleness.max_staleness + 1``."""
+    """Versions while a group may be on its way: ``staleness.max_staleness + 1`` steps' worth of groups, each of which
+    makes as many versions as it is used."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Self:
@@ -42,7 +43,7 @@ class HoldLimits:
             most=config.actor.max_groups_in_flight,
             engine_groups=math.ceil(config.actor.max_num_seqs / config.rollout.group_size),
             longest_s=config.actor.group_timeout_s / 2,
-            versions=config.staleness.max_staleness + 1,
+            versions=(config.staleness.max_staleness + 1) * config.replay.max_uses,
         )
 
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -122,6 +122,8 @@ async def act_ours(run: RedisRun, number: int, payload: bytes, epoch: str, tally
         leases = await asyncio.to_thread(admission.lease, LEASED_AT_ONCE)
         tally.lease_s.append(time.monotonic() - started)
         for lease in leases:
+            if stop.is_set():
+                return
             descriptor = Descriptor(producer, tally.sent[number] + 1, lease, 0, len(payload), 0.5)
             reply = await asyncio.to_thread(sink.enqueue, descriptor, payload, epoch=epoch)
             if reply.status is not EnqueueStatus.OK:
@@ -140,28 +142,26 @@ async def act_bare(client: redis.Redis, number: int, payload: bytes, tally: Tall
             await asyncio.sleep(0.02)
             continue
         for _ in range(LEASED_AT_ONCE):
+            if stop.is_set():
+                return
             fields: dict[str | bytes, bytes] = {"p": payload}
             await asyncio.to_thread(client.xadd, BARE, fields)  # type: ignore[arg-type]
             tally.sent[number] += 1
 
 
-async def drive(actors: list[Callable[[asyncio.Event], Awaitable[None]]], seconds: float) -> Window:
+async def drive(actors: list[Callable[[asyncio.Event], Coroutine[None, None, None]]], seconds: float) -> Window:
     """Run the actors; returns what counts of the time."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         for act in actors:
-            tasks.create_task(_awaited(act(stop)))
+            tasks.create_task(act(stop))
         await asyncio.sleep(WARM_UP_S)
         started = time.monotonic()
         await asyncio.sleep(seconds)
         ended = time.monotonic()
         stop.set()
     return started, ended
-
-
-async def _awaited(act: Awaitable[None]) -> None:
-    await act
 
 
 @contextlib.contextmanager
@@ -198,7 +198,7 @@ def measure(kind: str, url: str, num_actors: int, num_bytes: int, seconds: float
         consumer(target, *arguments) as finish,
     ):
         epoch = "" if kind == "bare" else run.run_store.state().epoch
-        actors: list[Callable[[asyncio.Event], Awaitable[None]]] = [
+        actors: list[Callable[[asyncio.Event], Coroutine[None, None, None]]] = [
             (lambda stop, n=n: act_bare(client, n, payload, tally, stop))
             if kind == "bare"
             else (lambda stop, n=n: act_ours(run, n, payload, epoch, tally, stop))

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lambdapo_async.broker.fleet_control import FleetControl
-from lambdapo_async.broker.interface import Fleet, Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
+from lambdapo_async.broker.interface import Fleet
 from lambdapo_async.fleet_health import ActorHealth, FleetHealth, FreshTokens
 from lambdapo_async.rollout import RolloutGroup
 from learner.arrivals import ReceivedGroup

@@ -27,14 +27,15 @@ class HandOver:
         """Bytes that wait to be taken."""
         return self._num_bytes
 
-    def put(self, arrival: Arrival) -> None:
-        """Append; waits for room, and does nothing once it is closed."""
+    def put(self, arrival: Arrival, *, timeout_s: float) -> bool:
+        """Append, as soon as there is room; False if there was none for ``timeout_s``. Once closed, it does nothing."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._has_room(arrival))
-            if not self._is_closed:
+            is_free = self._changed.wait_for(lambda: self._is_closed or self._has_room(arrival), timeout=timeout_s)
+            if is_free and not self._is_closed:
                 self._arrivals.append(arrival)
                 self._num_bytes += arrival.num_bytes
                 self._changed.notify_all()
+            return is_free
 
     def take(self, *, timeout_s: float) -> Arrival | None:
         """The oldest; None after ``timeout_s``. An error of the other side is raised once all before it was taken."""

@@ -1,12 +1,13 @@
 """Reads the rollout queue on a thread: what it read is durable before Redis is told, and before it is trained on."""
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
 
 from lambdapo_async.broker.interface import Delivery, RolloutSource
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import BrokerUnavailable, LostDataError
+from lambdapo_async.errors import BrokerError, BrokerUnavailable, LostDataError
 from lambdapo_async.group_bytes import largest_group
 from lambdapo_async.journal.receipts import NOT_COUNTED
 from learner.arrivals import Arrival, Screen
@@ -90,7 +91,13 @@ class Ingest:
         finally:
             # They are ours now, whatever Redis says: nobody would bring them again.
             for arrival in arrivals:
-                self._hand_over.put(arrival)
+                self._hand_on(arrival)
+
+    def _hand_on(self, arrival: Arrival) -> None:
+        """Wait for room, and let the actors know meanwhile that this learner lives: it may be in a long step."""
+        while not self._hand_over.put(arrival, timeout_s=self._config.broker.heartbeat_s):
+            with contextlib.suppress(BrokerError):  # the next read finds it, too
+                self._source.commit({})
 
     def _commit(self, deliveries: Sequence[Delivery], arrivals: Sequence[Arrival]) -> None:
         records = [arrival.record for arrival in arrivals]

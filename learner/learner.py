@@ -110,6 +110,7 @@ class Learner:
         rerun = Rerun(pool, self._parts.screen, on_heldout=self._batcher.evaluate)
         for record, batch in rerun.steps(self._parts.journal.history.read(pool.taken + 1), step=step):
             trained = self._stepper.train(batch)
+            self._resync.show_life()
             self._stepper.report(trained, Surroundings(), version=record.version + 1)
             self._open_evaluation_if_due()
             self._checkpoint_if_due()
@@ -148,6 +149,7 @@ class Learner:
         self._surely(self._serve_canary)
 
     def _publish_next(self) -> None:
+        self._publisher.flush()  # what became of the version before must not cost a number
         consumed = self._batcher.pool.consumed
         self._publisher.publish(self._versions.claim(), self._parts.policy, consumed=consumed)
         self._batcher.released = consumed

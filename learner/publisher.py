@@ -94,11 +94,12 @@ class Publisher:
     def is_out(self) -> bool:
         """Whether readers can have the newest state; to be asked after :meth:`flush` or :meth:`settle`.
 
-        A delta may have reached a store that had just lost its base: then nothing leads there.
+        A delta may have reached a store that had just lost its base: then nothing leads there. And one whose reply was
+        lost is out, but not known to be: the checksum would be another version's.
         """
         if self._newest is None:
             return True
-        if self._store.head() != self._newest.version:
+        if not self._mirror.version == self._store.head() == self._newest.version:
             return False
         try:
             plan_catch_up(self._store.files(), at=None, head=self._newest.version)

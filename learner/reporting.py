@@ -8,7 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from lambdapo_async.broker.interface import Heartbeat, QueueStats
+from lambdapo_async.broker.heartbeat import Heartbeat
+from lambdapo_async.broker.interface import QueueStats
 from lambdapo_async.objective.alarms import Alarms
 from lambdapo_async.rollout import RolloutGroup
 from learner.evaluation import EvaluationResult

@@ -4,6 +4,7 @@ The learner's disk is the only truth (docs/decisions/0008). So it does not matte
 it went back: everything in it is compared with what is durable here, or written again.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -62,6 +63,11 @@ class Resync:
         if not self.publication.is_there():
             self.publication.write()
         self.source.initialise(self.book.durable(consumed=consumed))
+
+    def show_life(self) -> None:
+        """Let the actors know that a learner is at work, though it reads nothing; an outage is dealt with later."""
+        with contextlib.suppress(BrokerUnavailable):
+            self.run_store.take_over(fence=self.fence)
 
     def surely(self, ask: Callable[[], R], *, consumed: Callable[[], int], stopping: threading.Event) -> R:
         """What ``ask`` returns, once Redis is there and agrees with us.

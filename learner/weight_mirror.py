@@ -138,6 +138,11 @@ class WeightMirror:
         return Release(state, (step, union), extent, share, time.perf_counter() - started)
 
     @property
+    def version(self) -> int:
+        """What the store took last, as far as is known; -1 before the first."""
+        return -1 if self._published is None else self._published.state.version
+
+    @property
     def keyframe_version(self) -> int:
         """Newest keyframe at or before what the store took last; -1 before the first."""
         return -1 if self._published is None else self._published.union.keyframe_version

@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.broker.interface import (
     Delivery,
     Descriptor,
     Durable,
     EnqueueReply,
     EnqueueStatus,
-    Heartbeat,
     Marks,
     Phase,
     QueueStats,
@@ -81,7 +81,7 @@ class FakeRedisRun:
         stored = -1 if self.fence is None else self.fence
         if stored > fence or (stored == fence and self.owner != owner):
             raise FencedError(f"another learner owns the run now (fence {stored})")
-        self.fence, self.owner = fence, owner
+        self.fence, self.owner, self.learner_silent_s = fence, owner, 0.0
         self.epoch = self.epoch or uuid.uuid4().hex
 
     def check_fence(self, fence: int) -> None:
@@ -327,6 +327,7 @@ class FakeRolloutSource:
         with state.lock:
             state.check_synced(self._fence, self._ticks)
             state.ticks += 1
+            state.learner_silent_s = 0.0
             self._ticks = state.ticks
             for producer, mark in watermarks.items():
                 for marks in (state.accepted, state.committed):

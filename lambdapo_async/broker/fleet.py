@@ -7,7 +7,7 @@ import redis
 from pydantic import ValidationError
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys

@@ -5,6 +5,8 @@
 -- ARGV[1] = fence, ARGV[2] = consumed, ARGV[3] = waiting, ARGV[4] = next index, ARGV[5...] = holes below it, ascending
 local consumed, next_index = tonumber(ARGV[2]), tonumber(ARGV[4])
 local frontier = math.max(tonumber(redis.call('HGET', KEYS[1], 'frontier') or '0'), next_index)
+-- More than the gate ever let out is damage, and each index costs us a place in line.
+if frontier - next_index > 1048576 then frontier = next_index end
 local missing = {}
 for i = 5, #ARGV do missing[#missing + 1] = 'train:0:' .. ARGV[i] end
 for index = next_index, frontier - 1 do missing[#missing + 1] = 'train:0:' .. string.format('%.0f', index) end

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.cli.actor_pool import ActorPool, kill_one, require_healthy
 from lambdapo_async.cli.progress import Progress
 from lambdapo_async.cli.progress_view import ProgressView

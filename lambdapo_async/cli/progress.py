@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.metrics import EVAL, STEP, MetricRow
 
 _WINDOW_S = 10.0

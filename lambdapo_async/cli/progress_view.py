@@ -120,7 +120,16 @@ def _panel(progress: Progress) -> Group:
 
 def _numbers(progress: Progress) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("staleness", "queue", "learner tokens/s", "idle", "actor tokens/s", "idle", "actors alive"):
+    for column in (
+        "staleness",
+        "queue",
+        "learner tokens/s",
+        "idle",
+        "actor tokens/s",
+        "idle",
+        "mismatch",
+        "actors alive",
+    ):
         table.add_column(column, justify="right")
     table.add_row(
         f"{number(progress.metric('staleness/mean'), 1)} (max {number(progress.metric('staleness/max'), 0)})",
@@ -129,9 +138,15 @@ def _numbers(progress: Progress) -> Table:
         percent(progress.metric("speed/idle_share")),
         f"{progress.actor_tokens_per_s:,.0f}",
         percent(progress.metric("actors/idle_share")),
-        str(progress.actors_alive),
+        number(progress.metric("actors/mismatch_max"), 4),
+        _alive(progress),
     )
     return table
+
+
+def _alive(progress: Progress) -> str:
+    aside = progress.metric("actors/quarantined")
+    return f"{progress.actors_alive} ({aside:.0f} set aside)" if aside > 0 else str(progress.actors_alive)
 
 
 def _bar(value: float, total: float) -> ProgressBar:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lambdapo_async.broker.connection import embedded_server
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config.load import HMAC_KEY_VARIABLE, REDIS_URL_VARIABLE
 from lambdapo_async.errors import RunNotFoundError

@@ -79,20 +79,33 @@ def encode_record(record: Record) -> tuple[bytes, bytes]:
 def decode_record(header: bytes, payload: bytes) -> Record:
     """Inverse of :func:`encode_record`; ``JournalError`` for a record of another schema."""
     try:
-        kind, *fields = msgpack.unpackb(header, use_list=False)
-        if kind == "group":
-            *descriptor, discarded = fields
-            return GroupRecord(_descriptor(*descriptor), payload, discarded)
-        if kind == "step":
-            return StepRecord(*fields)
-        if kind == "version":
-            return VersionRecord(*fields)
+        fields = msgpack.unpackb(header, use_list=False)
+        record = _record(fields, payload)
     except (ValueError, TypeError, WireFormatError, msgpack.UnpackException) as error:
         raise JournalError(f"a journal record cannot be understood: {error!s:.200}") from error
-    raise JournalError(f"a journal record is of the unknown kind {kind!r:.80}: was it written by a newer version?")
+    if record is None:
+        raise JournalError(
+            f"a journal record is of an unknown kind: {fields!r:.80}; was it written by a newer version?"
+        )
+    return record
 
 
-def _descriptor(
-    producer: str, seq: int, lease_id: str, min_version: int, num_bytes: int, mean_reward: float
-) -> Descriptor:
-    return Descriptor(producer, seq, Lease.from_id(lease_id), min_version, num_bytes, mean_reward)
+def _record(fields: object, payload: bytes) -> Record | None:
+    """None for what no version of ours has written."""
+    match fields:
+        case ["group", str(producer), int(seq), str(lease), int(min_version), int(size), float(reward), str(discarded)]:
+            descriptor = Descriptor(producer, seq, Lease.from_id(lease), min_version, size, reward)
+            return GroupRecord(descriptor, payload, discarded)
+        case ["step", int(step), int(version), int(taken), tuple(chosen), tuple(dropped)]:
+            is_plain = all(isinstance(number, int) for number in chosen) and all(map(_is_drop, dropped))
+            return StepRecord(step, version, taken, chosen, dropped) if is_plain else None
+        case ["version", int(version)]:
+            return VersionRecord(version)
+    return None
+
+
+def _is_drop(dropped: object) -> bool:
+    match dropped:
+        case [int(_), str(_)]:
+            return True
+    return False

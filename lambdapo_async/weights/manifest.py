@@ -65,10 +65,13 @@ def pack_available(file: Available) -> bytes:
 def unpack_available(packed: bytes) -> Available:
     """The reverse; ``WeightsError`` if the entry is damaged."""
     try:
-        version, num_bytes, base_version, base_min = msgpack.unpackb(packed)
+        fields = msgpack.unpackb(packed)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise WeightsError(f"the list of weight files is damaged: {error}") from error
-    return Available(version=version, num_bytes=num_bytes, base_version=base_version, base_min=base_min)
+    match fields:
+        case [int(version), int(num_bytes), int() | None as base_version, int() | None as base_min]:
+            return Available(version=version, num_bytes=num_bytes, base_version=base_version, base_min=base_min)
+    raise WeightsError(f"the list of weight files is damaged: {fields!r:.200}")
 
 
 class Manifest(BaseModel):

@@ -73,8 +73,9 @@ class RedisWeightStore:
         for manifest, file in zip(manifests, files, strict=True):
             self._target.put(manifest, file.payload, fence=fence)
         listed = [part for file in files for part in (name_of(file.available), pack_available(file.available))]
+        pieces = [name for manifest in manifests for name in self._chunks.names(manifest)]
         flipped = self._flip(
-            [keys.state, keys.weights_head, keys.weights_log, keys.weights_files],
+            [keys.state, keys.weights_head, keys.weights_log, keys.weights_files, keys.weights_begun, *pieces],
             [fence, version, consumed, _LOG_ENTRIES, "" if (base := base_of(files)) is None else base, *listed],
         )
         _check_newer(version, flipped)

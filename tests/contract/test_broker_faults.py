@@ -19,12 +19,14 @@ import redis
 from lambdapo_async.broker.connection import BrokerRefusedError, connect, embedded_server, redact
 from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
-from lambdapo_async.errors import BrokerError, BrokerUnavailable, RunNotFoundError, TaskError
+from lambdapo_async.errors import BrokerError, BrokerUnavailable, LostDataError, RunNotFoundError, TaskError
+from lambdapo_async.weights.manifest import Manifest
+from lambdapo_async.weights.redis_chunks import RedisChunks
 from tests.contract.broker_world import FOREVER_S, LIMITS, durable, offer, start, train, until
 from tests.contract.test_broker_run import heartbeat
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S, OpenRun
-from tests.weight_files import full
+from tests.weight_files import full, step
 
 
 @pytest.fixture
@@ -94,9 +96,9 @@ def test_a_learner_whose_replies_are_lost_does_everything_once(
         lambda: source.quarantine(Descriptor("a.0", 1, seq_1, 0, 1, 0.0), b"x", "reason"),
         lambda: source.commit({"a.0": 1}),
     ]
-    for number, step in enumerate(life):
+    for number, act in enumerate(life):
         proxy.lose_replies(1 if number == call else 0)
-        step()
+        act()
     assert proxy.lost == 1
     stats = source.stats()
     assert (stats.queued, stats.num_bytes, stats.admitted, stats.quarantined) == (1, len(b"payload"), 1, 1)
@@ -350,3 +352,27 @@ def _answering(reply: Callable[[], bytes]) -> Iterator[str]:
         yield f"unix://{folder}/s"
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(FOREVER_S)
+
+
+@pytest.mark.parametrize("lost", ["manifest", "piece"])
+def test_a_version_that_was_lost_while_it_was_written_does_not_become_the_head(
+    redis_run: RedisRun, server: redis.Redis, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Its learner may have made a restarted server its own between the first script and the last one."""
+    start(redis_run)
+    keys, store = redis_run.keys, redis_run.weights
+    store.publish(0, [full(0)], consumed=0, fence=1)
+    put = RedisChunks.put
+
+    def put_and_lose(chunks: RedisChunks, manifest: Manifest, payload: bytes, *, fence: int) -> None:
+        put(chunks, manifest, payload, fence=fence)
+        if lost == "piece":
+            server.delete(keys.weights_chunk(manifest.name, 0))
+        else:
+            server.hdel(keys.weights_begun, manifest.name)
+
+    monkeypatch.setattr(RedisChunks, "put", put_and_lose)
+    with pytest.raises(LostDataError, match="is gone"):
+        store.publish(1, [step(1)], consumed=0, fence=1)
+    assert store.head() == 0
+    assert [file.version for file in store.files()] == [0]

@@ -354,6 +354,15 @@ def test_an_evicted_key_is_noticed_and_healed(redis_run: RedisRun, server: redis
     assert (stats.queued, stats.num_bytes, stats.leased) == (0, 0, 0)
 
 
+def test_a_damaged_frontier_is_not_believed(redis_run: RedisRun, server: redis.Redis) -> None:
+    source = start(redis_run)
+    redis_run.admission("a").lease(2)
+    server.hset(redis_run.keys.state, "frontier", 10**15)
+    source.initialise(durable(next_index=1))
+    assert source.stats().leased == 0
+    assert redis_run.admission("a").lease(2) == train(1, 2)
+
+
 def test_half_a_transaction_is_healed(redis_run: RedisRun, server: redis.Redis) -> None:
     source = start(redis_run)
     keys = redis_run.keys

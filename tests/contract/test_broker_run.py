@@ -2,7 +2,7 @@
 
 import pytest
 
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.errors import BrokerError, RunNotFoundError
 from tests.contract.broker_world import SHORT, start, until
 from tests.redis_fixtures import BrokerRun, OpenRun

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.cli.actor_pool import ActorPool, NurseryError, NurseryPool, ProcessPool, kill_one, require_healthy
 from lambdapo_async.cli.demo_run import DemoParts, DemoRun
 from lambdapo_async.cli.progress import Progress

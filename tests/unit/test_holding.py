@@ -43,6 +43,8 @@ def test_limits_come_from_the_config() -> None:
     tree = {"model": {"path": "m"}, "task": {"kind": "arithmetic"}, "rollout": {"group_size": 6}}
     limits = HoldLimits.of(RunConfig.model_validate({**tree, "staleness": {"max_staleness": 0}}))
     assert limits == HoldLimits(most=64, engine_groups=22, longest_s=900.0, versions=1)
+    reused = RunConfig.model_validate({**tree, "staleness": {"max_staleness": 1}, "replay": {"max_uses": 4}})
+    assert HoldLimits.of(reused).versions == 8
 
 
 @given(st.none() | speeds(), hold_limits(), SECONDS | st.just(math.inf))
@@ -50,7 +52,7 @@ def test_it_stays_between_the_floor_and_the_most(speed: Speed | None, limits: Ho
     assert FLOOR <= groups_to_hold(speed, limits, version_s=version_s) <= limits.most
 
 
-@given(speeds(), hold_limits(), SECONDS, st.floats(1.0, 10.0))
+@given(speeds(), hold_limits(), SECONDS, st.sampled_from([1.0, 2.0, 4.0, 8.0]))  # exact in floats
 def test_a_slower_actor_never_holds_more_of_a_shared_gate(
     speed: Speed, limits: HoldLimits, version_s: float, factor: float
 ) -> None:

@@ -250,3 +250,24 @@ def test_a_lying_actor_is_set_aside_and_the_journal_knows_it(folder: Path, monke
     assert last["actors/mismatch_max"] > 5.0
     discarded = [record for _, record in journal_of(folder) if isinstance(record, GroupRecord) and record.discarded]
     assert len(discarded) == last["groups/quarantined"]
+
+
+def test_actors_hear_of_a_learner_whose_step_is_long(folder: Path) -> None:
+    limits = {"replay": {"max_bytes": 26_000}, "staleness": {"max_staleness": 15}, "broker": {"heartbeat_s": 0.02}}
+    run, settings = FakeRun("run"), stage_config(**limits)
+    told = threading.Event()
+    with acting(run, settings), staged(run, folder, settings) as stage:
+        commit, train = stage.source.commit, stage.parts.stepper.train
+
+        def commit_and_tell(watermarks, **duplicates):
+            commit(watermarks, **duplicates)
+            if not watermarks:
+                told.set()
+
+        def train_long(batch):
+            assert told.wait(20), "no sign of life while nothing could be handed over"
+            return train(batch)
+
+        stage.source.commit, stage.parts.stepper.train = commit_and_tell, train_long
+        stage.learner.run()
+    assert Counter(trained_in(folder)) == Counter(f"train:0:{i}" for i in range(12))

@@ -4,7 +4,7 @@ import math
 import pytest
 from rich.console import Console
 
-from lambdapo_async.broker.interface import Heartbeat
+from lambdapo_async.broker.heartbeat import Heartbeat
 from lambdapo_async.cli.progress import Progress
 from lambdapo_async.cli.progress_view import LiveView, PlainView, open_view, status_line
 from tests.metric_rows import eval_row, event_row, step_row

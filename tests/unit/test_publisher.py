@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lambdapo_async.errors import FencedError, LostDataError, WeightsError
+from lambdapo_async.errors import BrokerUnavailable, FencedError, LostDataError, WeightsError
 from lambdapo_async.metrics import METRICS
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import read_delta, read_full
@@ -176,6 +176,25 @@ def test_a_publish_that_failed_is_sent_again(store: Store, publisher: Publisher)
     store.error = None
     publisher.republish(1, consumed=0)
     assert list(followed(store)) == [0.0]
+
+
+def test_a_version_that_is_out_without_our_knowing_is_sent_again(store: Store, publisher: Publisher) -> None:
+    """Or the canary of its number would bear the checksum of the version before (found by chaos, a frozen Redis)."""
+    weights = Weights()
+    publisher.publish(0, weights, consumed=0)
+    publisher.flush()
+    weights.value = 1.0
+    store.error = BrokerUnavailable("the reply was lost")
+    publisher.publish(1, weights, consumed=0)
+    publisher.settle()
+    store.error = None
+    whole = NewFile(Available(version=1, num_bytes=1), b"1")
+    store.published.append((1, (whole,), 0, 3))  # the store had it after all
+    assert not publisher.is_out()
+    publisher.republish(2, consumed=0)
+    assert publisher.is_out()
+    with ThreadPoolExecutor(1) as pool:
+        assert publisher.checksum() == State.of_torch(2, dict(weights.named_bf16())).checksum(pool)
 
 
 def test_a_publish_is_reported_once(store: Store, publisher: Publisher) -> None:

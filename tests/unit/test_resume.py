@@ -100,6 +100,24 @@ def test_so_does_one_that_dies_again_while_it_takes_steps_again(folder: Path) ->
     assert_as_if_it_had_lived(folder, 6)
 
 
+def test_actors_hear_of_a_learner_that_takes_steps_again(folder: Path) -> None:
+    run, settings = FakeRun("run"), stage_config(learner={"checkpoint_every": 4})
+    silent_s: list[float] = []
+    with acting(run, settings):
+        live(run, folder, settings, lambda stage: POINTS["published, not in a checkpoint"](stage, 3))
+        with staged(run, folder, settings) as stage:
+            train = stage.parts.stepper.train
+
+            def train_long(batch):
+                silent_s.append(run.shared.learner_silent_s)
+                run.shared.learner_silent_s = 999.0
+                return train(batch)
+
+            stage.parts.stepper.train = train_long
+            stage.learner.run()
+    assert silent_s[:3] == [0.0] * 3, "steps 1 to 3 were in the journal"
+
+
 @pytest.mark.parametrize("point", ["step written, not trained", "checkpoint half written"])
 def test_so_does_one_that_trains_on_groups_again(folder: Path, point: str) -> None:
     run, settings = FakeRun("run"), stage_config(replay=REUSE, learner={"num_steps": 8, "checkpoint_every": 3})

@@ -1,0 +1,173 @@
+"""The protocol broken on purpose, one promise at a time, to see that the ledger notices.
+
+A mutant replaces a call or a line of Lua in the forked process that it is for; product code knows nothing of it.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.interface import Delivery
+from lambdapo_async.broker.rollout_source import RedisRolloutSource
+from lambdapo_async.broker.script import Script
+from lambdapo_async.journal.history import History
+from lambdapo_async.journal.journal import Journal
+from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.versions import VersionCounter
+from tests.chaos.ledger import Kind
+
+_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """One broken promise and how to provoke it."""
+
+    promise: str
+    """What is broken, in words."""
+    caught: tuple[Kind, ...]
+    """Violations of which at least one must show."""
+    net: str = ""
+    """What a safety net says in a log when it catches it before the ledger has to; the faults alone are not why."""
+    faults: tuple[str, ...]
+    """Keys of ``faults.FAULTS``, in order."""
+    profile: str = "stable"
+    num_steps: int | None = None
+    """Where the run ends by itself; None lets the last fault decide."""
+    install: Callable[[], None] = lambda: None
+    """In every process, before it begins."""
+    scripts: Mapping[str, str] = field(default_factory=dict)
+    """Script -> regular expression of what is cut out of it."""
+
+
+def install(name: str) -> None:
+    """Break this process as the mutant ``name`` says; nothing for the empty one."""
+    if name:
+        mutant = MUTANTS[name]
+        mutant.install()
+        _edit_scripts(mutant.scripts)
+
+
+def _edit_scripts(edits: Mapping[str, str]) -> None:
+    initialise = Script.__init__
+
+    def edited(script: Any, broker: Broker, name: str, **kind: Any) -> None:
+        initialise(script, broker, name, **kind)
+        if name in edits:
+            source, count = re.subn(edits[name], "", script._source, flags=re.DOTALL)
+            assert count > 0, f"{name}.lua has nothing like {edits[name]!r}"
+            script._source, script._script = source, broker.call(lambda client: client.register_script(source))
+
+    Script.__init__ = edited  # type: ignore[method-assign]
+
+
+def _commit_before_the_journal() -> None:
+    read = RedisRolloutSource.read
+
+    def greedy(self: RedisRolloutSource, max_groups: int, *, timeout_s: float) -> list[Delivery]:
+        deliveries = read(self, max_groups, timeout_s=timeout_s)
+        marks: dict[str, int] = {}
+        for delivery in deliveries:
+            marks[delivery.descriptor.producer] = delivery.descriptor.seq
+        if marks:
+            self.commit(marks)
+        return deliveries
+
+    RedisRolloutSource.read = greedy  # type: ignore[method-assign]
+
+
+def _fence_after_loading() -> None:
+    """Waits between the two until the learner before has made another checkpoint: the race, made certain."""
+    take_fence, load_latest, find = CheckpointStore.take_fence, CheckpointStore.load_latest, History.find
+    loaded: list[Checkpoint | None] = []
+    found: dict[Path, History] = {}
+
+    def late(self: CheckpointStore) -> int:
+        if any(self._folder.glob("step-*")):
+            loaded.append(load_latest(self))
+            journal = self._folder.parent / "journal"
+            found[journal] = find(journal)
+            deadline = time.monotonic() + _PATIENCE_S
+            while _newest(self) == _folder(loaded[0]) and time.monotonic() < deadline:
+                time.sleep(0.005)
+        return take_fence(self)
+
+    def early(self: CheckpointStore) -> Checkpoint | None:
+        return loaded[0] if loaded else load_latest(self)
+
+    CheckpointStore.take_fence, CheckpointStore.load_latest = late, early  # type: ignore[method-assign]
+    History.find = classmethod(lambda _, folder: found.get(folder) or find(folder))  # type: ignore[method-assign, assignment]
+
+
+def _newest(store: CheckpointStore) -> Path | None:
+    return next(iter(store._newest_first()), None)
+
+
+def _folder(checkpoint: Checkpoint | None) -> Path | None:
+    return None if checkpoint is None else checkpoint.folder
+
+
+def _reuse_versions() -> None:
+    initialise = VersionCounter.__init__
+
+    def forgetful(self: VersionCounter, journal: Journal, newest: int) -> None:
+        initialise(self, journal, max(-1, newest - 2))
+
+    VersionCounter.__init__ = forgetful  # type: ignore[method-assign]
+
+
+def retry_inside_redis_py(client: redis.Redis) -> None:
+    """The library's own default, which we turn off."""
+    retry = Retry(NoBackoff(), 10)
+    client.connection_pool.connection_kwargs["retry"] = retry
+    client.set_retry(retry)
+
+
+MUTANTS = {
+    "commit_before_the_journal": Mutant(
+        promise="Redis and the actor forget a group only when it is durable at the learner",
+        caught=("lost",),
+        faults=("learner_dies_before_the_journal",) * 3,
+        install=_commit_before_the_journal,
+    ),
+    "no_sequence_check": Mutant(
+        promise="a repeated offer is recognised by its number",
+        caught=("lost", "twice", "skipped", "miscounted"),
+        profile="cut",
+        faults=("lose_replies",) * 12,
+        net=r"group \d+ of \S+ follows \d+: Redis lost data",
+        scripts={"enqueue": r"if seq <= last then\n.*?\nend\n|if seq ~= last \+ 1 then.*?end\n"},
+    ),
+    "fence_after_loading": Mutant(
+        promise="what a learner loads cannot be added to by the one before",
+        caught=("lost", "twice", "skipped", "rewritten"),
+        faults=("replace_running_learner",) * 3,
+        install=_fence_after_loading,
+    ),
+    "version_reused": Mutant(
+        promise="a number names one set of weights for ever",
+        caught=("version_reused",),
+        faults=("kill_learner",) * 3,
+        install=_reuse_versions,
+        scripts={
+            "weights_begin": r"if head and tonumber\(head\) >= tonumber\(ARGV\[2\]\) then return .*? end",
+            "weights_flip": r"if head and tonumber\(head\) > tonumber\(ARGV\[2\]\) then return .*? end",
+        },
+    ),
+    "lease_forgotten": Mutant(
+        promise="a dead actor's leases go to somebody else",
+        caught=("skipped",),
+        faults=("kill_actor",) * 6,
+        num_steps=120,
+        scripts={"lease": r"redis\.call\('LPUSH'[^\n]*expired\[i\][^\n]*\)"},
+    ),
+}
+"""By name; the sixth, ``retry_inside_redis_py``, needs no run to be caught in."""

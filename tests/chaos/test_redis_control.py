@@ -1,0 +1,134 @@
+"""The server under test really loses what it is said to lose."""
+
+import contextlib
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from lambdapo_async.broker.connection import connect
+from tests.chaos.proxy import Proxy
+from tests.chaos.redis_control import RedisControl
+from tests.chaos.scene import scene_folder
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with scene_folder("redis") as path:
+        yield path
+
+
+@contextlib.contextmanager
+def server(folder: Path, persistence: str) -> Iterator[RedisControl]:
+    control = RedisControl(folder / "r", persistence)
+    control.start()
+    try:
+        yield control
+    finally:
+        control.close()
+
+
+def restart(control: RedisControl) -> None:
+    control.kill()
+    control.start()
+
+
+def keys(control: RedisControl) -> set[bytes]:
+    with contextlib.closing(control.client()) as client:
+        return set(client.keys())
+
+
+def put(control: RedisControl, *names: str) -> None:
+    with contextlib.closing(control.client()) as client:
+        for name in names:
+            client.set(name, "x")
+
+
+@pytest.mark.parametrize(("persistence", "kept"), [("none", False), ("everysec", True), ("always", True)])
+def test_a_killed_server_keeps_what_its_log_holds(folder: Path, persistence: str, kept: bool) -> None:
+    with server(folder, persistence) as control:
+        put(control, "a")
+        restart(control)
+        assert keys(control) == ({b"a"} if kept else set())
+
+
+def test_a_cut_log_loses_its_newest_writes_alone(folder: Path) -> None:
+    with server(folder, "everysec") as control:
+        put(control, *map(str, range(50)))
+        control.kill()
+        cut = control.cut_log(random.Random(3), most_bytes=300)
+        control.start()
+        assert cut > 0
+        assert b"0" in keys(control)
+        assert b"49" not in keys(control)
+
+
+def test_a_snapshot_is_what_an_rdb_server_goes_back_to(folder: Path) -> None:
+    with server(folder, "rdb") as control:
+        put(control, "before")
+        control.save_snapshot()
+        put(control, "after")
+        restart(control)
+        assert keys(control) == {b"before"}
+
+
+def test_an_emptied_server_has_nothing(folder: Path) -> None:
+    with server(folder, "everysec") as control:
+        put(control, "a")
+        control.kill()
+        control.empty()
+        control.start()
+        assert keys(control) == set()
+
+
+def test_a_frozen_server_answers_once_it_is_thawed(folder: Path) -> None:
+    with server(folder, "none") as control, contextlib.closing(control.client(timeout_s=0.2)) as client:
+        control.freeze()
+        with pytest.raises((redis.TimeoutError, redis.ConnectionError)):
+            client.ping()
+        control.thaw()
+        assert client.ping()
+
+
+def test_a_frozen_replica_lacks_what_came_meanwhile_once_it_is_promoted(folder: Path) -> None:
+    with server(folder, "none") as primary:
+        put(primary, "before")
+        replica = RedisControl(folder / "r2", "none")
+        replica.start()
+        try:
+            replica.follow(primary)
+            replica.freeze()
+            put(primary, "after")
+            primary.kill()
+            replica.thaw()
+            replica.promote()
+            put(replica, "writable")
+            assert {b"before", b"writable"} <= keys(replica)
+        finally:
+            replica.close()
+
+
+def test_a_proxy_cuts_loses_and_hides(folder: Path) -> None:
+    with server(folder, "none") as control:
+        proxy = Proxy(folder / "p", control.socket, hides_run_id=True)
+        client, bare = connect(proxy.url, timeout_s=2.0), socket.socket(socket.AF_UNIX)
+        try:
+            # redis-py reads a number of nothing but digits as a number.
+            assert client.info("server")["run_id"] in ("0" * 40, 0)
+            bare.connect(proxy.url.removeprefix("unix://"))
+            bare.sendall(b"PING\r\n")
+            assert bare.recv(100) == b"+PONG\r\n"
+            proxy.cut()
+            assert bare.recv(100) == b""
+            assert client.ping(), "new connections are served"
+            proxy.lose_replies(1, to=b"INCRBY")
+            with pytest.raises(redis.ConnectionError):
+                client.incr("n")
+            assert client.get("n") == b"1", "it arrived"
+        finally:
+            bare.close()
+            client.close()
+            proxy.close()
