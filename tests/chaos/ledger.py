@@ -259,8 +259,10 @@ def _rewritten(entries: Sequence[Entry], remains: Remains) -> list[Violation]:
 
 
 def _redone_differently(entries: Sequence[Entry], remains: Remains) -> list[Violation]:
-    """The last record of a step is the one that counts: a fenced learner may have written one before."""
-    last: dict[int, Entry] = {int(e.fields["step"]): e for e in entries if e.what == "step"}  # type: ignore[arg-type]
+    """Of a step's records the one with the highest fence counts; a fenced learner that woke up may write one later."""
+    fences = {entry.who: int(entry.fields["fence"]) for entry in entries if entry.what == "claimed"}  # type: ignore[arg-type]
+    steps = sorted((e for e in entries if e.what == "step"), key=lambda e: fences.get(e.who, 0))  # stable in time
+    last: dict[int, Entry] = {int(entry.fields["step"]): entry for entry in steps}  # type: ignore[arg-type]
     violations = []
     for step, entry in sorted(last.items()):
         if step > len(remains.history):

@@ -118,6 +118,9 @@ def test_a_checkpoint_that_the_final_policy_does_not_go_on_from() -> None:
 def test_a_journaled_step_that_was_trained_otherwise_or_not_at_all() -> None:
     assert kinds([*GOOD, entry("step", "learner-2", step=2, indices=[4, 3])]) == ["rewritten"]
     assert kinds([*GOOD, entry("step", "learner-2", step=3, indices=[5, 6])]) == ["rewritten"]
+    claims = [entry("claimed", "learner-1", fence=2), entry("claimed", "learner-0", fence=1)]
+    woken = [*claims, *GOOD, entry("step", "learner-0", step=2, indices=[4, 3])]
+    assert kinds(woken) == [], "what a fenced learner writes when it wakes up does not count"
     earlier = [entry("step", "learner-0", step=2, indices=[4, 3]), *GOOD]
     assert kinds(earlier) == [], "a step that a later record replaced was never durable for its successor"
 
