@@ -5,6 +5,7 @@ All lengths are in whole tokens. A prompt takes its room once in each bin that h
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def work(prompt: int, completions: Sequence[int]) -> int:
 
 def fewest_bins(families: Sequence[Family], capacity: int) -> int:
     """A number of bins that no packing can go below."""
-    by_tokens = math.ceil(sum(family.num_tokens for family in families) / capacity)
+    by_tokens = math.ceil(sum(map(partial(_least_tokens, capacity=capacity), families)) / capacity)
     alone = [len(family.members) == 1 for family in families]
     lengths_n = np.array([c + only * f.prompt for f, only in zip(families, alone, strict=True) for c in f.members])
     # At most m lengths over 1 / (m + 1) of the capacity share a bin.
@@ -60,12 +61,19 @@ def fewest_bins(families: Sequence[Family], capacity: int) -> int:
     return max(by_tokens, *by_count)
 
 
+def _least_tokens(family: Family, capacity: int) -> int:
+    """A family too large for a bin repeats its prompt in each that it needs."""
+    completions = sum(family.members)
+    copies = math.ceil(completions / (capacity - family.prompt)) if completions else 1
+    return completions + max(1, copies) * family.prompt
+
+
 def partition(families: Sequence[Family], capacity: int, *, multiple_of: int = 1) -> Bins:
     """Every rollout in one bin of at most ``capacity`` tokens: as few bins as found, then the least time.
 
     Three greedy rules, each good where the others fail: best fit of whole families repeats no prompt, best fit that
-    cuts families fills bins to the brim, an even spread keeps lengths just over a share of the capacity from wasting
-    the rest.
+    cuts families fills bins better, an even spread keeps lengths just over a share of the capacity from wasting the
+    rest. Where none of them finds the fewest bins possible, a slower one chooses what fills each bin best.
 
     Args:
         families: none with a rollout, prompt included, above ``capacity``.
@@ -83,6 +91,8 @@ def partition(families: Sequence[Family], capacity: int, *, multiple_of: int = 1
         best_fit(families, capacity, cut=True),
         spread(families, capacity, least),
     ]
+    if min(map(len, candidates)) > least:
+        candidates.append(to_the_brim(families, capacity))
     count = min(len(bins) for bins in candidates)
     rounded = min(sum(len(each.members) for each in families), math.ceil(count / multiple_of) * multiple_of)
     if rounded > least:
@@ -114,6 +124,64 @@ def spread(families: Sequence[Family], capacity: int, count: int) -> Bins:
     tokens = sum(family.num_tokens for family in families)
     bins.pour(min(capacity, max(1, tokens // count)), by_work=True, cut=True)
     return bins.filled()
+
+
+def to_the_brim(families: Sequence[Family], capacity: int) -> Bins:
+    """Bin after bin: the largest family, the whole families that fill best what it leaves, and a part of one more."""
+    rest = [Piece(number, tuple(range(len(family.members)))) for number, family in enumerate(families)]
+    bins: Bins = []
+    while rest:
+        rest.sort(key=lambda piece: (-_size(families, piece), piece))
+        sizes = [_size(families, piece) for piece in rest]
+        first, left = _fullest_part(families, rest[0], capacity)
+        room = capacity - _size(families, first)
+        whole = {1 + position for position in fullest(sizes[1:], room)}
+        bin_ = [first, *(rest[position] for position in whole)]
+        room -= sum([sizes[position] for position in whole])
+        others = [left, *(piece for position, piece in enumerate(rest) if position and position not in whole)]
+        parts = [_fullest_part(families, piece, room) for piece in others[1:]]
+        gains = [sum([families[part.family].members[each] for each in part.members]) for part, _ in parts]
+        if any(gains):  # a repeated prompt only takes room that nothing else had a use for
+            best = max(range(len(gains)), key=gains.__getitem__)
+            bin_.append(parts[best][0])
+            others[1 + best] = parts[best][1]
+        bins.append(bin_)
+        rest = [piece for piece in others if piece.members]
+    return bins
+
+
+def fullest(sizes: Sequence[int], room: int) -> list[int]:
+    """Positions of a subset of ``sizes`` with the greatest sum up to ``room``, the front of the list preferred."""
+    # Bit s of reachable[n]: some of the first n sizes add up to s.
+    reachable, kept = [1], (2 << room) - 1
+    for size in sizes:
+        if reachable[-1] >> room:
+            break
+        reachable.append((reachable[-1] | reachable[-1] << size) & kept if size <= room else reachable[-1])
+    total, chosen = reachable[-1].bit_length() - 1, []
+    for position in reversed(range(len(reachable) - 1)):
+        if not reachable[position] >> total & 1:
+            chosen.append(position)
+            total -= sizes[position]
+    return chosen[::-1]
+
+
+def _fullest_part(families: Sequence[Family], piece: Piece, room: int) -> tuple[Piece, Piece]:
+    """What fills ``room`` best of a piece, and what is left; all of it where that fits."""
+    family = families[piece.family]
+    lengths = [family.members[member] for member in piece.members]
+    if family.prompt + min(lengths) > room:
+        return Piece(piece.family, ()), piece
+    chosen = {piece.members[position] for position in fullest(lengths, room - family.prompt)}
+    if family.prompt + sum(lengths) <= room:
+        chosen = set(piece.members)  # those without tokens, too
+    part, rest = (tuple(m for m in piece.members if (m in chosen) is wanted) for wanted in (True, False))
+    return Piece(piece.family, part), Piece(piece.family, rest)
+
+
+def _size(families: Sequence[Family], piece: Piece) -> int:
+    family = families[piece.family]
+    return family.prompt + sum([family.members[member] for member in piece.members])
 
 
 class _Bins:
@@ -193,5 +261,4 @@ class _Bins:
         self._works[index] += work(family.prompt, [family.members[member] for member in piece.members])
 
     def _size(self, piece: Piece) -> int:
-        family = self._families[piece.family]
-        return family.prompt + sum([family.members[member] for member in piece.members])
+        return _size(self._families, piece)

@@ -37,6 +37,7 @@ from learner.assembly import JOURNAL_FOLDER
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew import Crew
 from learner.crew_member import Origin, load_trainees, run_member
+from learner.host_memory import keep_freed_memory
 from learner.parallel import Ranks, join_ranks
 from learner.policy import Policy, pick_device
 from learner.pool import Pool
@@ -103,6 +104,8 @@ def replay(recording: Recording, output: Path) -> None:
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
     device = pick_device(config.learner.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with join_ranks(device, context_size=config.learner.context_parallel) as ranks:
         if ranks.is_main:
             replay_on(ranks, recording, output)

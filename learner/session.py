@@ -26,6 +26,7 @@ from learner.assembly import Start, assemble
 from learner.canary import canary_sequences
 from learner.checkpoint import CheckpointStore
 from learner.crew_member import Origin, load_trainees, run_member
+from learner.host_memory import keep_freed_memory
 from learner.learner import Learner
 from learner.parallel import Ranks, join_ranks
 from learner.policy import Policy, pick_device
@@ -47,6 +48,8 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     torch.manual_seed(config.seed)
     transformers_logging.disable_progress_bar()
     device = pick_device(config.learner.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with join_ranks(device, context_size=config.learner.context_parallel) as ranks:
         if ranks.is_main:
             _lead(config, run_id, folder, ranks, resume=resume)
