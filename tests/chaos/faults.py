@@ -13,6 +13,9 @@ from tests.chaos.zygote import Forked
 Fault = Callable[[Scene, random.Random], str]
 """Does it; returns what exactly was done, for the ledger."""
 
+_OFFER = b"\r\nNX\r\n"
+"""In no other request: the payload of an offer never replaces an accepted one."""
+
 
 def kill_actor(scene: Scene, source: random.Random) -> str:
     actor = source.choice(scene.actors)
@@ -159,6 +162,13 @@ def lose_replies(scene: Scene, source: random.Random) -> str:
     return str(count)
 
 
+def lose_offer_reply(scene: Scene, source: random.Random) -> str:
+    """The next group that is offered arrives, and its actor does not know."""
+    assert scene.proxy is not None
+    scene.proxy.lose_replies(1, to=_OFFER)
+    return "offer"
+
+
 def _learner(scene: Scene) -> Forked:
     assert scene.learner is not None
     return scene.learner
@@ -198,7 +208,10 @@ REDIS_FAULTS: dict[str, Fault] = {
         cut_connections, lose_replies,
     )
 }  # fmt: skip
-DIRECTED_FAULTS: dict[str, Fault] = {"learner_dies_before_the_journal": learner_dies_before_the_journal}
+DIRECTED_FAULTS: dict[str, Fault] = {
+    "learner_dies_before_the_journal": learner_dies_before_the_journal,
+    "lose_offer_reply": lose_offer_reply,
+}
 """For mutants alone."""
 FAULTS = {**PROCESS_FAULTS, **REDIS_FAULTS, **DIRECTED_FAULTS}
 POINT_FAULTS = frozenset({"actor_point", "learner_point"})

@@ -154,7 +154,8 @@ def test_a_killed_learner_resumes_and_its_history_continues(scene: Scene) -> Non
 
 
 def test_adapters_alone_travel_and_engine_and_learner_agree(scene: Scene) -> None:
-    overrides = ("learner.lora.rank=2", "learner.lr=1e-3", "learner.num_steps=5", "evaluation.every_steps=0")
+    lora = ("learner.lora.rank=2", "actor.stale_kv=false")
+    overrides = (*lora, "learner.lr=1e-3", "learner.num_steps=5", "evaluation.every_steps=0")
     with learner(DEMO, *scene.learner_arguments(*overrides), log=scene.logs / "learner.log") as process:
         scene.wait_open(process)
         actor = scene.start_actor("actor")
