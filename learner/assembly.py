@@ -70,7 +70,7 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
         JournalError, ReplayError: journal and checkpoint do not belong together.
     """
     config, run, policy = start.config, start.run, start.policy
-    state = start.checkpoint.state if start.checkpoint else LearnerState(step=0, version=0)
+    state = start.checkpoint.state if start.checkpoint else LearnerState(step=0, version=-1)
     journal = resources.enter_context(contextlib.closing(Journal.open(start.folder / JOURNAL_FOLDER, start.fence)))
     receipts = Receipts(state.receipts)
     claimed = survey(journal.history.read(state.pool.keep_from), receipts)
@@ -80,7 +80,8 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
     crew, reporter = Crew(start.ranks), _reporter(start, resources, after_step=state.step)
     store = run.weights_for(config.weights)
     head = store.head()
-    versions = VersionCounter(journal, newest=max(claimed, -1 if head is None else head))
+    # Each may know of a version that the others lack: Redis came back empty, or the claim lies before ``keep_from``.
+    versions = VersionCounter(journal, newest=max(claimed, state.version, -1 if head is None else head))
     publisher = resources.enter_context(_publisher(start, store, newest_version=versions.newest))
     source, book = run.source(start.fence, RunLimits.of(config)), ReceiptBook(journal, receipts)
     ingest = Ingest(source, book, screen, config, newest_version=lambda: publisher.newest_version)
