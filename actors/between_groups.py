@@ -5,8 +5,13 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 
 from actors.engine import Completion, EngineInfo, InferenceEngine
-from lambdapo_async.config.sections import SamplingConfig
+from lambdapo_async.config.sections import ActorConfig, SamplingConfig
 from lambdapo_async.rollout import LogProbs
+
+
+def updating_as(config: ActorConfig, engine: InferenceEngine) -> InferenceEngine:
+    """``engine``, taking new weights when ``actor.update_mode`` says."""
+    return BetweenGroups(engine) if config.update_mode == "between_groups" else engine
 
 
 class BetweenGroups:

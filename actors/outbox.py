@@ -47,7 +47,7 @@ class Outbox:
         self._parcels: list[_Parcel] = []
         self._accepted = 0
         self._one_offer, self._numbering = asyncio.Lock(), asyncio.Lock()
-        self.sent = self.late = self.bytes_sent = self.restarts = 0
+        self.sent = self.late = self.restarts = 0
 
     @classmethod
     def adopted(cls, sink: RolloutSink, spool: Spool, *, epoch: str, outage_s: float) -> "Outbox":
@@ -119,7 +119,6 @@ class Outbox:
             self.late += 1
         else:
             self.sent += 1
-            self.bytes_sent += len(payload)
 
     async def _offer_next(self) -> None:
         """Offer the first group that the queue does not have, until the queue's answer changes what comes next."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.actor import Actor
-from actors.between_groups import BetweenGroups
+from actors.between_groups import updating_as
 from actors.canary import ActorCanary
 from actors.engine import CUT_OFF_S, InferenceEngine
 from actors.follower import WeightFollower
@@ -72,7 +72,7 @@ async def _join_run(run: RedisRun, config: RunConfig, *, run_id: str, actor_id: 
     with contextlib.closing(Scorer(config)) as scorer:
         engine = await VllmEngine.start(model_folder, config=config, scratch=scratch)
         try:
-            sampler = BetweenGroups(engine) if config.actor.update_mode == "between_groups" else engine
+            sampler = updating_as(config.actor, engine)
             actor = Actor(_assemble(run, config, run_id, actor_id, engine=sampler, scorer=scorer, scratch=scratch))
             _drain_on_signals(actor)
             logger.info("actor %s samples for run %s", actor_id, run_id)

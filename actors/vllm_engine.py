@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import logging
-import math
 import os
-import secrets
 import time
 import uuid
 from collections.abc import Iterator, Sequence, Set
@@ -13,25 +11,23 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import transformers
 import vllm
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMError
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.models import ModelRegistry
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from actors.adapters import AdapterVersions, lora_options, version_of
-from actors.engine import CUT_OFF_S, Completion, EngineInfo
+from actors.adapters import AdapterVersions, version_of
+from actors.engine import Completion, EngineInfo
 from actors.published_shapes import published_shapes
 from actors.requests import NO_WEIGHTS, check_request
+from actors.vllm_settings import coarsest_dtype, engine_args, import_model_class
 from actors.weights_file import Layout, check_finite, check_names, check_same, in_layers_of, read_layout
 from lambdapo_async.config import RunConfig
-from lambdapo_async.config.sections import ActorConfig, SamplingConfig
+from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
 from lambdapo_async.parent_death import forked_children_end_with_us
 from lambdapo_async.rollout import FINISH_REASONS, LogProbs, VersionSpan
@@ -39,8 +35,6 @@ from lambdapo_async.weights.adapter import is_adapter
 
 logger = logging.getLogger(__name__)
 
-_CPU_KV_CACHE_GIB = 0.25
-_CPU_BLOCK_SIZE = 32
 _SWAP_TIMEOUT_S = 600.0
 
 
@@ -61,7 +55,7 @@ class VllmEngine:
         self._swapping = asyncio.Lock()
         self._death: str | None = None
         self._info = EngineInfo(
-            name=f"vllm {vllm.__version__}", device=current_platform.get_device_name(), dtype=_dtype(config.actor)
+            name=f"vllm {vllm.__version__}", device=current_platform.get_device_name(), dtype=coarsest_dtype(config.actor)
         )
 
     @classmethod
@@ -81,9 +75,9 @@ class VllmEngine:
         """
         os.environ["VLLM_RPC_BASE_PATH"] = str(scratch)
         if current_platform.is_cpu():
-            _import_model_class(model_dir)
+            import_model_class(model_dir)
         try:
-            vllm_config = _engine_args(model_dir, config).create_engine_config()
+            vllm_config = engine_args(model_dir, config).create_engine_config()
         except ValueError as error:  # for example a model.max_length beyond what the model was made for
             raise EngineError(f"vLLM refuses the model or its settings: {error}") from error
         if current_platform.is_cpu():
@@ -250,44 +244,6 @@ class VllmEngine:
             raise EngineError(f"the engine is dead: {self._death}; start a new one")
         if self._llm.errored:
             raise EngineError("the engine's process is dead; start a new one")
-
-
-def _import_model_class(model_dir: Path) -> None:
-    """Spare vLLM the subprocess (15 s at the first start) in which it looks at a model class so as not to wake CUDA."""
-    for architecture in transformers.AutoConfig.from_pretrained(model_dir).architectures or ():
-        if architecture in ModelRegistry.models:
-            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-
-
-def _engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
-    actor = config.actor
-    on_cpu = current_platform.is_cpu()
-    cache_gib = _CPU_KV_CACHE_GIB if actor.kv_cache_gib is None and on_cpu else actor.kv_cache_gib
-    return AsyncEngineArgs(
-        model=str(model_dir),
-        load_format="dummy",
-        dtype=actor.dtype,
-        quantization=actor.quantization,
-        max_model_len=config.model.max_length,
-        max_num_seqs=actor.max_num_seqs,
-        tensor_parallel_size=actor.tensor_parallel_size,
-        gpu_memory_utilization=actor.gpu_memory_utilization,
-        kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * 2**30),
-        block_size=_CPU_BLOCK_SIZE if on_cpu else None,  # vLLM's default there, 128, shares no short prefix
-        enforce_eager=on_cpu,  # compiling costs 42 s and gains 7 % there
-        logprobs_mode="processed_logprobs",
-        seed=secrets.randbits(31),  # actors with one seed would draw the same noise
-        worker_extension_cls="actors.vllm_worker.WeightSwap",
-        enable_log_requests=False,
-        # A SIGTERM to every process must not cut off what we still drain.
-        shutdown_timeout=math.ceil(actor.drain_s + CUT_OFF_S),
-        **lora_options(config),
-    )
-
-
-def _dtype(actor: ActorConfig) -> str:
-    """Of the coarsest numbers in it, a key of ``weights.canary.TOLERANCES``."""
-    return actor.dtype if actor.quantization is None else actor.quantization.partition("_")[0]
 
 
 def _completion(sample: CompletionOutput, adapter: LoRARequest | None) -> Completion:

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.processes import Running, wait_for
-from lambdapo_async.broker.interface import Delivery, Durable, RunLimits
+from lambdapo_async.broker.interface import Delivery, Durable
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.tasks.prompts import PromptEncoder

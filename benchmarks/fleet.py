@@ -29,7 +29,8 @@ import typer
 
 from benchmarks.machine import ROOT, describe_machine
 from lambdapo_async.broker.connection import connect, embedded_server
-from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueStatus, RunLimits
+from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueStatus
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.keys import RunKeys
 

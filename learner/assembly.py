@@ -1,11 +1,12 @@
 """Puts a learner together from what it starts with: the checkpoint, the journal behind it, and Redis."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lambdapo_async.broker.interface import RunLimits
+from lambdapo_async.broker.interface import RolloutSource, WeightStore
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.journal.history import History
@@ -76,37 +77,17 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
     watch = FleetWatch(run.fleet_control(start.fence), run.fleet)
     screen = Screen(config, vocab_size=policy.vocab_size, seal=run.seal, doorkeeper=watch)
     pool = Pool(config, screen, state.pool, members_of(state, journal.history, screen))
-    metrics = resources.enter_context(MetricsLog(start.folder / "metrics.jsonl", after_step=state.step))
-    samples = resources.enter_context(
-        SampleLog(start.folder / "samples.jsonl", start.rows.heldout, after_step=state.step)
-    )
+    crew, reporter = Crew(start.ranks), _reporter(start, resources, after_step=state.step)
     store = run.weights_for(config.weights)
     head = store.head()
     # Each may know of a version that the others lack: Redis came back empty, or the claim lies before ``keep_from``.
     versions = VersionCounter(journal, newest=max(claimed, state.version, -1 if head is None else head))
-    publisher = resources.enter_context(
-        Publisher(
-            store,
-            run_id=start.run_id,
-            fence=start.fence,
-            config=config.weights,
-            ranks=start.ranks,
-            newest_version=versions.newest,
-        )
-    )
+    publisher = resources.enter_context(_publisher(start, store, newest_version=versions.newest))
     source, book = run.source(start.fence, RunLimits.of(config)), ReceiptBook(journal, receipts)
     ingest = Ingest(source, book, screen, config, newest_version=lambda: publisher.newest_version)
     resources.callback(ingest.close)
     finished = [row for row in read_metrics(start.folder / "metrics.jsonl") if row.kind == EVAL]
-    evaluation = Evaluation(
-        source,
-        config.evaluation,
-        num_rows=len(start.rows.heldout),
-        answered={row.step for row in finished},
-    )
-    for step in state.open_rounds:
-        evaluation.open(step)
-    crew, reporter = Crew(start.ranks), Reporter(metrics, samples)
+    evaluation = _evaluation(start, source, finished, open_rounds=state.open_rounds)
     resync = Resync(
         checkpoints=start.checkpoints,
         run_store=run.run_store,
@@ -138,6 +119,40 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
     return Learner(
         parts, resumed=start.checkpoint is not None, target_reached=_reached(config.evaluation.target, finished)
     )
+
+
+def _reporter(start: Start, resources: contextlib.ExitStack, *, after_step: int) -> Reporter:
+    metrics = MetricsLog(start.folder / "metrics.jsonl", after_step=after_step)
+    resources.enter_context(metrics)
+    samples = SampleLog(start.folder / "samples.jsonl", start.rows.heldout, after_step=after_step)
+    resources.enter_context(samples)
+    return Reporter(metrics, samples)
+
+
+def _publisher(start: Start, store: WeightStore, *, newest_version: int) -> Publisher:
+    return Publisher(
+        store,
+        run_id=start.run_id,
+        fence=start.fence,
+        config=start.config.weights,
+        ranks=start.ranks,
+        newest_version=newest_version,
+    )
+
+
+def _evaluation(
+    start: Start, source: RolloutSource, finished: Sequence[MetricRow], *, open_rounds: Iterable[int]
+) -> Evaluation:
+    """With the rounds that an earlier life opened and did not finish."""
+    evaluation = Evaluation(
+        source,
+        start.config.evaluation,
+        num_rows=len(start.rows.heldout),
+        answered={row.step for row in finished},
+    )
+    for step in open_rounds:
+        evaluation.open(step)
+    return evaluation
 
 
 def members_of(state: LearnerState, history: History, screen: Screen) -> Iterator[Arrival]:

@@ -63,7 +63,6 @@ class Learner:
         self._evaluation, self._publisher, self._versions = (
             parts.resync.evaluation, parts.resync.publisher, parts.resync.versions
         )  # fmt: skip
-        self._resumed = resumed
         self._target_reached = target_reached
         self._stopping = threading.Event()
         self._checkpointed_step = self._stepper.step if resumed else -1

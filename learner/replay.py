@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers.utils import logging as transformers_logging
 
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.options import DryRun, Overrides
@@ -36,11 +34,11 @@ from learner.arrivals import Screen
 from learner.assembly import JOURNAL_FOLDER
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew import Crew
-from learner.crew_member import Origin, load_trainees, run_member
-from learner.host_memory import keep_freed_memory
-from learner.parallel import Ranks, join_ranks
-from learner.policy import Policy, pick_device
+from learner.crew_member import Origin, load_trainees
+from learner.parallel import Ranks
+from learner.policy import Policy
 from learner.pool import Pool
+from learner.rank_process import run_rank
 from learner.reporting import Reporter, Surroundings
 from learner.rerun import Rerun
 from learner.samples import SampleLog
@@ -98,19 +96,7 @@ def replay(recording: Recording, output: Path) -> None:
         ConfigError: ``output`` holds something.
         ReplayError: the steps cannot have been so with these settings.
     """
-    config = recording.config
-    if config.learner.num_threads is not None:
-        torch.set_num_threads(config.learner.num_threads)
-    torch.manual_seed(config.seed)
-    transformers_logging.disable_progress_bar()
-    device = pick_device(config.learner.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with join_ranks(device, context_size=config.learner.context_parallel) as ranks:
-        if ranks.is_main:
-            replay_on(ranks, recording, output)
-        else:
-            run_member(config, ranks)
+    run_rank(recording.config, lambda ranks: replay_on(ranks, recording, output))
 
 
 def replay_on(ranks: Ranks, recording: Recording, output: Path) -> None:

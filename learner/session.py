@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import torch
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
@@ -25,12 +23,12 @@ from lambdapo_async.tasks.registry import build_task
 from learner.assembly import Start, assemble
 from learner.canary import canary_sequences
 from learner.checkpoint import CheckpointStore
-from learner.crew_member import Origin, load_trainees, run_member
-from learner.host_memory import keep_freed_memory
+from learner.crew_member import Origin, load_trainees
 from learner.learner import Learner
-from learner.parallel import Ranks, join_ranks
-from learner.policy import Policy, pick_device
+from learner.parallel import Ranks
+from learner.policy import Policy
 from learner.publication import Rows
+from learner.rank_process import run_rank
 from learner.run_identity import check_same_config, refuse_taken_id
 from learner.starter import ensure_starter
 
@@ -43,18 +41,7 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
     Args:
         run_id, folder, resume: rank 0's count.
     """
-    if config.learner.num_threads is not None:
-        torch.set_num_threads(config.learner.num_threads)
-    torch.manual_seed(config.seed)
-    transformers_logging.disable_progress_bar()
-    device = pick_device(config.learner.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with join_ranks(device, context_size=config.learner.context_parallel) as ranks:
-        if ranks.is_main:
-            _lead(config, run_id, folder, ranks, resume=resume)
-        else:
-            run_member(config, ranks)
+    run_rank(config, lambda ranks: _lead(config, run_id, folder, ranks, resume=resume))
 
 
 def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume: bool) -> None:

@@ -20,9 +20,9 @@ from lambdapo_async.broker.interface import (
     Marks,
     Phase,
     QueueStats,
-    RunLimits,
     RunState,
 )
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.partials import SHARE_OF_QUEUE
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerError, FencedError, LostDataError, RunNotFoundError, TaskError, WeightsError

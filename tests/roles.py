@@ -5,7 +5,7 @@ import subprocess
 from typing import Any
 
 from lambdapo_async.broker.connection import redis_executable
-from lambdapo_async.broker.interface import RunLimits
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config.weights import WeightsConfig
 

@@ -8,7 +8,7 @@ from lambdapo_async.broker.admission import RedisAdmission
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.fleet import RedisFleet
 from lambdapo_async.broker.fleet_control import RedisFleetControl
-from lambdapo_async.broker.interface import RunLimits
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.partials import RedisPartials
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink

@@ -12,7 +12,8 @@ import redis
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read_name
-from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats, RunLimits
+from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.script import Argument, Script, fence_error
 from lambdapo_async.broker.settlement import Settlement

@@ -7,7 +7,8 @@ import redis
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor
-from lambdapo_async.broker.interface import Descriptor, Durable, RunLimits
+from lambdapo_async.broker.interface import Descriptor, Durable
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.script import Argument, Script
 from lambdapo_async.errors import WireFormatError

@@ -34,8 +34,6 @@ class AlarmState:
     """Name -> sentence of every alarm that sounds."""
     raised: tuple[str, ...]
     """Sentences of those that did not sound at the step before: worth a warning."""
-    cleared: tuple[str, ...]
-    """Names of those that sounded at the step before and no longer do."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -65,7 +63,6 @@ class Alarms:
         state = AlarmState(
             active=active,
             raised=tuple(sentence for name, sentence in active.items() if name not in self._active),
-            cleared=tuple(sorted(self._active - active.keys())),
         )
         self._active = set(active)
         return state

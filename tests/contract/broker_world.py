@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueReply, RolloutSource, RunLimits
+from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueReply, RolloutSource
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.rollout import Lease
 from tests.redis_fixtures import BrokerRun
 

@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, RolloutSource, RunLimits
+from lambdapo_async.broker.interface import Descriptor, EnqueueReply, RolloutSource
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import LambdaPOError
 from lambdapo_async.rollout import Lease

@@ -13,6 +13,7 @@ from lambdapo_async.broker.connection import connect
 from lambdapo_async.broker.interface import EnqueueStatus, RolloutSource
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import BrokerUnavailable, FencedError, LostDataError
+from lambdapo_async.rollout import Lease
 from tests.contract.broker_world import FOREVER_S, LIMITS, durable, heldout, offer, start, train
 from tests.fakes_broker import FakeRun
 from tests.lossy_proxy import lossy_proxy
@@ -65,6 +66,16 @@ def journal(source: RolloutSource, *, count: int) -> list[tuple[str, int]]:
         assert deliveries
         read += [(one.descriptor.producer, one.descriptor.seq) for one in deliveries]
     return read
+
+
+def three_offered_one_committed(run: BrokerRun, source: RolloutSource) -> tuple[Lease, ...]:
+    """The four leases of actor ``a``; the last is not answered."""
+    leases = run.admission("a").lease(4)
+    for seq in (1, 2, 3):
+        offer(run, seq, leases[seq - 1])
+    journal(source, count=1)
+    source.commit({"a.0": 1})
+    return leases
 
 
 def test_a_restarted_server_is_closed_until_its_learner_comes_back(broker_run: BrokerRun) -> None:
@@ -134,11 +145,7 @@ def test_a_learner_that_lives_is_heard(redis_run: RedisRun, server: redis.Redis)
 
 def test_after_a_kill_with_its_log_intact_everything_goes_on(own: RedisServer, own_run: RedisRun) -> None:
     source = start(own_run)
-    leases = own_run.admission("a").lease(4)
-    for seq in (1, 2, 3):
-        offer(own_run, seq, leases[seq - 1])
-    journal(source, count=1)
-    source.commit({"a.0": 1})
+    three_offered_one_committed(own_run, source)
     own.restart()
     with pytest.raises(LostDataError, match="its server restarted"):
         source.read(1, timeout_s=0.001)
@@ -235,11 +242,7 @@ def test_an_older_snapshot_is_no_different(tmp_path: Path) -> None:
 def test_an_empty_server_gets_a_new_epoch_and_every_outbox_offers_again(own: RedisServer, own_run: RedisRun) -> None:
     source = start(own_run)
     old_epoch = own_run.run_store.state().epoch
-    leases = own_run.admission("a").lease(4)
-    for seq in (1, 2, 3):
-        offer(own_run, seq, leases[seq - 1])
-    journal(source, count=1)
-    source.commit({"a.0": 1})
+    leases = three_offered_one_committed(own_run, source)
     own.restart_empty()
     with pytest.raises(LostDataError, match="does not hold the run"):
         source.read(1, timeout_s=0.001)

@@ -19,7 +19,8 @@ from actors.parts import ActorParts
 from actors.prompts import LeasedPrompts
 from actors.scripted_engine import ScriptedEngine, bigram_script, sampling_logprobs
 from actors.spool import Spool
-from lambdapo_async.broker.interface import Delivery, RunLimits
+from lambdapo_async.broker.interface import Delivery
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.config import RunConfig
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import BrokerUnavailable, EngineError, WeightsError

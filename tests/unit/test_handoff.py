@@ -9,7 +9,7 @@ from actors.engine import Completion
 from actors.handoff import Handoff
 from actors.prompts import Prompt
 from actors.sampled import Sampled
-from lambdapo_async.broker.interface import RunLimits
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.config import RunConfig
 from lambdapo_async.rollout import FinishReason, Lease, VersionSpan
 from lambdapo_async.tasks.interface import Row

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from actors.outbox import Outbox
 from actors.spool import Spool
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks, RolloutSource, RunLimits
+from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks, RolloutSource
+from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.errors import BrokerUnavailable
 from lambdapo_async.wire import decode_group
 from tests.contract.broker_world import durable

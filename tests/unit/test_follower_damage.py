@@ -1,0 +1,159 @@
+"""Weights that are damaged, gone, another run's or another model's never reach the engine."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from lambdapo_async.errors import EngineError, WeightsError
+from tests.following_actor import (
+    NORM,
+    SHAPES,
+    TIMEOUT_S,
+    FollowingActor,
+    Learner,
+    flip_one_bit,
+)
+
+
+@pytest.fixture
+def learner() -> Learner:
+    return Learner()
+
+
+@pytest.fixture
+def actor(learner: Learner, tmp_path: Path) -> FollowingActor:
+    return FollowingActor(learner, tmp_path / "actor")
+
+
+DAMAGES = {
+    "bit": flip_one_bit,
+    "cut": lambda payload: payload[: len(payload) // 2],
+    "nothing": lambda payload: b"",
+    "noise": lambda payload: b"not weights" * 10,
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+async def test_damage_costs_a_keyframe_and_is_counted(learner: Learner, actor: FollowingActor, damage: str) -> None:
+    await actor.catch_up()
+    learner.step()
+    learner.store.damage[1] = DAMAGES[damage]
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert actor.counter("weight_failures") == 1
+    assert [(file.version, file.base_version) for file in learner.store.fetched] == [
+        (0, None),
+        (1, 0),
+        (0, None),
+        (1, 0),
+    ]
+
+
+async def test_a_file_that_goes_while_we_fetch_costs_a_keyframe(learner: Learner, actor: FollowingActor) -> None:
+    await actor.catch_up()
+    learner.step()
+
+    def gone(payload: bytes) -> bytes:
+        raise WeightsError("version 1 is gone")
+
+    learner.store.damage[1] = gone
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert actor.counter("weight_failures") == 1
+
+
+async def test_two_failures_in_a_row_stop_sampling_and_end_the_actor(learner: Learner, actor: FollowingActor) -> None:
+    await actor.catch_up()
+    learner.step()
+    learner.store.damage = {0: flip_one_bit, 1: flip_one_bit}
+    with pytest.raises(WeightsError):
+        await actor.catch_up()
+    assert actor.counter("weights_failed") == 1
+    assert actor.counter("weight_failures") == 2
+    assert actor.follower.is_behind, "nothing may be leased any more"
+    assert actor.engine.policy_version == 0
+
+
+async def test_weights_that_are_gone_are_waited_for(learner: Learner, actor: FollowingActor) -> None:
+    """Twice in a row Redis loses everything in the middle of a fetch: nobody's fault, and the learner comes back."""
+    await actor.catch_up()
+    learner.step()
+    learner.store.damage = {1: learner.store.lose_everything, 2: learner.store.lose_everything}
+    async with actor.following() as task:
+        for number in (1, 2):
+            async with asyncio.timeout(TIMEOUT_S):
+                while actor.counter("weight_failures") < number:
+                    await asyncio.sleep(0)
+            assert not task.done()
+            learner.publish_whole()
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert actor.counter("weight_failures") == 2
+    assert actor.counter("weights_failed") == 0
+
+
+async def test_weights_that_are_gone_are_not_waited_for_without_end(learner: Learner, tmp_path: Path) -> None:
+    actor = FollowingActor(learner, tmp_path / "actor", data_timeout_s=0.05)
+    await actor.catch_up()
+    learner.step()
+    learner.store.damage = {1: learner.store.lose_everything}
+    with pytest.raises(WeightsError, match=r"did not come back within learner\.data_timeout_s = 0\.05"):
+        await actor.catch_up()
+    assert actor.counter("weights_failed") == 1
+    assert actor.follower.is_behind, "nothing may be leased any more"
+
+
+async def test_two_failures_apart_do_not(learner: Learner, actor: FollowingActor) -> None:
+    await actor.catch_up()
+    for version in (1, 2):
+        learner.step()
+        learner.store.damage[version] = flip_one_bit
+        await actor.catch_up()
+    assert actor.counter("weight_failures") == 2
+    assert actor.counter("weights_failed") == 0
+    actor.assert_has_the_learners_bits()
+
+
+async def test_weights_that_are_not_finite_never_reach_the_engine(learner: Learner, actor: FollowingActor) -> None:
+    await actor.catch_up()
+    before = actor.engine.checksum()
+    learner.step(lambda tensors: tensors[NORM].fill_(torch.nan))
+    with pytest.raises(WeightsError, match="not finite"):
+        await actor.catch_up()
+    assert actor.engine.checksum() == before
+
+
+async def test_another_learners_weights_are_refused(learner: Learner, tmp_path: Path) -> None:
+    actor = FollowingActor(learner, tmp_path / "actor")
+    await actor.catch_up()
+    other = Learner(seed=1)
+    for each in (learner, other):
+        each.step()
+    mine, theirs = (next(f for f in each.store.payloads if f.version == 1) for each in (learner, other))
+    with pytest.raises(WeightsError, match="was changed"):  # the same numbers, another base
+        actor.follower.mirror.advance(mine, other.store.payloads[theirs])
+    assert actor.follower.mirror.version is None
+
+
+async def test_a_model_of_other_shapes_is_refused_by_the_engine(learner: Learner, tmp_path: Path) -> None:
+    actor = FollowingActor(learner, tmp_path / "actor")
+    await actor.catch_up()
+    before = actor.engine.checksum()
+    other = Learner(shapes={**SHAPES, NORM: (64,)})
+    actor.follower._store = actor.learner.store = other.store  # the run's Redis was filled by another learner
+    other.step()
+    actor.learner.state = other.state
+    actor.follower.mirror.drop()
+    with pytest.raises(WeightsError, match=f"{NORM} is BF16 .64., expected BF16 .32."):
+        await actor.catch_up()
+    assert actor.engine.checksum() == before
+
+
+async def test_a_failed_swap_ends_the_follower(learner: Learner, actor: FollowingActor) -> None:
+    await actor.catch_up()
+    actor.engine.die("its process was killed")
+    learner.step()
+    with pytest.raises(EngineError, match="killed"):
+        await actor.catch_up()
