@@ -33,7 +33,7 @@ from lambdapo_async.weights.manifest import NewFile, base_of, check_version, nam
 from lambdapo_async.weights.retention import Retention
 from tests.fakes_canary import FakeCanaryStore
 
-SCHEMA = 1
+SCHEMA = 2
 _POLL_S = 0.005
 
 
@@ -57,6 +57,7 @@ class FakeRedisRun:
     learner_silent_s: float = 0.0
     full: int = 0
     late: int = 0
+    expired: int = 0
     quarantined: int = 0
     config: bytes | None = None
     files: dict[str, bytes] = field(default_factory=dict)
@@ -124,6 +125,7 @@ class FakeAdmission:
                 return ()
             now = time.monotonic()
             expired = [lease for lease, (_, expiry) in state.held.items() if expiry <= now]
+            state.expired += len(expired)
             state.put_in_front(sorted(expired, key=lambda lease: (state.held[lease][1], lease.id)))
             limits = state.limits
             room = min(limits.max_groups - len(state.queue), (limits.max_bytes - state.num_bytes) // limits.group_bytes)
@@ -365,6 +367,9 @@ class FakeRolloutSource:
                 returned=len(state.lines["train"]),
                 admitted=state.admitted - state.consumed,
                 quarantined=state.quarantined,
+                full=state.full,
+                late=state.late,
+                expired=state.expired,
             )
 
     def _is_unread(self, descriptor: Descriptor) -> bool:

@@ -16,7 +16,7 @@ from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Split
 from lambdapo_async.seal import Seal, SealError
 
-PROTOCOL_SCHEMA = 1
+PROTOCOL_SCHEMA = 2
 """Raised whenever an older process could misread or corrupt what a newer one keeps in Redis."""
 ROWS_PER_CHUNK = 256
 MAX_SPLIT_BYTES = 1024**3
