@@ -25,7 +25,15 @@ from lambdapo_async.broker.interface import (
 )
 from lambdapo_async.broker.partials import SHARE_OF_QUEUE
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import BrokerError, FencedError, LostDataError, RunNotFoundError, TaskError, WeightsError
+from lambdapo_async.errors import (
+    BrokerError,
+    FencedError,
+    LostDataError,
+    RunNotFoundError,
+    RunNotPublishedError,
+    TaskError,
+    WeightsError,
+)
 from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
@@ -449,7 +457,7 @@ class FakeRunStore:
         with self._state.lock:
             self.state()
             if self._state.config is None:
-                raise RunNotFoundError(f"run {self._run_id} has no config yet")
+                raise RunNotPublishedError(f"run {self._run_id} has no config yet")
             return self._state.config
 
     def model_files(self) -> dict[str, bytes]:
@@ -459,7 +467,7 @@ class FakeRunStore:
     def num_rows(self, split: Split) -> int:
         with self._state.lock:
             if split not in self._state.rows:
-                raise RunNotFoundError(f"run {self._run_id} has no {split} rows yet")
+                raise RunNotPublishedError(f"run {self._run_id} has no {split} rows yet")
             return len(self._state.rows[split])
 
     def row(self, split: Split, index: int) -> Mapping[str, str | None]:
@@ -473,7 +481,7 @@ class FakeRunStore:
         state = self._state
         with state.lock:
             if state.schema is None or state.phase is None:
-                raise RunNotFoundError(f"this Redis holds no run {self._run_id!r}: check the run id and the URL")
+                raise RunNotPublishedError(f"this Redis holds no run {self._run_id!r}: check the run id and the URL")
             if state.schema != SCHEMA:
                 raise RunNotFoundError(f"run {self._run_id} speaks schema {state.schema}, this version speaks {SCHEMA}")
             version = -1 if state.head is None else state.head
