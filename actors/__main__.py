@@ -29,13 +29,15 @@ def act(
     if not url:
         raise ConfigError(f"no Redis: give --redis-url redis://host:6379 or set {REDIS_URL_VARIABLE}")
     actor_id = f"{socket.gethostname()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-    from actors.session import join_run, read_run  # redis and numpy only now
+    from actors.session import exit_on_signals, join_run, read_run  # redis and numpy only now
 
-    run, config = read_run(url, run_id, overrides)
     if dry_run:
+        _, config = read_run(url, run_id, overrides, publication_s=0.0)
         typer.echo(f"would join run {run_id} (model {config.model.path}, task {config.task.kind}) as {actor_id}")
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    exit_on_signals()
+    run, config = read_run(url, run_id, overrides)
     join_run(run, config, run_id=run_id, actor_id=actor_id)
 
 

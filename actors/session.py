@@ -19,6 +19,7 @@ from actors.handoff import Handoff
 from actors.outbox import Outbox
 from actors.parts import ActorParts
 from actors.prompts import LeasedPrompts
+from actors.publication import PUBLICATION_S, published_config
 from actors.scoring import Scorer
 from actors.scratch import scratch_folder
 from actors.spool import Spool, spool_root
@@ -36,12 +37,18 @@ _JOIN_TIMEOUT_S = 30.0
 _MAX_MODEL_FILES_BYTES = 256 * 1024**2  # the largest tokenizers have some 40 MB
 
 
-def read_run(url: str, run_id: str, overrides: Sequence[str]) -> tuple[RedisRun, RunConfig]:
+def read_run(
+    url: str, run_id: str, overrides: Sequence[str], *, publication_s: float = PUBLICATION_S
+) -> tuple[RedisRun, RunConfig]:
     """Connect and read the run's config, with this actor's own ``actor.*`` settings on top.
+
+    Args:
+        url, run_id, overrides: as on the command line.
+        publication_s: deadline for the run's learner to publish it.
 
     Raises:
         BrokerUnreachableError: no Redis there.
-        RunNotFoundError: no such run there, or one of a schema we do not know.
+        RunNotFoundError: no such run there, at the deadline or while there are others; one of a schema we do not know.
         ConfigError: an override of something that is not the actor's to choose, or LAMBDAPO_HMAC_KEY is not the run's.
         TaskError: a reward function that this machine does not have.
     """
@@ -51,7 +58,8 @@ def read_run(url: str, run_id: str, overrides: Sequence[str]) -> tuple[RedisRun,
         raise ConfigError(f"--set {key}: an actor takes everything but actor.* from its run")
     run = RedisRun(url, run_id, timeout_s=_JOIN_TIMEOUT_S, hmac_key=os.environ.get(HMAC_KEY_VARIABLE))
     run.check_reachable()
-    config = parse_published(run.run_store.config_json(), overrides, run_id=run_id)
+    config_json = published_config(run, timeout_s=publication_s)
+    config = parse_published(config_json, overrides, run_id=run_id)
     run.wait_at_most(config.broker.outage_s)
     build_task(config)  # finds missing rewards before an engine is started for them
     return run, config
@@ -65,7 +73,7 @@ def join_run(run: RedisRun, config: RunConfig, *, run_id: str, actor_id: str) ->
 
 
 async def _join_run(run: RedisRun, config: RunConfig, *, run_id: str, actor_id: str, scratch: Path) -> None:
-    _exit_on_signals()
+    exit_on_signals()  # again: the event loop has put in its own handler of Ctrl-C
     from actors.vllm_engine import VllmEngine  # seconds of imports, and a platform choice
 
     model_folder = _write_model_files(run, scratch)
@@ -170,7 +178,7 @@ def _check_model_files(files: Mapping[str, bytes]) -> None:
         )
 
 
-def _exit_on_signals() -> None:
+def exit_on_signals() -> None:
     """Until the actor can drain, SIGTERM (status 0) and Ctrl-C end it at once, by way of every ``finally``.
 
     Not by the event loop, which the engine's start blocks, and whose handlers a forked engine would share with us.

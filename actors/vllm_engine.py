@@ -55,7 +55,9 @@ class VllmEngine:
         self._swapping = asyncio.Lock()
         self._death: str | None = None
         self._info = EngineInfo(
-            name=f"vllm {vllm.__version__}", device=current_platform.get_device_name(), dtype=coarsest_dtype(config.actor)
+            name=f"vllm {vllm.__version__}",
+            device=current_platform.get_device_name(),
+            dtype=coarsest_dtype(config.actor),
         )
 
     @classmethod

@@ -11,6 +11,7 @@ LambdaPOError
 │   ├── LostDataError     Redis restarted, went back in time or lost something: initialise it again
 │   ├── FencedError       another learner owns the run now
 │   └── RunNotFoundError  this Redis holds no such run, or one of another schema
+│       └── RunNotPublishedError  it is not there yet, or not all of it
 ├── NoGroupsError         no rollout group came before the learner's deadline
 ├── WeightsError          a weight version that is missing, damaged or of another model
 ├── CheckpointError       a checkpoint that is missing or damaged
@@ -61,6 +62,10 @@ class FencedError(BrokerError):
 
 class RunNotFoundError(BrokerError, UserError):
     """This Redis holds no such run, or one whose schema we do not know."""
+
+
+class RunNotPublishedError(RunNotFoundError):
+    """This Redis holds no such run, or not all of it: its learner may be about to publish it."""
 
 
 class NoGroupsError(LambdaPOError):

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 
 from lambdapo_async.rollout import Lease, Split
 
+ANY_RUN = "*"
+"""As a run id: makes a key of :class:`RunKeys` the pattern of that key in all runs."""
+
+
+def run_id_of(key: bytes) -> str:
+    """The run that ``key``, one of :class:`RunKeys`, belongs to."""
+    return key.removeprefix(b"{lp:").partition(b"}:")[0].decode(errors="backslashreplace")
+
 
 @dataclass(frozen=True, slots=True)
 class RunKeys:

@@ -77,7 +77,7 @@ def _launch(
         return launch
     has_checkpoint = any((launch.folder / "checkpoints").glob("step-*"))
     if resume and not has_checkpoint:
-        raise ConfigError(f"--resume: {launch.folder} holds no checkpoint; {_runs_of(config)}")
+        raise ConfigError(f"--resume: {launch.folder} holds no checkpoint; {_way_out(launch)}")
     if has_checkpoint and not resume:
         raise ConfigError(
             f"{launch.folder} already holds a run: add --resume to go on with it, or choose another --run-id"
@@ -98,8 +98,14 @@ def _new_run_id(config: RunConfig) -> str:
     return f"{config.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
+def _way_out(launch: Launch) -> str:
+    if (launch.folder / "checkpoints").is_dir():
+        return "its learner ended before it had written the first one, so nothing is lost: start it without --resume"
+    return _runs_of(launch.config)
+
+
 def _runs_of(config: RunConfig) -> str:
-    folders = sorted(folder.parent.name for folder in config.output_dir.glob("*/checkpoints"))
+    folders = sorted({folder.parents[1].name for folder in config.output_dir.glob("*/checkpoints/step-*")})
     return f"runs in {config.output_dir}: {', '.join(folders[-8:])}" if folders else f"{config.output_dir} holds no run"
 
 

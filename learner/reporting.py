@@ -169,6 +169,9 @@ def _depths(queue: QueueStats) -> dict[str, float]:
         "queue/bytes": queue.num_bytes,
         "queue/leased": queue.leased,
         "queue/admitted": queue.admitted,
+        "queue/full": queue.full,
+        "queue/late": queue.late,
+        "queue/expired": queue.expired,
     }
 
 

@@ -25,7 +25,15 @@ from lambdapo_async.broker.interface import (
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.partials import SHARE_OF_QUEUE
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import BrokerError, FencedError, LostDataError, RunNotFoundError, TaskError, WeightsError
+from lambdapo_async.errors import (
+    BrokerError,
+    FencedError,
+    LostDataError,
+    RunNotFoundError,
+    RunNotPublishedError,
+    TaskError,
+    WeightsError,
+)
 from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
@@ -33,7 +41,7 @@ from lambdapo_async.weights.manifest import NewFile, base_of, check_version, nam
 from lambdapo_async.weights.retention import Retention
 from tests.fakes_canary import FakeCanaryStore
 
-SCHEMA = 1
+SCHEMA = 2
 _POLL_S = 0.005
 
 
@@ -57,6 +65,7 @@ class FakeRedisRun:
     learner_silent_s: float = 0.0
     full: int = 0
     late: int = 0
+    expired: int = 0
     quarantined: int = 0
     config: bytes | None = None
     files: dict[str, bytes] = field(default_factory=dict)
@@ -124,6 +133,7 @@ class FakeAdmission:
                 return ()
             now = time.monotonic()
             expired = [lease for lease, (_, expiry) in state.held.items() if expiry <= now]
+            state.expired += len(expired)
             state.put_in_front(sorted(expired, key=lambda lease: (state.held[lease][1], lease.id)))
             limits = state.limits
             room = min(limits.max_groups - len(state.queue), (limits.max_bytes - state.num_bytes) // limits.group_bytes)
@@ -365,6 +375,9 @@ class FakeRolloutSource:
                 returned=len(state.lines["train"]),
                 admitted=state.admitted - state.consumed,
                 quarantined=state.quarantined,
+                full=state.full,
+                late=state.late,
+                expired=state.expired,
             )
 
     def _is_unread(self, descriptor: Descriptor) -> bool:
@@ -444,7 +457,7 @@ class FakeRunStore:
         with self._state.lock:
             self.state()
             if self._state.config is None:
-                raise RunNotFoundError(f"run {self._run_id} has no config yet")
+                raise RunNotPublishedError(f"run {self._run_id} has no config yet")
             return self._state.config
 
     def model_files(self) -> dict[str, bytes]:
@@ -454,7 +467,7 @@ class FakeRunStore:
     def num_rows(self, split: Split) -> int:
         with self._state.lock:
             if split not in self._state.rows:
-                raise RunNotFoundError(f"run {self._run_id} has no {split} rows yet")
+                raise RunNotPublishedError(f"run {self._run_id} has no {split} rows yet")
             return len(self._state.rows[split])
 
     def row(self, split: Split, index: int) -> Mapping[str, str | None]:
@@ -468,7 +481,7 @@ class FakeRunStore:
         state = self._state
         with state.lock:
             if state.schema is None or state.phase is None:
-                raise RunNotFoundError(f"this Redis holds no run {self._run_id!r}: check the run id and the URL")
+                raise RunNotPublishedError(f"this Redis holds no run {self._run_id!r}: check the run id and the URL")
             if state.schema != SCHEMA:
                 raise RunNotFoundError(f"run {self._run_id} speaks schema {state.schema}, this version speaks {SCHEMA}")
             version = -1 if state.head is None else state.head

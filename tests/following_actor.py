@@ -102,6 +102,8 @@ class MemoryWeights:
         """Unset, a fetch hangs."""
         self.link.set()
         self.fetching = threading.Event()
+        self.looked_for = threading.Semaphore(0)
+        """One for each look at the head that found nothing newer."""
         self._head: int | None = None
         self._newer = threading.Condition()
 
@@ -123,6 +125,12 @@ class MemoryWeights:
             self.payloads.clear()
             self._head = None
         raise WeightsError("the file is gone: the head is None")
+
+    def roll_back(self, version: int) -> None:
+        """What a Redis with snapshots does at a restart: the versions above are as if they had never been."""
+        with self._newer:
+            self.payloads = {file: data for file, data in self.payloads.items() if file.version <= version}
+            self._head = version
 
     def replace_union(self, version: int, payload: bytes) -> None:
         with self._newer:
@@ -146,7 +154,10 @@ class MemoryWeights:
     def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
         with self._newer:  # short waits, so that a cancelled follower's thread ends soon
             self._newer.wait_for(lambda: self._head is not None and self._head > than, min(timeout_s, 0.02))
-            return self._head if self._head is not None and self._head > than else None
+            if self._head is not None and self._head > than:
+                return self._head
+            self.looked_for.release()
+            return None
 
     def files(self) -> tuple[Available, ...]:
         with self._newer:

@@ -46,7 +46,8 @@ class RedisAdmission:
         """Give leases up unanswered; they are granted next, in this order."""
         keys = self._keys
         self._hand_back(
-            [keys.leases, keys.holders, keys.todo, keys.heldout], [self._actor_id, *(lease.id for lease in leases)]
+            [keys.state, keys.leases, keys.holders, keys.todo, keys.heldout],
+            [self._actor_id, *(lease.id for lease in leases)],
         )
 
 

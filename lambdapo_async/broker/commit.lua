@@ -1,12 +1,12 @@
 -- Forget groups that are durable at the learner, and raise (never lower) the marks that tell their actors.
--- KEYS[1] to KEYS[6] = see synced.lua, KEYS[7...] = payloads
+-- KEYS[1] to KEYS[8] = see synced.lua, KEYS[9...] = payloads
 -- ARGV[1] to ARGV[3] = see synced.lua, ARGV[4] = number of marks, then producer, mark, ...,
 -- then for each payload: stream id, 1 for a duplicate training group else 0
 local first = 5 + 2 * tonumber(ARGV[4])
 local num_bytes, removed, duplicates = 0, 0, 0
 -- Deleting comes first: a full Redis allows a script's other writes only after it.
-for i = 7, #KEYS do
-  local at = first + 2 * (i - 7)
+for i = 9, #KEYS do
+  local at = first + 2 * (i - 9)
   if redis.call('XDEL', KEYS[2], ARGV[at]) == 1 then
     num_bytes = num_bytes + redis.call('STRLEN', KEYS[i])
     redis.call('UNLINK', KEYS[i])

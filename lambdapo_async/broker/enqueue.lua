@@ -23,7 +23,6 @@ if state[5] ~= server_id() then return refuse('WAIT') end
 if epoch ~= ARGV[1] then return refuse('EPOCH') end
 if seq ~= last + 1 then return refuse('GAP') end
 
-local is_training = string.sub(lease, 1, 6) == 'train:'
 local holder = redis.call('HGET', KEYS[6], lease)
 -- A producer is its actor's id, a dot and a number.
 local ours = holder and (holder == producer or string.sub(producer, 1, #holder + 1) == holder .. '.')
@@ -33,7 +32,7 @@ if (holder and not ours) or redis.call('ZSCORE', KEYS[9], lease) then
   if ours then
     redis.call('ZREM', KEYS[5], lease)
     redis.call('HDEL', KEYS[6], lease)
-    if is_training then redis.call('HINCRBY', KEYS[1], 'admitted', -1) end
+    if is_training(lease) then redis.call('HINCRBY', KEYS[1], 'admitted', -1) end
   end
   return refuse('LATE')
 end
@@ -49,7 +48,9 @@ if redis.call('STRLEN', KEYS[10]) ~= size then return refuse('AGAIN') end
 if ours then
   redis.call('ZREM', KEYS[5], lease)
   redis.call('HDEL', KEYS[6], lease)
-elseif redis.call('LREM', is_training and KEYS[7] or KEYS[8], 1, lease) == 0 and is_training then
+elseif redis.call('LREM', is_training(lease) and KEYS[7] or KEYS[8], 1, lease) == 1 then
+  count_in_line(KEYS[1], -1)
+elseif is_training(lease) then
   -- Redis forgot this lease: it counts for the gate like any other.
   redis.call('HINCRBY', KEYS[1], 'admitted', 1)
 end

@@ -12,7 +12,7 @@ for i = #ids, 1, -1 do
   if holder and is_aside[holder] then
     redis.call('ZREM', KEYS[3], ids[i])
     redis.call('HDEL', KEYS[4], ids[i])
-    redis.call('LPUSH', string.sub(ids[i], 1, 6) == 'train:' and KEYS[5] or KEYS[6], ids[i])
+    put_in_front(KEYS[1], KEYS[5], KEYS[6], ids[i])
   end
 end
 return {'OK'}

@@ -104,7 +104,7 @@ class Durable:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """Depths right now."""
+    """Depths right now; and counts since this Redis was empty."""
 
     queued: int
     """Groups in Redis, read but uncommitted ones included."""
@@ -116,6 +116,13 @@ class QueueStats:
     admitted: int
     """Training leases granted and not consumed: leased, returned, queued or at the learner."""
     quarantined: int
+    """Groups kept aside because they could not be read."""
+    full: int
+    """Offers refused because the queue had no room; each is repeated."""
+    late: int
+    """Groups refused for good: another actor holds or answered their prompt."""
+    expired: int
+    """Leases that were not renewed in time; others got them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +204,7 @@ class RolloutSource(Protocol):
         """Offer held-out leases to the actors, ahead of training ones."""
 
     def stats(self) -> QueueStats:
-        """Depths right now."""
+        """Depths right now, and what happened so far."""
 
 
 class Fleet(Protocol):

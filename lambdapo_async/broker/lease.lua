@@ -31,7 +31,7 @@ local expired = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 10
 for i = #expired, 1, -1 do
   redis.call('ZREM', KEYS[2], expired[i])
   redis.call('HDEL', KEYS[3], expired[i])
-  redis.call('LPUSH', string.sub(expired[i], 1, 6) == 'train:' and KEYS[4] or KEYS[5], expired[i])
+  put_in_front(KEYS[1], KEYS[4], KEYS[5], expired[i])
 end
 if #expired > 0 then redis.call('HINCRBY', KEYS[1], 'expired', #expired) end
 
@@ -44,6 +44,7 @@ for _, line in ipairs({KEYS[5], KEYS[4]}) do
     local id = redis.call('LPOP', line)
     if not id then break end
     granted[#granted + 1] = id
+    count_in_line(KEYS[1], -1)
   end
 end
 while #granted < wanted and admitted - consumed < capacity do

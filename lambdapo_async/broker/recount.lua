@@ -14,7 +14,7 @@ local is_open, is_there = {}, {}
 for _, id in ipairs(missing) do is_open[id] = true end
 -- Neither received nor given out twice.
 local function is_stale(id)
-  return string.sub(id, 1, 6) == 'train:' and not is_open[id]
+  return is_training(id) and not is_open[id]
 end
 
 local bytes, queued, training = 0, 0, 0
@@ -23,7 +23,7 @@ for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
   queued = queued + 1
   for i = 1, #fields, 2 do
     if fields[i] == 'n' then bytes = bytes + (tonumber(fields[i + 1]) or 0) end
-    if fields[i] == 'l' and string.sub(fields[i + 1], 1, 6) == 'train:' then
+    if fields[i] == 'l' and is_training(fields[i + 1]) then
       training, is_there[fields[i + 1]] = training + 1, true
     end
   end
@@ -41,7 +41,7 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
     redis.call('ZREM', KEYS[3], id)
   else
     is_leased[id] = true
-    if string.sub(id, 1, 6) == 'train:' then
+    if is_training(id) then
       training, is_there[id] = training + 1, true
     end
     -- Its actor could not renew it while the queue was closed.
@@ -68,6 +68,6 @@ for _, id in ipairs(line) do redis.call('RPUSH', KEYS[5], id) end
 
 -- Held-out answers that the last learner asked for: nobody waits for them any more.
 redis.call('DEL', KEYS[6])
-redis.call('HSET', KEYS[1], 'bytes', bytes, 'queued', queued, 'consumed', consumed, 'frontier', frontier,
-           'admitted', consumed + tonumber(ARGV[3]) + training + #line)
+redis.call('HSET', KEYS[1], 'bytes', bytes, 'queued', queued, 'in_line', #line, 'consumed', consumed,
+           'frontier', frontier, 'admitted', consumed + tonumber(ARGV[3]) + training + #line)
 return {'OK'}

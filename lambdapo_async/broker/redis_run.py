@@ -1,6 +1,7 @@
 """All seams of one run in one Redis."""
 
 import contextlib
+from functools import partial
 
 import redis
 
@@ -16,12 +17,13 @@ from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.run_store import RedisRunStore
 from lambdapo_async.config.weights import WeightsConfig
 from lambdapo_async.errors import BrokerUnavailable, BrokerUnreachableError
-from lambdapo_async.keys import RunKeys
+from lambdapo_async.keys import ANY_RUN, RunKeys, run_id_of
 from lambdapo_async.seal import Seal
 from lambdapo_async.weights.canary_store import RedisCanaryStore
 from lambdapo_async.weights.redis_store import RedisWeightStore
 
 _FIRST_CONTACT_S = 5.0
+_SCANNED_AT_ONCE, _MOST_SCANS = 10_000, 100  # a person waits, and so does the server while it scans
 
 
 class RedisRun:
@@ -58,6 +60,17 @@ class RedisRun:
             except BrokerUnavailable as error:
                 raise BrokerUnreachableError(f"{error}; does it run, and is its URL right?") from error
 
+    def run_ids(self) -> tuple[str, ...]:
+        """Runs in this Redis, in alphabetical order, as far as its first million keys tell."""
+
+        found, cursor = set[bytes](), 0
+        for _ in range(_MOST_SCANS):
+            cursor, names = self._broker.call(partial(_scan, cursor=cursor))
+            found.update(names)
+            if cursor == 0:
+                break
+        return tuple(sorted(map(run_id_of, found)))
+
     def wait_at_most(self, seconds: float) -> None:
         """Change the deadline of every call, the running ones included."""
         self._broker.wait_at_most(seconds)
@@ -89,6 +102,10 @@ class RedisRun:
     def close(self) -> None:
         """Close the connections."""
         self._broker.close()
+
+
+def _scan(client: redis.Redis, *, cursor: int) -> object:
+    return client.scan(cursor, RunKeys(ANY_RUN).state, _SCANNED_AT_ONCE)
 
 
 def _ping(client: redis.Redis) -> None:

@@ -30,6 +30,7 @@ MAX_QUARANTINED_BYTES = 1024**2
 _FETCH_BYTES = 16 * 1024**2  # one pipeline's replies: well below the server's output buffer limit of 64 MB
 _REMOVED_AT_ONCE = 512
 _FROM_THE_START = b"0-0"
+_COUNTERS = ("quarantined", "full", "late", "expired")  # as QueueStats has them
 
 
 class RedisRolloutSource:
@@ -43,7 +44,9 @@ class RedisRolloutSource:
         self._consumed = Script(broker, "consumed", fenced=True)
         self._quarantine = Script(broker, "quarantine", fenced=True)
         self._request = Script(broker, "request_heldout", fenced=True)
-        self._synced = [keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders]
+        self._synced = [
+            keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders, keys.todo, keys.heldout,
+        ]  # fmt: skip
         self._cursor, self._ticks = _FROM_THE_START, 0
         self._received: dict[str, int] = {}
         self._committed: dict[str, int] = {}
@@ -118,12 +121,14 @@ class RedisRolloutSource:
         )
 
     def stats(self) -> QueueStats:
-        """Depths right now."""
+        """Depths right now, and what happened so far."""
         keys = self._keys
 
         def look(client: redis.Redis) -> object:
             pipeline = client.pipeline(transaction=True)
-            pipeline.hmget(keys.state, ["fence", "bytes", "admitted", "consumed", "quarantined"])
+            pipeline.hmget(
+                keys.state, ["fence", "bytes", "admitted", "consumed", "quarantined", "full", "late", "expired"]
+            )
             pipeline.xlen(keys.queue)
             pipeline.zcard(keys.leases)
             pipeline.llen(keys.todo)
@@ -131,8 +136,8 @@ class RedisRolloutSource:
 
         (fence, *counters), queued, leased, returned = self._broker.call(look)
         self._check_fence(fence)
-        num_bytes, admitted, consumed, quarantined = (int(value or 0) for value in counters)
-        return QueueStats(queued, num_bytes, leased, returned, admitted - consumed, quarantined)
+        num_bytes, admitted, consumed, *so_far = (int(value or 0) for value in counters)
+        return QueueStats(queued, num_bytes, leased, returned, admitted - consumed, *so_far)
 
     def _forget(
         self, names: Sequence[tuple[str, int]], marks: Mapping[str, int], duplicates: Collection[tuple[str, int]]

@@ -11,12 +11,12 @@ from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Phase, RunState
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.script import Script
-from lambdapo_async.errors import BrokerError, ConfigError, RunNotFoundError, TaskError
+from lambdapo_async.errors import BrokerError, ConfigError, RunNotFoundError, RunNotPublishedError, TaskError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Split
 from lambdapo_async.seal import Seal, SealError
 
-PROTOCOL_SCHEMA = 1
+PROTOCOL_SCHEMA = 2
 """Raised whenever an older process could misread or corrupt what a newer one keeps in Redis."""
 ROWS_PER_CHUNK = 256
 MAX_SPLIT_BYTES = 1024**3
@@ -93,7 +93,7 @@ class RedisRunStore:
         self.state()
         config = self._broker.call(lambda client: client.get(self._keys.config))
         if not isinstance(config, bytes):
-            raise RunNotFoundError(f"run {self._keys.run_id} has no config yet: is its learner still starting?")
+            raise RunNotPublishedError(f"run {self._keys.run_id} has no config yet: is its learner still starting?")
         try:
             return self._seal.open(config, purpose=_CONFIG)
         except SealError as error:
@@ -108,7 +108,9 @@ class RedisRunStore:
         """Rows of a split."""
         count = self._broker.call(lambda client: client.hget(self._keys.state, f"rows_{split}"))
         if count is None:
-            raise RunNotFoundError(f"run {self._keys.run_id} has no {split} rows yet: is its learner still starting?")
+            raise RunNotPublishedError(
+                f"run {self._keys.run_id} has no {split} rows yet: is its learner still starting?"
+            )
         return int(count)
 
     def row(self, split: Split, index: int) -> FoundRow:
@@ -138,7 +140,7 @@ class RedisRunStore:
 
         (schema, phase, epoch, version, seen_ms), (now_s, now_us) = self._broker.call(look)
         if schema is None or phase is None or epoch is None:
-            raise RunNotFoundError(f"this Redis holds no run {self._keys.run_id!r}: check the run id and the URL")
+            raise RunNotPublishedError(f"this Redis holds no run {self._keys.run_id!r}: check the run id and the URL")
         if int(schema) != PROTOCOL_SCHEMA:
             raise RunNotFoundError(
                 f"run {self._keys.run_id} speaks schema {int(schema)}, this version speaks {PROTOCOL_SCHEMA}: "

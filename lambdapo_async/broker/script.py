@@ -25,7 +25,7 @@ class Script:
             fenced: KEYS[1] is the run's state and ARGV[1] our fence, checked before anything else.
             synced: fenced, and the queue must still be the one that its learner initialised (see synced.lua).
         """
-        preludes = ["server", *(["fenced"] if fenced or synced else []), *(["synced"] if synced else [])]
+        preludes = ["server", "lines", *(["fenced"] if fenced or synced else []), *(["synced"] if synced else [])]
         folder = resources.files("lambdapo_async.broker")
         self._source = "".join((folder / f"{part}.lua").read_text() for part in (*preludes, name))
         self._broker = broker

@@ -65,6 +65,10 @@ CHARTS = (
         (Line("queue/groups", "in Redis", _AMBER), Line("queue/leased", "held by actors", _BLUE)),
     ),
     Chart(
+        "Sampled in vain, so far",
+        (Line("queue/expired", "leases expired", _AMBER), Line("queue/late", "groups refused as late", _BLUE)),
+    ),
+    Chart(
         "Throughput, tokens per second",
         (Line("actors/tokens_per_s", "actors", _AMBER), Line("speed/tokens_per_s", "learner", _BLUE)),
     ),

@@ -20,9 +20,21 @@ from lambdapo_async.broker.connection import BrokerRefusedError, connect, embedd
 from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import BrokerError, BrokerUnavailable, LostDataError, RunNotFoundError, TaskError
+from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.weights.manifest import Manifest
 from lambdapo_async.weights.redis_chunks import RedisChunks
-from tests.contract.broker_world import FOREVER_S, LIMITS, durable, offer, start, train, until
+from tests.contract.broker_world import (
+    FOREVER_S,
+    LIMITS,
+    SHORT,
+    durable,
+    eventually,
+    heldout,
+    offer,
+    start,
+    train,
+    until,
+)
 from tests.contract.test_broker_run import heartbeat
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S, OpenRun
@@ -122,7 +134,7 @@ def test_cut_connections_are_opened_again(redis_run: RedisRun, server: redis.Red
 def test_an_actor_refuses_another_schema(redis_run: RedisRun, server: redis.Redis) -> None:
     start(redis_run)
     server.hset(redis_run.keys.state, "schema", 7)
-    with pytest.raises(RunNotFoundError, match="speaks schema 7, this version speaks 1"):
+    with pytest.raises(RunNotFoundError, match="speaks schema 7, this version speaks 2"):
         redis_run.run_store.config_json()
 
 
@@ -189,6 +201,57 @@ def test_a_lost_entry_is_an_error(redis_run: RedisRun, server: redis.Redis) -> N
     server.xtrim(redis_run.keys.queue, maxlen=1, approximate=False)
     with pytest.raises(BrokerError, match="entries of the queue are gone"):
         source.read(1, timeout_s=FOREVER_S)
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_an_evicted_line_of_leases_is_an_error_and_comes_back(
+    redis_run: RedisRun, server: redis.Redis, split: Split
+) -> None:
+    source, line = start(redis_run), {"train": redis_run.keys.todo, "heldout": redis_run.keys.heldout}[split]
+    asked = (Lease(split, 0), Lease(split, 1))
+    if split == "heldout":
+        source.request_evaluation(asked)
+    admission = redis_run.admission("a")
+    assert admission.lease(2) == asked
+    admission.hand_back(asked)
+    assert source.read(1, timeout_s=0.01) == []
+    server.delete(line)
+    with pytest.raises(LostDataError, match="leases in line are gone"):
+        source.read(1, timeout_s=0.01)
+    with pytest.raises(LostDataError, match="leases in line are gone"):
+        source.commit({})
+    source.initialise(durable())
+    source.request_evaluation(asked)
+    assert source.read(1, timeout_s=0.01) == []
+    assert admission.lease(2) == asked
+
+
+def test_whichever_way_leases_come_into_line_and_leave_it_nothing_looks_lost(
+    redis_run: RedisRun, server: redis.Redis
+) -> None:
+    source, first = start(redis_run), redis_run.admission("a")
+
+    def in_line() -> int:
+        source.read(1, timeout_s=0.01)
+        return int(server.hget(redis_run.keys.state, "in_line") or 0)
+
+    assert first.lease(4) == train(0, 1, 2, 3)
+    first.hand_back(train(1, 2))
+    assert in_line() == 2
+    assert offer(redis_run, 1, *train(2), producer="c.0").status is EnqueueStatus.OK  # answered while it was in line
+    assert in_line() == 1
+    redis_run.fleet_control(1).quarantine(["a"])
+    source.request_evaluation(heldout(0))
+    assert in_line() == 4
+    assert redis_run.admission("b").lease(9) == (*heldout(0), *train(0, 3, 1))
+    assert in_line() == 0
+
+
+def test_expired_leases_do_not_look_lost(redis_run: RedisRun) -> None:
+    source = start(redis_run, SHORT)
+    redis_run.admission("a").lease(4)
+    assert eventually(lambda: redis_run.admission("b").lease(1)) == train(0)
+    assert (source.stats().returned, source.read(1, timeout_s=0.01)) == (3, [])
 
 
 def test_the_quarantine_is_bounded(redis_run: RedisRun, server: redis.Redis) -> None:

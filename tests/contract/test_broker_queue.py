@@ -208,3 +208,14 @@ def test_unreadable_groups_are_counted(broker_run: BrokerRun) -> None:
     for delivery in source.read(2, timeout_s=FOREVER_S):
         source.quarantine(delivery.descriptor, delivery.payload, "garbage")
     assert source.stats().quarantined == 2
+
+
+def test_what_was_refused_and_what_expired_is_counted(broker_run: BrokerRun) -> None:
+    source = start(broker_run, dataclasses.replace(SHORT, max_groups=1))
+    broker_run.admission("a").lease(1)
+    assert eventually(lambda: broker_run.admission("b").lease(1)) == train(0)
+    assert offer(broker_run, 1, *train(0), producer="a.0").status is EnqueueStatus.LATE
+    assert offer(broker_run, 1, *train(0), producer="b.0").status is EnqueueStatus.OK
+    assert offer(broker_run, 1, *train(5), producer="a.0").status is EnqueueStatus.FULL
+    assert offer(broker_run, 1, *train(5), producer="a.0").status is EnqueueStatus.FULL
+    assert (source.stats().expired, source.stats().late, source.stats().full) == (1, 1, 2)

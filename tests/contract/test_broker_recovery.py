@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from lambdapo_async.broker.interface import EnqueueStatus, RolloutSource
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import BrokerUnavailable, FencedError, LostDataError
 from lambdapo_async.rollout import Lease
+from lambdapo_async.weights.catch_up import plan_catch_up
 from tests.contract.broker_world import FOREVER_S, LIMITS, durable, heldout, offer, start, train
 from tests.fakes_broker import FakeRun
 from tests.lossy_proxy import lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S, BrokerRun, OpenRun
 from tests.redis_server import AOF, RDB, RedisServer, own_server
+from tests.weight_files import full, step
 
 OK, DUP, GAP, FULL, EPOCH, WAIT, LATE = EnqueueStatus
 
@@ -237,6 +240,31 @@ def test_an_older_snapshot_is_no_different(tmp_path: Path) -> None:
         assert [offer(run, seq, leases[seq - 1]).status for seq in (1, 2)] == [DUP, OK]
         assert journal(source, count=1) == [("a.0", 2)]
         assert (source.stats().leased, source.stats().admitted) == (0, 2)
+
+
+def test_weights_of_an_older_snapshot_are_followed_by_newer_numbers(tmp_path: Path) -> None:
+    """A follower of version 3 is not woken by a head that went back to 1, and is by the learner's next."""
+    with (
+        own_server(tmp_path, RDB) as own,
+        contextlib.closing(RedisRun(own.url, "test", timeout_s=TIMEOUT_S)) as run,
+    ):
+        source = start(run)
+        run.weights.publish(0, [full(0)], consumed=0, fence=1)
+        run.weights.publish(1, [step(1)], consumed=0, fence=1)
+        own.client.save()
+        for version in (2, 3):
+            run.weights.publish(version, [step(version)], consumed=0, fence=1)
+        own.restart()
+        assert (run.weights.head(), run.weights.wait_newer(3, timeout_s=0.01)) == (1, None)
+        with pytest.raises(LostDataError):
+            run.weights.publish(4, [step(4)], consumed=0, fence=1)
+        source.initialise(durable())
+        with ThreadPoolExecutor(1) as follower:
+            adopted = follower.submit(run.weights.wait_newer, 3, timeout_s=FOREVER_S)
+            run.weights.publish(4, [full(4, b"new")], consumed=0, fence=1)
+            assert adopted.result(FOREVER_S) == 4
+        (newest,) = plan_catch_up(run.weights.files(), at=3, head=4).files
+        assert run.weights.fetch(newest) == b"new"
 
 
 def test_an_empty_server_gets_a_new_epoch_and_every_outbox_offers_again(own: RedisServer, own_run: RedisRun) -> None:

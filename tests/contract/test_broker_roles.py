@@ -109,6 +109,11 @@ def test_a_user_of_one_run_cannot_read_another(broker_run: RoleRun, guarded: Red
         broker_run.actor._broker.call(lambda client: client.get("{lp:other}:config"))
 
 
+def test_an_actor_sees_which_runs_there_are(broker_run: RoleRun) -> None:
+    start(broker_run)  # type: ignore[arg-type]
+    assert broker_run.keys.run_id in broker_run.actor.run_ids()
+
+
 def test_a_wrong_password_is_refused(guarded: RedisServer) -> None:
     url = guarded.url.replace("unix://", "unix://actor:wrong@")
     with (

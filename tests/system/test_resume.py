@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from lambdapo_async.cli.errors import USER_ERROR_STATUS
 from lambdapo_async.config import RunConfig
 from lambdapo_async.journal.records import VersionRecord
 from learner.character_tokenizer import build_tokenizer
@@ -43,11 +44,10 @@ class Scene:
         return self.root / self.run_id
 
     @contextmanager
-    def learner(self, log: str, *flags: str, dies_at: str | None = None) -> Iterator[Process]:
+    def learner(self, log: str, *flags: str, dies_at: str | None = None, call: int = 2) -> Iterator[Process]:
         changes = [f"output_dir={self.root}", f"learner.num_steps={NUM_STEPS}", "learner.checkpoint_every=3"]
         settings = [part for change in [*changes, "learner.record=true"] for part in ("--set", change)]
-        # The second such call: each life gets at least one step further than the one before.
-        module = ["learner"] if dies_at is None else ["tests.dying_learner", dies_at, "2"]
+        module = ["learner"] if dies_at is None else ["tests.dying_learner", dies_at, str(call)]
         place = ["--redis-url", self.redis_url, "--run-id", self.run_id]
         process = Process(*module, str(self.root / "run.toml"), *place, *settings, *flags, log=self.root / log)
         try:
@@ -84,6 +84,7 @@ def scene(tmp_path: Path, redis_url: str, request: pytest.FixtureRequest) -> Ite
 @pytest.mark.system
 @pytest.mark.timeout(600)
 def test_a_learner_killed_at_every_named_point_ends_as_if_it_had_lived(scene: Scene) -> None:
+    # The second call of each: every life gets at least one step further than the one before.
     for number, place in enumerate(PLACES):
         with scene.learner(f"{number}.log", *(["--resume"] if number else []), dies_at=place) as process:
             assert process.wait(timeout_s=LIFE_S) == -signal.SIGKILL, f"{place}: {process.log_tail()}"
@@ -91,6 +92,23 @@ def test_a_learner_killed_at_every_named_point_ends_as_if_it_had_lived(scene: Sc
         assert process.wait(timeout_s=LIFE_S) == 0, process.log_tail()
     scene.assert_every_prompt_once()
     assert_same_bits(scene.folder, scene.replay(), num_steps=NUM_STEPS)
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+def test_a_learner_killed_before_its_first_checkpoint_is_started_anew(scene: Scene) -> None:
+    """Nothing was published, so that nobody has sampled for it."""
+    with scene.learner("killed.log", dies_at="checkpoint half written", call=1) as process:
+        assert process.wait(timeout_s=LIFE_S) == -signal.SIGKILL, process.log_tail()
+    with scene.learner("resumed.log", "--resume") as process:
+        assert process.wait(timeout_s=LIFE_S) == USER_ERROR_STATUS, process.log_tail()
+    assert (scene.root / "resumed.log").read_text() == (
+        f"error: --resume: {scene.folder} holds no checkpoint; its learner ended before it had written the first one, "
+        "so nothing is lost: start it without --resume\n"
+    )
+    with scene.learner("anew.log") as process:
+        assert process.wait(timeout_s=LIFE_S) == 0, process.log_tail()
+    scene.assert_every_prompt_once()
 
 
 @pytest.mark.system

@@ -24,6 +24,7 @@ from lambdapo_async.errors import (
     TaskError,
     UserError,
 )
+from lambdapo_async.rollout import SPLITS
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
 
@@ -45,6 +46,8 @@ def publish(redis_run: RedisRun) -> Callable[[object], str]:
 
     def publish_tree(tree: object) -> str:
         redis_run.run_store.create(json.dumps(tree).encode(), {}, fence=1)
+        for split in SPLITS:
+            redis_run.run_store.put_rows(split, [])
         return redis_run.keys.run_id
 
     return publish_tree

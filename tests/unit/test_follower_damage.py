@@ -94,6 +94,80 @@ async def test_weights_that_are_gone_are_waited_for(learner: Learner, actor: Fol
     assert actor.counter("weights_failed") == 0
 
 
+async def test_a_head_that_went_back_is_not_followed_and_its_successor_is(
+    learner: Learner, actor: FollowingActor
+) -> None:
+    for _ in range(5):
+        learner.step()
+    await actor.catch_up()
+    learner.store.roll_back(3)
+    async with actor.following() as task:
+        # It looked at the older head and stayed where it was.
+        await asyncio.to_thread(actor.learner.store.looked_for.acquire, timeout=TIMEOUT_S)
+        await asyncio.to_thread(actor.learner.store.looked_for.acquire, timeout=TIMEOUT_S)
+        assert not task.done()
+        assert actor.engine.policy_version == 5
+        learner.publish_whole()
+        await asyncio.wait_for(until_adopted(actor), TIMEOUT_S)
+        actor.assert_has_the_learners_bits()
+    learner.step()
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert (actor.counter("weight_failures"), actor.counter("weight_updates")) == (0, 3)
+
+
+@pytest.mark.parametrize("head", [2, 3, 4])
+async def test_a_head_that_goes_back_in_the_middle_of_a_chain_costs_a_keyframe(
+    learner: Learner, actor: FollowingActor, head: int
+) -> None:
+    """The engine has version 2, the mirror is already at 4 when 5 goes; the head may be between the two."""
+    for _ in range(2):
+        learner.step()
+    await actor.catch_up()
+    for _ in range(3):
+        learner.step()
+
+    def go_back(_: bytes) -> bytes:
+        learner.store.roll_back(head)
+        raise WeightsError(f"the file is gone: the head is {head}")
+
+    learner.store.damage = {5: go_back}
+    async with actor.following() as task:
+        async with asyncio.timeout(TIMEOUT_S):
+            while actor.counter("weight_failures") < 1 or actor.engine.policy_version != head:
+                await asyncio.sleep(0)
+        assert not task.done()
+        learner.publish_whole()
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    learner.step()
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert actor.counter("weight_failures") == 1
+
+
+async def test_a_mirror_newer_than_the_head_is_given_up(learner: Learner, actor: FollowingActor) -> None:
+    """The engine was cut off while it loaded, and the head went back meanwhile."""
+    for _ in range(5):
+        learner.step()
+    actor.follower._catch_up(5)
+    learner.store.roll_back(4)
+    async with actor.following() as task:
+        await asyncio.wait_for(until_adopted(actor), TIMEOUT_S)
+        assert not task.done()
+        assert actor.engine.policy_version == 4
+        learner.publish_whole()
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert actor.counter("weight_failures") == 1
+
+
+async def until_adopted(actor: FollowingActor) -> None:
+    """The next version is adopted."""
+    actor.follower.changed.clear()
+    await actor.follower.changed.wait()
+
+
 async def test_weights_that_are_gone_are_not_waited_for_without_end(learner: Learner, tmp_path: Path) -> None:
     actor = FollowingActor(learner, tmp_path / "actor", data_timeout_s=0.05)
     await actor.catch_up()

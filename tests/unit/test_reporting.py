@@ -53,7 +53,9 @@ def report(step: int, **metrics: float) -> StepReport:
         step_s=0.5,
         surroundings=Surroundings(
             weights={"weights/bytes": 700.0},
-            queue=QueueStats(queued=4, num_bytes=100, leased=2, returned=0, admitted=6, quarantined=0),
+            queue=QueueStats(
+                queued=4, num_bytes=100, leased=2, returned=0, admitted=6, quarantined=0, full=7, late=8, expired=9
+            ),
         ),
     )
 
@@ -76,6 +78,7 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
     assert second.values["groups/without_confidence"] == 2
     assert first.values["tokens/trained"] == 20
     assert first.values["weights/bytes"] == 700.0
+    assert [first.values[f"queue/{name}"] for name in ("full", "late", "expired")] == [7, 8, 9]
     undocumented = set(first.values) - set(METRICS) - {"reward/verifiable"}
     assert not undocumented
 

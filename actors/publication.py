@@ -1,0 +1,52 @@
+"""Waits for a run that its learner has yet to publish; a mistyped run id is not waited for."""
+
+import difflib
+import logging
+import time
+
+from lambdapo_async.broker.redis_run import RedisRun
+from lambdapo_async.errors import RunNotPublishedError
+from lambdapo_async.rollout import SPLITS
+
+logger = logging.getLogger(__name__)
+
+PUBLICATION_S = 600.0
+"""A learner publishes when its model is loaded, and again when it finds that Redis came back empty."""
+_POLL_S = 0.5
+_NAMES_SHOWN = 3
+
+
+def published_config(run: RedisRun, *, timeout_s: float) -> bytes:
+    """The run's config, as soon as Redis holds all that an actor joins with.
+
+    Raises:
+        RunNotPublishedError: not within ``timeout_s``; at once when this Redis holds other runs, but not this one.
+        RunNotFoundError: the run is there, in a schema that is not ours.
+    """
+    deadline, is_told = time.monotonic() + timeout_s, False
+    while True:
+        try:
+            config_json = run.run_store.config_json()
+            for split in SPLITS:
+                run.run_store.num_rows(split)
+        except RunNotPublishedError as error:
+            _refuse_if_mistyped(run)
+            if time.monotonic() >= deadline:
+                raise
+            if not is_told:
+                logger.warning("%s; waiting up to %g s for its learner to publish it", error, timeout_s)
+                is_told = True
+            time.sleep(_POLL_S)
+        else:
+            return config_json
+
+
+def _refuse_if_mistyped(run: RedisRun) -> None:
+    wanted, others = run.keys.run_id, run.run_ids()
+    if not others or wanted in others:
+        return
+    nearest = difflib.get_close_matches(wanted, others, n=_NAMES_SHOWN, cutoff=0.0)
+    raise RunNotPublishedError(
+        f"this Redis holds no run {wanted!r}, but {', '.join(map(repr, nearest))}"
+        f"{' and others' if len(others) > len(nearest) else ''}: check the run id, or start its learner first"
+    )
