@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,28 @@ def test_it_is_not_waited_for_for_ever(folder: Path) -> None:
 
     with pytest.raises(BrokerUnavailable, match="still no answer"):
         live(run, folder, config, disturb)
+
+
+def test_each_of_several_outages_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one batch is waited for they come further apart than one may last."""
+    run, config = FakeRun("run"), stage_config(broker={"outage_s": 60.0})
+    now_s = 0.0
+    monkeypatch.setattr("learner.resync.time", SimpleNamespace(monotonic=lambda: now_s))
+    with staged(run, folder, config) as stage, acting(run, config):
+        read, calls = stage.source.read, Counter[str]()
+
+        def away_twice(max_groups: int, *, timeout_s: float):
+            nonlocal now_s
+            calls["all"] += 1
+            if calls["all"] in (5, 6):
+                now_s += 100.0
+                raise BrokerUnavailable("no answer")
+            return read(max_groups, timeout_s=timeout_s)
+
+        stage.source.read = away_twice
+        stage.learner.run()
+    assert calls["all"] > 6
+    assert_nothing_lost(folder)
 
 
 def _unavailable(durable: Durable) -> None:
