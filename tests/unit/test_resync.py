@@ -25,6 +25,7 @@ from lambdapo_async.weights.state import State
 from learner.fence import take_fence
 from tests.fakes_broker import FakeRedisRun, FakeRun
 from tests.learner_stage import Stage, acting, journal_of, rows_of, stage_config, staged, trained_in
+from tests.resumed_run import newest
 from tests.tiny_models import tiny_model_folder
 
 _LASTING = ("lock", "canary")
@@ -206,6 +207,21 @@ def test_each_of_several_outages_is_waited_for(folder: Path, monkeypatch: pytest
         stage.source.read = away_twice
         stage.learner.run()
     assert calls["all"] > 6
+    assert_nothing_lost(folder)
+
+
+@pytest.mark.parametrize("loss", ["lose_everything", "restart"])
+def test_a_run_is_suspended_while_redis_is_away(folder: Path, loss: str) -> None:
+    """Its steps are on this machine: who stops a learner because Redis is broken gets a checkpoint."""
+    run, config = FakeRun("run"), stage_config(learner={"checkpoint_every": 100})
+
+    def disturb(stage: Stage) -> None:
+        at_step(stage, 3, getattr(Redis(run), loss))
+        at_step(stage, 3, stage.learner.stop)
+
+    live(run, folder, config, disturb)
+    assert newest(folder).state.step == 3
+    live(FakeRun("run"), folder, config, lambda _: None)
     assert_nothing_lost(folder)
 
 
