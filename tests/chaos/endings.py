@@ -19,7 +19,7 @@ _FINE = {
     ),
     "actor": re.compile(
         # It was started while Redis had nothing of the run.
-        r"error: this Redis holds no run|error: run \S+ has no (train|heldout) rows"
+        r"error: this Redis holds no run|error: run \S+ has no (train rows|heldout rows|model files|config) yet"
     ),
 }
 """Role -> what a process may say last when it ends by itself."""
