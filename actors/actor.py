@@ -13,11 +13,12 @@ from actors.engine import CUT_OFF_S
 from actors.holding import Holding, HoldLimits
 from actors.meter import EngineMeter
 from actors.parts import ActorParts
+from actors.prompts import Prompt
 from actors.sampled import Sampled
 from actors.sampler import Sampler
 from actors.vigil import Vigil
 from lambdapo_async.broker.heartbeat import Heartbeat
-from lambdapo_async.errors import BrokerError
+from lambdapo_async.errors import BrokerError, RunNotFoundError
 from lambdapo_async.rollout import Lease
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class Actor:
 
     async def _answer(self, lease: Lease) -> None:
         """One lease, from prompt to delivered group."""
-        prompt = await asyncio.to_thread(self._parts.prompts.of, lease)
+        prompt = await self._prompt_of(lease)
         version = self._parts.engine.policy_version
         begun = await asyncio.to_thread(self._parts.handoff.take, lease, prompt, version=version)
         started = time.monotonic()
@@ -154,6 +155,17 @@ class Actor:
         del self._unsent[lease]  # the outbox keeps it from here on
         await self._parts.outbox.send(group)
         await asyncio.to_thread(self._parts.handoff.done, lease)
+
+    async def _prompt_of(self, lease: Lease) -> Prompt:
+        """Redis may have come back empty since it granted the lease; its learner writes the rows again."""
+        deadline = time.monotonic() + self._config.broker.outage_s
+        while True:
+            try:
+                return await asyncio.to_thread(self._parts.prompts.of, lease)
+            except RunNotFoundError:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_GATE_POLL_S)
 
     async def _finish_or_cancel(self) -> None:
         """Give running groups ``drain_s``; the leases of those that are cut off are handed back at sign-off."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lambdapo_async.config import RunConfig
+from lambdapo_async.errors import BrokerUnavailable, LostDataError
 from lambdapo_async.journal.journal import Journal
 from lambdapo_async.weights.adapter import merged_state
 from lambdapo_async.weights.hf_folder import replace_hf_folder
@@ -78,6 +79,20 @@ class Learner:
         """
         # Before anything is published: who dies from here on can resume.
         self._checkpoint()
+        try:
+            is_finished = self._train()
+        except (BrokerUnavailable, LostDataError) as error:
+            if not self._stopping.is_set():
+                raise
+            is_finished = False
+            logger.warning("%s; suspending without it", error)
+        if not is_finished:
+            self._suspend_run()
+        # Not after an error: the others then learn of it when this process ends.
+        self._stepper.crew.finish()
+
+    def _train(self) -> bool:
+        """Whether it came to the run's end, and not to :meth:`stop`; Redis may be away then."""
         self._redo()
         if not self._stopping.is_set():
             self._open_run()
@@ -90,12 +105,7 @@ class Learner:
             self._report(trained)
             self._evaluate_if_due()
             self._checkpoint_if_due()
-        if self._stopping.is_set():
-            self._suspend_run()
-        else:
-            self._finish_run()
-        # Not after an error: the others then learn of it when this process ends.
-        self._stepper.crew.finish()
+        return not self._stopping.is_set() and self._finish_run()
 
     def _is_over(self) -> bool:
         return self._stopping.is_set() or self._target_reached or self._stepper.step >= self._config.learner.num_steps
@@ -226,23 +236,23 @@ class Learner:
 
     def _suspend_run(self) -> None:
         self._checkpoint()
-        self._publisher.flush()
+        self._publisher.settle()
         self._parts.reporter.event(self._stepper.step, "suspended")
         logger.info("suspended at step %d; --resume goes on from here", self._stepper.step)
 
-    def _finish_run(self) -> None:
-        """Final checkpoint and model, last version, tail evaluation; then the actors may go home."""
+    def _finish_run(self) -> bool:
+        """Final checkpoint and model, last version, tail evaluation; then the actors may go home. False if stopped."""
         self._checkpoint()
         self._surely(self._publisher.flush)
         replace_hf_folder(self._parts.folder / "final", self._final_state(), self._parts.policy.model_files)
         self._finish_evaluation()
         if self._stopping.is_set():
-            self._suspend_run()
-            return
+            return False
         self._resync.phase = "finished"
         self._surely(self._set_phase)
         self._parts.reporter.event(self._stepper.step, "finished")
         logger.info("finished at step %d, version %d", self._stepper.step, self._versions.newest)
+        return True
 
     def _final_state(self) -> State:
         """The newest weights as one model; adapters are merged."""

@@ -78,13 +78,14 @@ class Resync:
             stopping: when it is set an outage is not waited for.
 
         Raises:
-            BrokerUnavailable, LostDataError: it was not so for ``broker.outage_s``.
+            BrokerUnavailable, LostDataError: it was not so for ``broker.outage_s`` altogether.
         """
         trouble = _Trouble(self.outage_s, stopping)
         while True:
             try:
                 if trouble.began:
                     self._heal(consumed())
+                    trouble.note_end()
                 return ask()
             except (BrokerUnavailable, LostDataError) as error:
                 trouble.note(error)
@@ -105,18 +106,28 @@ class Resync:
 
 
 class _Trouble:
-    """How long Redis has been in trouble, and how long to wait before it is asked again."""
+    """How long Redis has been in trouble, and how long to wait before it is asked again.
+
+    What counts is the time from each error until Redis agrees again: a call may wait for groups for much longer than an
+    outage may last, and meet several.
+    """
 
     def __init__(self, outage_s: float, stopping: threading.Event) -> None:
         self._outage_s, self._stopping = outage_s, stopping
-        self._since, self._pause_s = 0.0, 0.0
+        self._since: float | None = None
+        self._before_s, self._pause_s = 0.0, 0.0
         self.began = False
 
     def note(self, error: BrokerUnavailable | LostDataError) -> None:
         now = time.monotonic()
-        if not self.began:
-            self.began, self._since = True, now
-        if now - self._since > self._outage_s or self._stopping.wait(self._pause_s):
+        self.began = True
+        self._since = now if self._since is None else self._since
+        if self._before_s + now - self._since > self._outage_s or self._stopping.wait(self._pause_s):
             raise error
         logger.warning("%s; making it agree with this learner's journal", error)
         self._pause_s = min(max(0.1, 2 * self._pause_s), _LONGEST_PAUSE_S)
+
+    def note_end(self) -> None:
+        if self._since is not None:
+            self._before_s += time.monotonic() - self._since
+            self._since = None

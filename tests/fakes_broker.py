@@ -462,6 +462,8 @@ class FakeRunStore:
 
     def model_files(self) -> dict[str, bytes]:
         with self._state.lock:
+            if not self._state.files:
+                raise RunNotFoundError(f"run {self._run_id} has no model files yet")
             return dict(self._state.files)
 
     def num_rows(self, split: Split) -> int:
@@ -472,7 +474,9 @@ class FakeRunStore:
 
     def row(self, split: Split, index: int) -> Mapping[str, str | None]:
         with self._state.lock:
-            rows = self._state.rows.get(split, [])
+            rows = self._state.rows.get(split)
+            if rows is None:
+                raise RunNotFoundError(f"run {self._run_id} has no rows from 0 on in {split}")
             if not 0 <= index < len(rows):
                 raise BrokerError(f"run {self._run_id} has no row {index} in {split}")
             return rows[index]

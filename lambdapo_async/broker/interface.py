@@ -240,13 +240,13 @@ class RunStore(Protocol):
         """The published config; ``RunNotFoundError`` when there is none or its schema is unknown."""
 
     def model_files(self) -> dict[str, bytes]:
-        """File name -> content: config.json, tokenizer and generation config."""
+        """File name -> content: config.json, tokenizer and generation config; ``RunNotFoundError`` without any."""
 
     def num_rows(self, split: Split) -> int:
         """Rows of a split."""
 
     def row(self, split: Split, index: int) -> Mapping[str, str | None]:
-        """One row; chunks are cached."""
+        """One row; chunks are cached. ``RunNotFoundError`` when Redis lost the rows."""
 
     def state(self) -> RunState:
         """Phase, epoch and version; ``RunNotFoundError`` when the run is not in this Redis."""

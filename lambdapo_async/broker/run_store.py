@@ -100,8 +100,14 @@ class RedisRunStore:
             raise ConfigError(f"the config of run {self._keys.run_id} cannot be trusted: {error}") from error
 
     def model_files(self) -> dict[str, bytes]:
-        """File name -> content."""
+        """File name -> content.
+
+        Raises:
+            RunNotFoundError: there is none.
+        """
         files: dict[bytes, bytes] = self._broker.call(lambda client: client.hgetall(self._keys.model_files))
+        if not files:
+            raise RunNotFoundError(f"run {self._keys.run_id} has no model files yet: is its learner still starting?")
         return {name.decode(errors="backslashreplace"): content for name, content in files.items()}
 
     def num_rows(self, split: Split) -> int:
@@ -117,6 +123,7 @@ class RedisRunStore:
         """One row; chunks are cached.
 
         Raises:
+            RunNotFoundError: Redis lost the rows, or never had this many.
             BrokerError: no such row, or it is damaged.
         """
         chunk, place = divmod(index, ROWS_PER_CHUNK)
@@ -169,7 +176,7 @@ class RedisRunStore:
         chunk = self._broker.call(lambda client: client.hget(self._keys.rows(split), str(number)))
         if not isinstance(chunk, bytes):
             first = number * ROWS_PER_CHUNK
-            raise BrokerError(f"run {self._keys.run_id} has no rows from {first} on in {split}")
+            raise RunNotFoundError(f"run {self._keys.run_id} has no rows from {first} on in {split}")
         try:
             packed = zstandard.ZstdDecompressor().decompress(chunk, max_output_size=_MAX_CHUNK_BYTES)
             rows: list[FoundRow] = msgpack.unpackb(packed, max_array_len=ROWS_PER_CHUNK, max_map_len=16)

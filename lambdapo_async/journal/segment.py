@@ -108,9 +108,9 @@ def read_frames(path: Path, *, end: int | None = None) -> Iterator[Frame]:
         end: bytes that are known to hold whole frames; None reads to the end of the file and cuts a torn tail.
 
     Raises:
-        JournalError: something that was durable is damaged; names file and offset.
+        JournalError: something that was durable is damaged, with file and offset, or the file is gone.
     """
-    with path.open("rb") as file:
+    with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size if end is None else end
         offset = 0
         while offset < size:
@@ -124,6 +124,13 @@ def read_frames(path: Path, *, end: int | None = None) -> Iterator[Frame]:
                 return
             yield frame
             offset = frame.end
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise JournalError(f"{path} is gone: another learner took the journal over, or somebody deleted it") from error
 
 
 def sync(path: Path) -> None:

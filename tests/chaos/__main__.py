@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from benchmarks.machine import describe_machine
 from tests.chaos.campaign import Outcome, run_under_faults
+from tests.chaos.folders import scene_folder, sockets
+from tests.chaos.ledger import Kind
 from tests.chaos.profiles import PROFILES
-from tests.chaos.scene import scene_folder, sockets
 from tests.chaos.spec import VARIANTS
 
 _FAULTS_PER_RUN = 40
@@ -88,18 +89,6 @@ def _totals(outcomes: Sequence[Outcome]) -> dict[str, object]:
     exits: Counter[str] = Counter()
     for outcome in outcomes:
         faults, points, exits = faults + outcome.faults, points + outcome.points, exits + outcome.exits
-    kinds = (
-        "lost",
-        "twice",
-        "skipped",
-        "version_reused",
-        "stale",
-        "over_budget",
-        "rewritten",
-        "miscounted",
-        "retried",
-        "stuck",
-    )
     return {
         "runs": len(outcomes),
         "faults": faults.total() + points.total(),
@@ -108,7 +97,7 @@ def _totals(outcomes: Sequence[Outcome]) -> dict[str, object]:
         "steps": sum(outcome.num_steps for outcome in outcomes),
         "groups": sum(outcome.num_groups for outcome in outcomes),
         "discarded": sum(outcome.num_discarded for outcome in outcomes),
-        **{kind: sum(outcome.count(kind) for outcome in outcomes) for kind in kinds},
+        **{kind: sum(outcome.count(kind) for outcome in outcomes) for kind in get_args(Kind)},
         "ended_by_themselves": dict(exits.most_common(12)),
         "wall_s": round(sum(outcome.wall_s for outcome in outcomes), 1),
         "finished_at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.faults import FAULTS, POINT_FAULTS, PROCESS_FAULTS
+from tests.chaos.endings import bad_endings
+from tests.chaos.faults import COMBINED_FAULTS, FAULTS, POINT_FAULTS, PROCESS_FAULTS, lose
 from tests.chaos.ledger import Kind, Violation, check, read_ledger
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.profiles import PROFILES, Profile
@@ -62,7 +63,7 @@ def run_under_faults(
     def choose(num_before: int) -> str | None:
         return _choose(profile, source) if num_before < num_faults else None
 
-    return _run(scene, source, choose)
+    return _run(scene, source, choose, lambda: _lose_at_the_end(scene, source))
 
 
 def run_mutant(folder: Path, name: str, *, seed: int, is_broken: bool = True) -> Outcome:
@@ -81,7 +82,12 @@ def run_mutant(folder: Path, name: str, *, seed: int, is_broken: bool = True) ->
     return _run(scene, random.Random(seed), lambda _: next(faults, None))
 
 
-def _run(scene: Scene, source: random.Random, choose: Callable[[int], str | None]) -> Outcome:
+def _run(
+    scene: Scene,
+    source: random.Random,
+    choose: Callable[[int], str | None],
+    trouble: Callable[[], None] | None = None,
+) -> Outcome:
     started = time.monotonic()
     faults: Counter[str] = Counter()
     problems: list[str] = []
@@ -94,12 +100,12 @@ def _run(scene: Scene, source: random.Random, choose: Callable[[int], str | None
                     scene.wait_for_step()
                 scene.ledger.write("fault", name=name, did=FAULTS[name](scene, source))
                 faults[name] += name not in POINT_FAULTS  # counted when they kill
-            scene.finish()
+            scene.finish(trouble)
         except StuckError as error:
             problems.append(str(error))
         remains = read_remains(scene.folder, scene.redis, problems, max_uses=scene.variant.max_uses)
     entries = read_ledger(scene.folder)
-    violations = check(entries, remains, scene.variant.bounds)
+    violations = [*check(entries, remains, scene.variant.bounds), *bad_endings(entries)]
     return Outcome(
         profile=scene.profile.name,
         seed=scene.seed,
@@ -114,7 +120,14 @@ def _run(scene: Scene, source: random.Random, choose: Callable[[int], str | None
     )
 
 
+def _lose_at_the_end(scene: Scene, source: random.Random) -> None:
+    """Every other time, if the profile has something against Redis, it goes while the run is finished."""
+    if scene.profile.redis_faults and source.random() < 0.5:
+        scene.tend(source.uniform(0.0, 2.0))
+        scene.ledger.write("fault", name="lose", did=lose(scene, source))
+
+
 def _choose(profile: Profile, source: random.Random) -> str:
     if profile.redis_faults and source.random() < _REDIS_SHARE:
-        return source.choice(profile.redis_faults)
+        return source.choice((*profile.redis_faults, *COMBINED_FAULTS))
     return source.choice(list(PROCESS_FAULTS))

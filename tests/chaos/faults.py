@@ -169,6 +169,33 @@ def lose_offer_reply(scene: Scene, source: random.Random) -> str:
     return "offer"
 
 
+def suspend_and_lose(scene: Scene, source: random.Random) -> str:
+    """Redis goes while the learner writes its last checkpoint, or before its successor has read anything."""
+    who = end_learner(scene, source)
+    scene.tend(source.uniform(0.0, 0.3))
+    return f"{who}, {lose(scene, source)}"
+
+
+def resume_and_lose(scene: Scene, source: random.Random) -> str:
+    """Redis goes while the successor of a dead learner starts, or takes journaled steps again."""
+    who = kill_learner(scene, source)
+    scene.tend(source.uniform(0.0, 1.0))
+    return f"{who}, {lose(scene, source)}"
+
+
+def lose_twice(scene: Scene, source: random.Random) -> str:
+    """The second time while the first loss is being repaired."""
+    first = lose(scene, source)
+    scene.tend(source.uniform(0.0, 0.5))
+    return f"{first}, {lose(scene, source)}"
+
+
+def lose(scene: Scene, source: random.Random) -> str:
+    """What the profile has against Redis; it has something."""
+    name = source.choice([each for each in scene.profile.redis_faults if each != redis_snapshot.__name__])
+    return f"{name} {REDIS_FAULTS[name](scene, source)}"
+
+
 def _learner(scene: Scene) -> Forked:
     assert scene.learner is not None
     return scene.learner
@@ -208,11 +235,13 @@ REDIS_FAULTS: dict[str, Fault] = {
         cut_connections, lose_replies,
     )
 }  # fmt: skip
+COMBINED_FAULTS: dict[str, Fault] = {each.__name__: each for each in (suspend_and_lose, resume_and_lose, lose_twice)}
+"""For profiles that have a fault for Redis."""
 DIRECTED_FAULTS: dict[str, Fault] = {
     "learner_dies_before_the_journal": learner_dies_before_the_journal,
     "lose_offer_reply": lose_offer_reply,
 }
 """For mutants alone."""
-FAULTS = {**PROCESS_FAULTS, **REDIS_FAULTS, **DIRECTED_FAULTS}
+FAULTS = {**PROCESS_FAULTS, **REDIS_FAULTS, **COMBINED_FAULTS, **DIRECTED_FAULTS}
 POINT_FAULTS = frozenset({"actor_point", "learner_point"})
 """They only lay a trap."""

@@ -110,8 +110,9 @@ class Bounds:
 
 
 Kind = Literal[
-    "lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried", "stuck"
-]
+    "lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried", "stuck",
+    "crashed",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import os
-import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +14,7 @@ import redis
 from lambdapo_async.keys import RunKeys
 from tests.chaos.actor_process import run_actor_process
 from tests.chaos.fault_points import disarm
+from tests.chaos.folders import bytes_below
 from tests.chaos.learner_process import run_learner_process, write_model_files
 from tests.chaos.ledger import SUFFIX, Entry, Ledger
 from tests.chaos.profiles import Profile
@@ -148,8 +146,8 @@ class Scene:
             if time.monotonic() > deadline:
                 raise StuckError(f"{process.who} did not come to its end within {self._stuck_s:g} s")
 
-    def finish(self) -> None:
-        """Let the run end by itself a few steps from now."""
+    def finish(self, trouble: Callable[[], None] | None = None) -> None:
+        """Let the run end by itself a few steps from now; ``trouble`` comes while it does."""
         for process in self._processes():
             disarm(self.folder, process.who)
         while self._later:
@@ -161,18 +159,33 @@ class Scene:
             self.expect_end(self.learner)
             self.learner.send(signal.SIGTERM)
             self._is_finishing = True
+        if trouble is not None:
+            trouble()
+        self._wait_for_the_learner()
+        self._wait_for_the_others()
+
+    def _wait_for_the_learner(self) -> None:
         deadline = time.monotonic() + 2 * self._stuck_s
-        while self.learner is not None:
+        while self.learner is not None or not self._is_known_to_be_over():
+            if self.learner is None:  # Redis went right after the learner
+                self.start_learner()
             self.tend(_TEND_S)
             if time.monotonic() > deadline:
                 self._show_stacks()
                 raise StuckError(f"the learner did not finish within {2 * self._stuck_s:g} s")
+
+    def _wait_for_the_others(self) -> None:
         for process in [*self.actors, *self.sleepers]:
             if process.wait(_EXIT_S) is None:
                 self._show_stacks()
                 raise StuckError(f"{process.who} still runs {_EXIT_S:g} s after the end")
+            self._note_end(process)
             if process in self.actors and process.returncode != 0 and process.who not in self._expected:
                 raise StuckError(f"{process.who} ended with {process.returncode}: {process.last_line()}")
+
+    def _is_known_to_be_over(self) -> bool:
+        with contextlib.closing(self.redis.client()) as client:
+            return bool(client.hget(RunKeys(RUN_ID).state, "phase") == b"finished")
 
     def _wait_for_run(self) -> None:
         """An actor that finds no run says that its user has mistaken the id, and ends."""
@@ -201,9 +214,10 @@ class Scene:
         self._read_steps()
         if self.learner is not None and self.learner.returncode is not None:
             self._replace_learner(self.learner)
-        for actor in [each for each in self.actors if each.returncode is not None]:
-            self.actors.remove(actor)
-            self._note_end(actor)
+        for group in (self.actors, self.sleepers):
+            for ended in [each for each in group if each.returncode is not None]:
+                group.remove(ended)
+                self._note_end(ended)
         while len(self.actors) < NUM_ACTORS and not (self._is_finishing and self.learner is None):
             self.start_actor()
         if now - self._sampled_at > _SAMPLE_S:
@@ -218,14 +232,17 @@ class Scene:
             self.start_learner()
 
     def _note_end(self, process: Forked) -> None:
-        self.ledger.write("ended", process=process.who, returncode=process.returncode)
+        said, is_expected = process.last_line()[:300], process.who in self._expected
+        self.ledger.write(
+            "ended", process=process.who, returncode=process.returncode, said=said, is_expected=is_expected
+        )
         role = process.who.partition("-")[0]
         if process.returncode == -signal.SIGKILL and not process.was_killed:
             last = (self.folder / f"{process.who}{SUFFIX}").read_bytes().splitlines()[-1]
             self.points[f"{role} {Entry(*json.loads(last)).fields['point']}"] += 1
-        if process.returncode == -signal.SIGKILL or process.returncode == 0 or process.who in self._expected:
+        if process.returncode == -signal.SIGKILL or process.returncode == 0 or is_expected:
             return
-        self.exits[f"{role} {process.returncode}: {process.last_line()[:160]}"] += 1
+        self.exits[f"{role} {process.returncode}: {said[:160]}"] += 1
 
     def _read_steps(self) -> None:
         """Follow the learners' ledgers."""
@@ -240,8 +257,8 @@ class Scene:
                     self.newest_step = max(self.newest_step, int(line.partition(b'"step":')[2].partition(b",")[0]))
 
     def _sample(self) -> None:
-        self.ledger.write("sampled", place="outbox", bytes=_bytes_below(spool_dir(self.folder)))
-        self.ledger.write("sampled", place="journal", bytes=_bytes_below(output_dir(self.folder) / RUN_ID / "journal"))
+        self.ledger.write("sampled", place="outbox", bytes=bytes_below(spool_dir(self.folder)))
+        self.ledger.write("sampled", place="journal", bytes=bytes_below(output_dir(self.folder) / RUN_ID / "journal"))
         if not self.redis_is_up:
             return
         with contextlib.suppress(redis.RedisError), contextlib.closing(self.redis.client(timeout_s=0.5)) as client:
@@ -261,26 +278,3 @@ class Scene:
             self.proxy.close()
         self.redis_is_up = False
         self.redis.close()
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # its group was confirmed a moment ago
-                total += os.stat(Path(parent) / name).st_size
-    return total
-
-
-@contextlib.contextmanager
-def scene_folder(name: str) -> Iterator[Path]:
-    """A short path in memory, where fsync is free."""
-    parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    folder = Path(tempfile.mkdtemp(prefix=f"lp-{name}-", dir=parent))
-    yield folder
-    shutil.rmtree(folder)
-
-
-def sockets(folder: str, names: list[str]) -> set[str]:
-    """What nobody can copy of a scene's folder, for ``shutil.copytree``."""
-    return {name for name in names if (Path(folder) / name).is_socket()}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.campaign import run_under_faults
+from tests.chaos.folders import scene_folder, sockets
 from tests.chaos.profiles import PROFILES
-from tests.chaos.scene import scene_folder, sockets
 from tests.chaos.spec import VARIANTS
 
 FAULTS_PER_PROFILE = 20

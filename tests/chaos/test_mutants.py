@@ -10,11 +10,11 @@ import redis
 
 from lambdapo_async.broker.client import Broker
 from tests.chaos.campaign import run_mutant
+from tests.chaos.folders import scene_folder
 from tests.chaos.ledger import Bounds, Ledger, Remains, check, read_ledger
 from tests.chaos.mutants import MUTANTS, retry_inside_redis_py
 from tests.chaos.proxy import Proxy
 from tests.chaos.redis_control import RedisControl
-from tests.chaos.scene import scene_folder
 
 
 @pytest.fixture

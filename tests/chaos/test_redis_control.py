@@ -10,9 +10,9 @@ import pytest
 import redis
 
 from lambdapo_async.broker.connection import connect
+from tests.chaos.folders import scene_folder
 from tests.chaos.proxy import Proxy
 from tests.chaos.redis_control import RedisControl
-from tests.chaos.scene import scene_folder
 
 
 @pytest.fixture

@@ -57,6 +57,10 @@ def test_an_unknown_run_is_named(broker_run: BrokerRun) -> None:
             ask()
     with pytest.raises(RunNotFoundError, match="rows"):
         broker_run.run_store.num_rows("train")
+    with pytest.raises(RunNotFoundError, match="rows"):
+        broker_run.run_store.row("train", 0)
+    with pytest.raises(RunNotFoundError, match="model files"):
+        broker_run.run_store.model_files()
 
 
 def test_phases_and_versions_are_seen(broker_run: BrokerRun) -> None:

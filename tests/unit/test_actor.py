@@ -16,14 +16,14 @@ from actors.follower import WeightFollower
 from actors.handoff import Handoff
 from actors.outbox import Outbox
 from actors.parts import ActorParts
-from actors.prompts import LeasedPrompts
+from actors.prompts import LeasedPrompts, Prompt
 from actors.scripted_engine import ScriptedEngine, bigram_script, sampling_logprobs
 from actors.spool import Spool
 from lambdapo_async.broker.interface import Delivery
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.config import RunConfig
 from lambdapo_async.config.sections import SamplingConfig
-from lambdapo_async.errors import BrokerUnavailable, EngineError, WeightsError
+from lambdapo_async.errors import BrokerUnavailable, EngineError, RunNotFoundError, WeightsError
 from lambdapo_async.rollout import Lease
 from lambdapo_async.tasks.interface import Row, Scored
 from lambdapo_async.weights.canary import Canary, CanaryError, CanaryRow, ModelIdentity
@@ -492,6 +492,24 @@ async def test_a_run_that_vanished_is_waited_for(stage: Stage) -> None:
         stage.source.initialise(durable({"a.0": 8}, consumed=8, next_index=8))
         stage.run.run_store.set_phase("running", fence=1)
         await stage.take(16)
+
+
+async def test_rows_that_went_after_their_lease_are_waited_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.open()
+    rows, prompt_of, missed = stage.run.shared.rows.pop("train"), LeasedPrompts.of, []
+
+    def of(prompts: LeasedPrompts, lease: Lease) -> Prompt:
+        try:
+            return prompt_of(prompts, lease)
+        except RunNotFoundError:
+            missed.append(lease)
+            raise
+
+    monkeypatch.setattr(LeasedPrompts, "of", of)
+    async with acting(stage):
+        await stage.until(lambda: len(missed) > 0)
+        stage.run.shared.rows["train"] = rows
+        await stage.take(8)
 
 
 @pytest.mark.parametrize("sign", ["run", "learner"])

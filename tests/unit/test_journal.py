@@ -287,6 +287,20 @@ def test_prune_keeps_what_a_checkpoint_needs(tmp_path: Path) -> None:
     assert read(tmp_path, 6) == [group(6), group(7)]
 
 
+def test_a_learner_that_slept_is_told_that_its_successor_deleted_what_it_reads(tmp_path: Path) -> None:
+    asleep = Journal.open(tmp_path, 1)
+    asleep.append([group(1)])
+    asleep.close()
+    asleep = Journal.open(tmp_path, 2)
+    successor = Journal.open(tmp_path, 3)
+    successor.append([group(2)])
+    successor.prune(2)
+    with pytest.raises(JournalError, match="segment-1-1 is gone: another learner took the journal over"):
+        list(asleep.history.read(1))
+    asleep.close()
+    successor.close()
+
+
 def test_a_lost_segment_is_noticed(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, 1, segment_bytes=1)
     for seq in range(1, 5):

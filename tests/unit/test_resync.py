@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lambdapo_async.weights.state import State
 from learner.fence import take_fence
 from tests.fakes_broker import FakeRedisRun, FakeRun
 from tests.learner_stage import Stage, acting, journal_of, rows_of, stage_config, staged, trained_in
+from tests.resumed_run import newest
 from tests.tiny_models import tiny_model_folder
 
 _LASTING = ("lock", "canary")
@@ -184,6 +186,43 @@ def test_it_is_not_waited_for_for_ever(folder: Path) -> None:
 
     with pytest.raises(BrokerUnavailable, match="still no answer"):
         live(run, folder, config, disturb)
+
+
+def test_each_of_several_outages_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one batch is waited for they come further apart than one may last."""
+    run, config = FakeRun("run"), stage_config(broker={"outage_s": 60.0})
+    now_s = 0.0
+    monkeypatch.setattr("learner.resync.time", SimpleNamespace(monotonic=lambda: now_s))
+    with staged(run, folder, config) as stage, acting(run, config):
+        read, calls = stage.source.read, Counter[str]()
+
+        def away_twice(max_groups: int, *, timeout_s: float):
+            nonlocal now_s
+            calls["all"] += 1
+            if calls["all"] in (5, 6):
+                now_s += 100.0
+                raise BrokerUnavailable("no answer")
+            return read(max_groups, timeout_s=timeout_s)
+
+        stage.source.read = away_twice
+        stage.learner.run()
+    assert calls["all"] > 6
+    assert_nothing_lost(folder)
+
+
+@pytest.mark.parametrize("loss", ["lose_everything", "restart"])
+def test_a_run_is_suspended_while_redis_is_away(folder: Path, loss: str) -> None:
+    """Its steps are on this machine: who stops a learner because Redis is broken gets a checkpoint."""
+    run, config = FakeRun("run"), stage_config(learner={"checkpoint_every": 100})
+
+    def disturb(stage: Stage) -> None:
+        at_step(stage, 3, getattr(Redis(run), loss))
+        at_step(stage, 3, stage.learner.stop)
+
+    live(run, folder, config, disturb)
+    assert newest(folder).state.step == 3
+    live(FakeRun("run"), folder, config, lambda _: None)
+    assert_nothing_lost(folder)
 
 
 def _unavailable(durable: Durable) -> None:
