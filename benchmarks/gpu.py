@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import typer
 
+from benchmarks.gpu_plot import plot
 from benchmarks.machine import ROOT, describe_machine
 
 LEAST_S = 15.0
@@ -80,7 +81,7 @@ def main(
     flash4: str | None = None,
     only: str = "",
 ) -> None:
-    """Run every section, or those whose name holds a part of ``only``; all of it lands in ``gpu.json``."""
+    """Run every section, or those whose name holds a part of ``only``; all lands in ``gpu.json`` and ``gpu.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -93,6 +94,7 @@ def main(
         results[section.name] = run_section(section, folder, min(section.limit_s, left_s))
         (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
         typer.echo(f"{section.name}: {json.dumps(results[section.name])[:1500]}")
+    plot(results, folder / "gpu.svg")
 
 
 if __name__ == "__main__":

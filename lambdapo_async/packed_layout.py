@@ -75,11 +75,12 @@ class PackedLayout:
         return sum(keys * keys - (keys - queries) ** 2 for queries, keys in self.shapes)
 
     def to(self, device: torch.device) -> "PackedLayout":
-        """The same layout on ``device``."""
+        """The same layout on ``device``, from the host; nobody waits for what the device does."""
         keys = self.shared
         if keys is not None:
-            keys = SharedKeys(keys.cu_seqlens.to(device), keys.max_seqlen, keys.index_K.to(device))
-        return PackedLayout(self.cu_seqlens.to(device), self.max_seqlen, self.shapes, keys)
+            cu_seqlens = keys.cu_seqlens.to(device, non_blocking=True)
+            keys = SharedKeys(cu_seqlens, keys.max_seqlen, keys.index_K.to(device, non_blocking=True))
+        return PackedLayout(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen, self.shapes, keys)
 
 
 def packed_layout(segments: Sequence[Segment]) -> PackedLayout:

@@ -78,17 +78,17 @@ class MicroBatch:
     """Of each rollout by its number; empty for a number that no token has."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on ``device``."""
+        """The same micro-batch on ``device``, from the host; nobody waits for what the device does."""
         return MicroBatch(
-            input_ids_T=self.input_ids_T.to(device),
-            position_ids_T=self.position_ids_T.to(device),
-            predictor_T=self.predictor_T.to(device),
+            input_ids_T=self.input_ids_T.to(device, non_blocking=True),
+            position_ids_T=self.position_ids_T.to(device, non_blocking=True),
+            predictor_T=self.predictor_T.to(device, non_blocking=True),
             layout=self.layout.to(device),
-            loss_mask_T=self.loss_mask_T.to(device),
-            behavior_logprobs_T=self.behavior_logprobs_T.to(device),
-            advantages_T=self.advantages_T.to(device),
-            token_versions_T=self.token_versions_T.to(device),
-            segment_ids_T=self.segment_ids_T.to(device),
+            loss_mask_T=self.loss_mask_T.to(device, non_blocking=True),
+            behavior_logprobs_T=self.behavior_logprobs_T.to(device, non_blocking=True),
+            advantages_T=self.advantages_T.to(device, non_blocking=True),
+            token_versions_T=self.token_versions_T.to(device, non_blocking=True),
+            segment_ids_T=self.segment_ids_T.to(device, non_blocking=True),
             num_loss_tokens=self.num_loss_tokens,
             group_keys=self.group_keys,
         )

@@ -44,6 +44,9 @@ class MemoryPlan:
     """One chunk of the output layer."""
     gathered: int = 0
     """With several ranks: weights and gradients of the parts that are whole at a time."""
+    loading: int = 0
+    """Host memory while the model is read: a whole copy on every rank, which leaves before training; 0 where it stays
+    as ``weights``."""
     optimizer_on_host: bool
     activations_on_host: bool
 
@@ -76,7 +79,8 @@ class MemoryPlan:
         }
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
         moved = f", {self.host / GIB:.2f} of it in the host's memory" if self.host else ""
-        return f"{listed}: {self._total / GIB:.2f} GiB{moved}"
+        read = f"; {self.loading / GIB:.2f} GiB of host memory while it is read" if self.loading else ""
+        return f"{listed}: {self._total / GIB:.2f} GiB{moved}{read}"
 
 
 def read_shape(folder: Path) -> PreTrainedModel:
@@ -126,17 +130,26 @@ def plan_memory(
         recomputed=all_layers // text.num_hidden_layers if learner.activation_checkpointing else 0,
         logits=num_logits * FLOAT32 * LOGIT_BUFFERS,
         gathered=_gathered_elements(model) * compute * 2 if world_size > 1 else 0,
+        loading=0 if device == "cpu" and world_size == 1 else num_weights * (compute if learner.lora else FLOAT32),
         optimizer_on_host=learner.optimizer_offload,
         activations_on_host=learner.activation_offload,
     )
 
 
 def check_fits(plan: MemoryPlan, device: DeviceKind, *, device_free: int | None, host_free: int | None) -> None:
-    """Compare a plan with the memory that is free; None is not known and not compared.
+    """Compare a rank's plan with the memory that is free; None is not known and not compared.
+
+    Args:
+        host_free: this rank's part, where several share a host.
 
     Raises:
         ConfigError: it does not fit.
     """
+    if host_free is not None and plan.loading > host_free:
+        raise ConfigError(
+            f"reading the model takes {plan.loading / GIB:.2f} GiB of host memory on every rank, and "
+            f"{host_free / GIB:.2f} GiB are free for each: start fewer ranks on this machine, or free memory"
+        )
     if device == "cpu":
         _check(plan.device + plan.host, host_free, "memory", plan)
         return

@@ -97,7 +97,10 @@ def _check_memory(described: PreTrainedModel, config: LearnerConfig, device: tor
     kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
     plan = plan_memory(described, config, kind, world_size=ranks.world_size, context_size=ranks.context_size)
     logger.info("memory plan: %s", plan.describe())
-    check_fits(plan, kind, device_free=free_memory(kind), host_free=free_memory("cpu"))
+    host_free = free_memory("cpu")
+    ranks.wait_for_all()  # what one rank reads, another would not find free
+    share = None if host_free is None else host_free // ranks.ranks_here
+    check_fits(plan, kind, device_free=free_memory(kind), host_free=share)
 
 
 def _described(source: ModelSource) -> PreTrainedModel:

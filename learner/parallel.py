@@ -39,6 +39,8 @@ class Ranks:
     """CPU group of messages and checkpoints; None for a process alone."""
     context: dist.ProcessGroup | None = None
     """The neighbours that share each sequence with this rank; None where each rank has its own."""
+    ranks_here: int = 1
+    """Those on this machine, this one included: they share its memory."""
     _last_message: float = field(default_factory=time.monotonic, init=False)
 
     @property
@@ -190,7 +192,9 @@ def join_ranks(device: torch.device, *, context_size: int = 1) -> Iterator[Ranks
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         messages = dist.new_group(backend="gloo", timeout=timedelta(seconds=MESSAGE_TIMEOUT_S))
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        ranks = share_sequences(Ranks(dist.get_rank(), dist.get_world_size(), mesh, messages), context_size)
+        ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+        joined = Ranks(dist.get_rank(), dist.get_world_size(), mesh, messages, ranks_here=ranks_here)
+        ranks = share_sequences(joined, context_size)
     yield ranks
     # Only after success: once a rank is lost this would wait for it, and the end of the process closes all anyway.
     dist.destroy_process_group()

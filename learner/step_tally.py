@@ -1,65 +1,64 @@
-"""What a step's updates leave behind for its metrics: sums, and columns of its tokens."""
+"""What a step's updates leave behind for its metrics: sums, on the device until the step has ended."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lambdapo_async.fleet_health import FreshTokens
-from lambdapo_async.objective.diagnostics import TokenDiagnostics, k3_divergence
+from lambdapo_async.objective.diagnostics import TokenDiagnostics, k3_divergence, token_metrics
 from lambdapo_async.packing import MicroBatch
+from learner.parallel import Ranks
 from learner.policy import TokenStatistics
 
 
 @dataclass(slots=True)
 class StepTally:
-    """What the updates of a step add up to."""
+    """What the updates of a step add up to; what reads it waits for the device."""
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Stay on the device: nothing is read back before the step has ended."""
-    group_numbers: dict[str, int] = field(default_factory=dict)
+    group_numbers: Mapping[str, int]
     """Group key -> its place in the step."""
-    columns: list[Tensor] = field(default_factory=list)
-    """Of each micro-batch five [K] float32 of its loss tokens: logprobs, behavior_logprobs, segment_ids, ages, and the
-    group's place in the step (exact to 2^24)."""
     grad_norms: list[float] = field(default_factory=list)
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _diagnostics: TokenDiagnostics = field(default_factory=TokenDiagnostics)
+    _fresh_B2: Tensor | None = None
+    """float64 number of each group's tokens of the learner's own version, and the sum of their k3."""
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Add what one micro-batch contributes."""
+        """Add what one micro-batch contributes: scalars by name."""
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
 
-    def remember(self, statistics: TokenStatistics, columns: MicroBatch, *, version: int) -> None:
-        """Keep what the diagnostics are made of."""
-        index_S, ages_T = columns.loss_indices(), version - columns.token_versions_T
-        numbers_N = torch.tensor([self.group_numbers.get(key, -1) for key in columns.group_keys])
-        groups_T = numbers_N.to(index_S.device, non_blocking=True)[columns.segment_ids_T]
-        kept = (statistics.logprobs_T, columns.behavior_logprobs_T, columns.segment_ids_T, ages_T, groups_T)
-        self.columns += [column_T.index_select(0, index_S).float() for column_T in kept]
+    def count(self, statistics: TokenStatistics, columns: MicroBatch, *, version: int) -> None:
+        """Take one micro-batch into the diagnostics; both lie on one device."""
+        logprobs_T, behavior_T, mask_T = statistics.logprobs_T, columns.behavior_logprobs_T, columns.loss_mask_T
+        ages_T = version - columns.token_versions_T
+        self._diagnostics.add(logprobs_T, behavior_T, mask_T, columns.segment_ids_T, ages_T)
+        fresh_T = mask_T & (ages_T == 0)
+        k3_T = torch.where(fresh_T, k3_divergence(logprobs_T, behavior_T), 0.0)
+        # A filler's rollouts are of no group of the step; they have no loss either.
+        numbers_N = torch.tensor([self.group_numbers.get(key, 0) for key in columns.group_keys])
+        groups_T = numbers_N.to(mask_T.device, non_blocking=True)[columns.segment_ids_T]
+        if self._fresh_B2 is None:
+            self._fresh_B2 = k3_T.new_zeros(len(self.group_numbers), 2)
+        self._fresh_B2.index_add_(0, groups_T, torch.stack([fresh_T.double(), k3_T], dim=1))
 
+    def sums(self, ranks: Ranks) -> dict[str, float]:
+        """On all ranks: name -> sum of what was added, over the shares."""
+        values = torch.stack(list(self._sums.values())).tolist()
+        return ranks.add_up(dict(zip(self._sums, values, strict=True)))
 
-def token_metrics(columns_of_shares: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    """Diagnostics of the loss tokens of all shares, from each share's ``StepTally.columns``."""
-    diagnostics = TokenDiagnostics()
-    for columns in columns_of_shares:
-        for logprobs_K, behavior_K, segments_K, ages_K, _ in _by_micro_batch(columns):
-            mask_K = torch.ones(len(logprobs_K), dtype=torch.bool)
-            diagnostics.add(logprobs_K, behavior_K, mask_K, segments_K.long(), ages_K.long())
-    return diagnostics.finalise()
+    def token_metrics(self, ranks: Ranks) -> dict[str, float]:
+        """On all ranks: the diagnostics of the loss tokens of all shares."""
+        largest = ranks.collect([torch.tensor([self._diagnostics.abs_log_max()])])
+        return token_metrics(ranks.add_up(self._diagnostics.sums()), max(float(share[0]) for share in largest))
 
-
-def fresh_by_group(columns_of_shares: Sequence[Sequence[Tensor]], num_groups: int) -> tuple[FreshTokens, ...]:
-    """How far each group's engine is from the learner, over its tokens of the learner's own version."""
-    sums_B2 = torch.zeros(num_groups, 2, dtype=torch.float64)
-    for columns in columns_of_shares:
-        for logprobs_K, behavior_K, _, ages_K, groups_K in _by_micro_batch(columns):
-            fresh_K = ages_K == 0
-            k3_K = k3_divergence(logprobs_K[fresh_K].double(), behavior_K[fresh_K].double())
-            sums_B2.index_add_(0, groups_K[fresh_K].long(), torch.stack([torch.ones_like(k3_K), k3_K], dim=1))
-    return tuple(FreshTokens(int(tokens), k3_sum) for tokens, k3_sum in sums_B2.tolist())
-
-
-def _by_micro_batch(columns: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """A share's ``StepTally.columns``, five at a time."""
-    return zip(*(columns[i::5] for i in range(5)), strict=True)
+    def fresh_by_group(self, ranks: Ranks) -> tuple[FreshTokens, ...]:
+        """On all ranks: how far each group's engine is from the learner, over its tokens of the learner's version."""
+        assert self._fresh_B2 is not None, "every share has a micro-batch"
+        rows: list[list[float]] = self._fresh_B2.tolist()
+        total = ranks.add_up(
+            {f"{number}.{column}": value for number, row in enumerate(rows) for column, value in enumerate(row)}
+        )
+        return tuple(FreshTokens(int(total[f"{number}.0"]), total[f"{number}.1"]) for number in range(len(rows)))

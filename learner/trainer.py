@@ -23,7 +23,7 @@ from learner.arrivals import ReceivedGroup
 from learner.parallel import ALONE, Ranks
 from learner.policy import Policy
 from learner.sequences import proximal_confidence, rank_shares, training_sequences
-from learner.step_tally import StepTally, fresh_by_group, token_metrics
+from learner.step_tally import StepTally
 
 ReferenceLogprobs = Callable[[MicroBatch], Tensor]
 """Micro-batch on the policy's device -> [T] float32 log-probabilities under a frozen reference, without gradient; what
@@ -112,17 +112,16 @@ class Trainer:
         minibatches = self._minibatches(groups, advantages_BG) * self._config.learner.epochs
         for number, minibatch in enumerate(minibatches):
             self._update(minibatch, _Moment(version, number / self._num_updates), tally)
-        columns = self._ranks.collect(tally.columns)
         metrics = {
             **self._loss_metrics(tally),
-            **token_metrics(columns),
+            **tally.token_metrics(self._ranks),
             **group_diagnostics(rewards_BG, confidence_BG, advantages_BG),
             **_density_metrics(groups),
             "optim/grad_norm": max(tally.grad_norms),
             "optim/lr": lr,
             "optim/skipped": float(self._policy.num_skipped),
         }
-        return StepResult(metrics, fresh_by_group(columns, len(groups)))
+        return StepResult(metrics, tally.fresh_by_group(self._ranks))
 
     def _confidence(self, groups: Sequence[ReceivedGroup]) -> Tensor:
         """[B, G] float64 s."""
@@ -223,11 +222,11 @@ class Trainer:
 
         statistics = self._policy.backward(columns, loss_of, token_share=batch.token_share)
         tally.add(_sums_of(*outcome[0], statistics.entropy_T, columns))
-        tally.remember(statistics, columns, version=moment.version)
+        tally.count(statistics, columns, version=moment.version)
 
     def _loss_metrics(self, tally: StepTally) -> dict[str, float]:
         """Sums over the step and the shares -> losses per update, entropy and KL per token, shares of tokens."""
-        sums = self._ranks.add_up({name: float(value) for name, value in tally.sums.items()})
+        sums = tally.sums(self._ranks)
         num_updates, tokens = len(tally.grad_norms), max(sums["tokens"], 1.0)
         metrics = {"loss/policy": sums["loss"] / num_updates, "policy/entropy": sums["entropy"] / tokens}
         if sums["regularisation"] != 0:

@@ -90,6 +90,7 @@ def _run_rank(
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
         WORLD_SIZE=str(world_size),
         MASTER_ADDR=_LOOPBACK,
         MASTER_PORT=str(port),

@@ -23,7 +23,6 @@ of a group.
 =========================  ============================================================================
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -33,18 +32,17 @@ from torch import Tensor
 
 from lambdapo_async.objective.policy_loss import MAX_LOG_RATIO
 
-AGE_BUCKETS: Mapping[str, tuple[int, float]] = MappingProxyType(
-    {"0": (0, 0), "1": (1, 1), "2": (2, 2), "3": (3, 3), "4_7": (4, 7), "8_up": (8, math.inf)}
-)
-"""Name -> youngest and oldest age in versions."""
+AGE_BUCKETS: Mapping[str, int] = MappingProxyType({"0": 0, "1": 1, "2": 2, "3": 3, "4_7": 4, "8_up": 8})
+"""Name -> youngest age in versions; the oldest is just below the next one's."""
 
 
 class TokenDiagnostics:
-    """Sums over the micro-batches of a step; nothing is read back from the device before :meth:`finalise`."""
+    """Sums over the micro-batches of a step, on their device; nobody waits for it before :meth:`sums`."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._abs_log_max: list[Tensor] = []
+        self._names: tuple[str, ...] = ()
+        self._sums_M: Tensor | None = None
+        self._abs_log_max: Tensor | None = None
 
     def add(
         self,
@@ -63,58 +61,73 @@ class TokenDiagnostics:
             segment_ids_T: [T] int64 number of the token's sequence, 0..N-1.
             ages_T: [T] int64 versions between the one that sampled the token and the step's.
         """
-        log_ratio_K = (logprobs_T.detach().double() - behavior_logprobs_T.detach().double())[loss_mask_T]
-        if log_ratio_K.numel() == 0:
-            return
-        # Numbered anew, because a sequence without a loss token is no sample.
-        sequences_N, segments_K = torch.unique(segment_ids_T[loss_mask_T], return_inverse=True)
-        log_ratio_N = log_ratio_K.new_zeros(len(sequences_N)).index_add(0, segments_K, log_ratio_K)
-        ratio_K, ratio_N = _ratio(log_ratio_K), _ratio(log_ratio_N)
-        ages_K = ages_T[loss_mask_T]
-        fresh_K = (ages_K == 0).double()
+        # Masks weigh and nothing is selected: how much would be is known on the device alone.
+        log_ratio_T = torch.where(loss_mask_T, logprobs_T.detach().double() - behavior_logprobs_T.detach().double(), 0)
+        mask_T, abs_log_T = loss_mask_T.double(), log_ratio_T.abs()
+        # There are no more sequences than tokens; one without a loss token is no sample.
+        zeros_N = torch.zeros_like(log_ratio_T)
+        has_loss_N = (zeros_N.index_add(0, segment_ids_T, mask_T) > 0).double()
+        ratio_T = _ratio(log_ratio_T) * mask_T
+        ratio_N = _ratio(zeros_N.index_add(0, segment_ids_T, log_ratio_T)) * has_loss_N
+        fresh_T = (ages_T == 0) * mask_T
         columns = {
-            "tokens": torch.ones_like(log_ratio_K),
-            "ratio": ratio_K,
-            "ratio_squared": ratio_K.square(),
-            "k3": k3_divergence(logprobs_T[loss_mask_T], behavior_logprobs_T[loss_mask_T]),
-            "log": log_ratio_K,
-            "abs_log": log_ratio_K.abs(),
-            "fresh_tokens": fresh_K,
-            "fresh_abs_log": log_ratio_K.abs() * fresh_K,
-            "sequences": torch.ones_like(ratio_N),
+            "tokens": mask_T,
+            "ratio": ratio_T,
+            "ratio_squared": ratio_T.square(),
+            "k3": _k3(log_ratio_T),
+            "log": log_ratio_T,
+            "abs_log": abs_log_T,
+            "fresh_tokens": fresh_T,
+            "fresh_abs_log": abs_log_T * fresh_T,
+            "sequences": has_loss_N,
             "sequence_ratio": ratio_N,
             "sequence_ratio_squared": ratio_N.square(),
-            **{f"age_{name}": (ages_K >= low) & (ages_K <= high) for name, (low, high) in AGE_BUCKETS.items()},
+            **{f"at_least_{name}": (ages_T >= youngest) * mask_T for name, youngest in AGE_BUCKETS.items()},
         }
-        for name, column in columns.items():
-            self._sums[name] = self._sums.get(name, 0.0) + column.sum()
-        self._abs_log_max.append(log_ratio_K.abs().max())
+        sums_M = torch.stack([column.sum() for column in columns.values()])
+        abs_log_max = abs_log_T.max()
+        self._names = tuple(columns)
+        self._sums_M = sums_M if self._sums_M is None else self._sums_M + sums_M
+        if self._abs_log_max is not None:
+            abs_log_max = torch.maximum(self._abs_log_max, abs_log_max)
+        self._abs_log_max = abs_log_max
 
-    def finalise(self) -> dict[str, float]:
-        """Metric name -> value over everything added; empty when no token was."""
-        if not self._sums:
-            return {}
-        sums = {name: float(value) for name, value in self._sums.items()}
-        tokens = sums["tokens"]
-        metrics = {
-            "ratio/ess_token": sums["ratio"] ** 2 / sums["ratio_squared"] / tokens,
-            "ratio/ess_sequence": sums["sequence_ratio"] ** 2 / sums["sequence_ratio_squared"] / sums["sequences"],
-            "mismatch_kl": sums["k3"] / tokens,
-            "ratio/log_mean": sums["log"] / tokens,
-            "ratio/abs_log_mean": sums["abs_log"] / tokens,
-            "ratio/abs_log_max": float(torch.stack(self._abs_log_max).max()),
-            "mismatch/fresh_share": sums["fresh_tokens"] / tokens,
-            **{f"staleness/share_{name}": sums[f"age_{name}"] / tokens for name in AGE_BUCKETS},
-        }
-        if sums["fresh_tokens"] > 0:
-            metrics["mismatch/fresh"] = sums["fresh_abs_log"] / sums["fresh_tokens"]
-        return metrics
+    def sums(self) -> dict[str, float]:
+        """Name -> sum over everything added, for :func:`token_metrics`; those of several ranks add up."""
+        return {} if self._sums_M is None else dict(zip(self._names, self._sums_M.tolist(), strict=True))
+
+    def abs_log_max(self) -> float:
+        """Largest abs(log pi - log mu) of a loss token, in nats; 0 without one."""
+        return 0.0 if self._abs_log_max is None else float(self._abs_log_max)
+
+
+def token_metrics(sums: Mapping[str, float], abs_log_max: float) -> dict[str, float]:
+    """Metric name -> value from :class:`TokenDiagnostics`' sums and maximum; empty when no token was added."""
+    tokens = sums.get("tokens", 0.0)
+    if tokens == 0:
+        return {}
+    at_least = [sums[f"at_least_{name}"] for name in AGE_BUCKETS]
+    metrics = {
+        "ratio/ess_token": sums["ratio"] ** 2 / sums["ratio_squared"] / tokens,
+        "ratio/ess_sequence": sums["sequence_ratio"] ** 2 / sums["sequence_ratio_squared"] / sums["sequences"],
+        "mismatch_kl": sums["k3"] / tokens,
+        "ratio/log_mean": sums["log"] / tokens,
+        "ratio/abs_log_mean": sums["abs_log"] / tokens,
+        "ratio/abs_log_max": abs_log_max,
+        "mismatch/fresh_share": sums["fresh_tokens"] / tokens,
+        **{
+            f"staleness/share_{name}": (older - oldest) / tokens
+            for name, older, oldest in zip(AGE_BUCKETS, at_least, [*at_least[1:], 0.0], strict=True)
+        },
+    }
+    if sums["fresh_tokens"] > 0:
+        metrics["mismatch/fresh"] = sums["fresh_abs_log"] / sums["fresh_tokens"]
+    return metrics
 
 
 def k3_divergence(logprobs_K: Tensor, behavior_logprobs_K: Tensor) -> Tensor:
     """[K] float64 k3 estimates of KL(mu || pi) in nats, ratio - 1 - log ratio with ratio pi / mu; never negative."""
-    log_ratio_K = logprobs_K.detach().double() - behavior_logprobs_K.detach().double()
-    return _ratio(log_ratio_K) - 1 - log_ratio_K
+    return _k3(logprobs_K.detach().double() - behavior_logprobs_K.detach().double())
 
 
 def group_diagnostics(rewards_BG: Tensor, confidence_BG: Tensor, advantages_BG: Tensor) -> dict[str, float]:
@@ -139,6 +152,10 @@ def density_diagnostics(verifiable_N: Sequence[float], density_N: Sequence[float
     if len(verifiable_N) < 2 or min(np.ptp(verifiable_N), np.ptp(density_N)) == 0:
         return {}
     return {"density/value_corr": float(np.corrcoef(verifiable_N, density_N)[0, 1])}
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    return _ratio(log_ratio) - 1 - log_ratio
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:

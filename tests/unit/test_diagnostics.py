@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lambdapo_async.objective.diagnostics import TokenDiagnostics, density_diagnostics, group_diagnostics
+from lambdapo_async.objective.diagnostics import (
+    TokenDiagnostics,
+    density_diagnostics,
+    group_diagnostics,
+    token_metrics,
+)
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -26,7 +31,7 @@ def measured(*batches: Columns) -> dict[str, float]:
     diagnostics = TokenDiagnostics()
     for batch in batches:
         diagnostics.add(*batch)
-    return diagnostics.finalise()
+    return token_metrics(diagnostics.sums(), diagnostics.abs_log_max())
 
 
 def test_equals_the_formulas() -> None:

@@ -101,6 +101,21 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out() -> None:
     check_fits(PLAN, "cpu", device_free=None, host_free=None)
 
 
+def test_every_rank_reads_a_whole_model_into_the_hosts_memory() -> None:
+    model = tiny_model()
+    alone, shared = (plan_memory(model, config(), "cpu", world_size=size) for size in (1, 4))
+    assert (alone.loading, shared.loading) == (0, alone.weights)
+    on_gpu, adapters = (plan_memory(model, config(lora=lora), "cuda") for lora in (None, {"rank": 2}))
+    assert (on_gpu.loading, adapters.loading) == (alone.weights, alone.weights // 2)
+    plan = replace(PLAN, loading=4 * GIB)
+    assert "4.00 GiB of host memory while it is read" in plan.describe()
+    check_fits(plan, "cuda", device_free=20 * GIB, host_free=4 * GIB)
+    with pytest.raises(
+        ConfigError, match=r"takes 4\.00 GiB of host memory on every rank, and 3\.00 GiB .* fewer ranks"
+    ):
+        check_fits(plan, "cuda", device_free=20 * GIB, host_free=3 * GIB)
+
+
 def test_a_policy_that_does_not_fit_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     folder = tiny_model_folder(tmp_path)
     (folder / "model.safetensors").unlink()
