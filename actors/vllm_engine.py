@@ -27,7 +27,7 @@ from actors.requests import NO_WEIGHTS, check_request
 from actors.vllm_settings import engine_args, import_model_class
 from actors.weights_file import Layout, check_finite, check_names, check_same, in_layers_of, read_layout
 from lambdapo_async.config import RunConfig
-from lambdapo_async.config.sections import SamplingConfig
+from lambdapo_async.config.sections import ActorConfig, SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
 from lambdapo_async.parent_death import forked_children_end_with_us
 from lambdapo_async.rollout import FINISH_REASONS, LogProbs, VersionSpan
@@ -55,7 +55,7 @@ class VllmEngine:
         self._swapping = asyncio.Lock()
         self._death: str | None = None
         self._info = EngineInfo(
-            name=f"vllm {vllm.__version__}", device=current_platform.get_device_name(), dtype=config.actor.dtype
+            name=f"vllm {vllm.__version__}", device=current_platform.get_device_name(), dtype=_dtype(config.actor)
         )
 
     @classmethod
@@ -244,6 +244,11 @@ class VllmEngine:
             raise EngineError(f"the engine is dead: {self._death}; start a new one")
         if self._llm.errored:
             raise EngineError("the engine's process is dead; start a new one")
+
+
+def _dtype(actor: ActorConfig) -> str:
+    """Of the coarsest numbers in it, a key of ``weights.canary.TOLERANCES``."""
+    return actor.dtype if actor.quantization is None else actor.quantization.partition("_")[0]
 
 
 def _completion(sample: CompletionOutput, adapter: LoRARequest | None) -> Completion:

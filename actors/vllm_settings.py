@@ -26,6 +26,7 @@ def engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
         model=str(model_dir),
         load_format="dummy",
         dtype=actor.dtype,
+        quantization=actor.quantization,
         max_model_len=config.model.max_length,
         max_num_seqs=actor.max_num_seqs,
         tensor_parallel_size=actor.tensor_parallel_size,
