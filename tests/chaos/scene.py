@@ -92,7 +92,6 @@ class Scene:
             self.proxy = Proxy(self.folder / "p", self.redis.socket, hides_run_id=self.profile.hides_run_id)
         try:
             self.start_learner()
-            self._wait_for_run()
             self.wait_for_step()
             yield
         finally:
@@ -173,16 +172,6 @@ class Scene:
                 raise StuckError(f"{process.who} still runs {_EXIT_S:g} s after the end")
             if process in self.actors and process.returncode != 0 and process.who not in self._expected:
                 raise StuckError(f"{process.who} ended with {process.returncode}: {process.last_line()}")
-
-    def _wait_for_run(self) -> None:
-        """An actor that finds no run says that its user has mistaken the id, and ends."""
-        deadline = time.monotonic() + STUCK_S
-        with contextlib.closing(self.redis.client()) as client:
-            while not client.hexists(RunKeys(RUN_ID).state, "rows_heldout"):
-                assert self.learner is not None
-                if self.learner.returncode is not None or time.monotonic() > deadline:
-                    raise StuckError(f"the first learner did not come up: {self.learner.last_line()}")
-                time.sleep(_TEND_S)
 
     def _spec(self, role: str, *, resume: bool = False) -> ProcessSpec:
         self._started[role] += 1
