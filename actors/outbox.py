@@ -81,7 +81,12 @@ class Outbox:
         """
         payload = await asyncio.to_thread(encode_group, group)
         # A caller cancelled in the middle of an offer must not leave its number in doubt for the next one.
-        await asyncio.shield(asyncio.ensure_future(self._keep_and_deliver(group, payload)))
+        delivery = asyncio.ensure_future(self._keep_and_deliver(group, payload))
+        try:
+            await asyncio.shield(delivery)
+        except asyncio.CancelledError:
+            delivery.add_done_callback(_say_if_failed)
+            raise
 
     async def poll(self) -> None:
         """Ask what is durable and forget it; offer again what Redis lost. Cheap, and nothing while nothing is kept."""
@@ -218,3 +223,9 @@ class Outbox:
             num_bytes=len(payload),
             mean_reward=float(group.rewards.mean()),
         )
+
+
+def _say_if_failed(delivery: asyncio.Future[None]) -> None:
+    """Its sender is gone and will not hear of it; the group lies in the spool."""
+    if not delivery.cancelled() and (error := delivery.exception()) is not None:
+        logger.warning("a group was not delivered: %s", error)

@@ -90,7 +90,6 @@ class Scene:
             self.proxy = Proxy(self.folder / "p", self.redis.socket, hides_run_id=self.profile.hides_run_id)
         try:
             self.start_learner()
-            self._wait_for_run()
             self.wait_for_step()
             yield
         finally:
@@ -186,16 +185,6 @@ class Scene:
     def _is_known_to_be_over(self) -> bool:
         with contextlib.closing(self.redis.client()) as client:
             return bool(client.hget(RunKeys(RUN_ID).state, "phase") == b"finished")
-
-    def _wait_for_run(self) -> None:
-        """An actor that finds no run says that its user has mistaken the id, and ends."""
-        deadline = time.monotonic() + STUCK_S
-        with contextlib.closing(self.redis.client()) as client:
-            while not client.hexists(RunKeys(RUN_ID).state, "rows_heldout"):
-                assert self.learner is not None
-                if self.learner.returncode is not None or time.monotonic() > deadline:
-                    raise StuckError(f"the first learner did not come up: {self.learner.last_line()}")
-                time.sleep(_TEND_S)
 
     def _spec(self, role: str, *, resume: bool = False) -> ProcessSpec:
         self._started[role] += 1

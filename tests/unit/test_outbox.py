@@ -1,6 +1,7 @@
 """The outbox: consecutive numbers, one offer at a time, kept on the disk until the learner has it."""
 
 import asyncio
+import gc
 import os
 import tempfile
 import threading
@@ -169,6 +170,27 @@ async def test_a_cancelled_sender_leaves_no_number_in_doubt(tmp_path: Path) -> N
     sink.gate.set()
     await second
     assert [(seq, index) for _, seq, _, index in sink.offers] == [(1, 0), (2, 1)]
+
+
+async def test_a_failure_that_its_cancelled_sender_will_not_hear_is_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unheard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    sink = ScriptedSink(*[WAIT] * 1000)
+    outbox = outbox_on(sink, tmp_path, outage_s=0.05)
+    sender = asyncio.ensure_future(outbox.send(make_group()))
+    while not sink.offers:
+        await asyncio.sleep(0.001)
+    sender.cancel()
+    await asyncio.wait([sender])
+    while outbox._one_offer.locked():
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert unheard == []
+    assert "a group was not delivered: the rollout queue answered WAIT" in caplog.text
+    assert files(tmp_path) == ["p.0/1.group"]
 
 
 async def test_concurrent_senders_offer_one_by_one(tmp_path: Path) -> None:
