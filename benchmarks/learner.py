@@ -29,9 +29,9 @@ from benchmarks.learner_plot import plot
 from benchmarks.lengths import DISTRIBUTIONS, GroupLengths, draw_groups
 from benchmarks.machine import ROOT, describe_machine
 from benchmarks.model_shapes import SHAPES, WIDE, ModelShape
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, STOCK_ALLOCATOR
 from benchmarks.peers.worker import Plan, Sample, measure_peer
-from lambdapo_async.packing import pack
+from lambdapo_async.packing import fewest_micro_batches, pack
 from learner.flops import utilisation
 
 RESULT = ROOT / "benchmarks" / "results" / "learner.json"
@@ -145,15 +145,20 @@ def mfu(plan: Plan, groups: Sequence[GroupLengths], tokens_per_s: float) -> floa
     return utilisation(flops, _num_tokens(groups) / tokens_per_s, torch.device(plan.device))
 
 
-def packing_fill(plan: Plan, scale: int) -> dict[str, float]:
-    """Distribution -> share of the micro-batches' budgets that holds tokens, over many micro-batches."""
+def packing_fill(plan: Plan, scale: int) -> dict[str, dict[str, float]]:
+    """Distribution -> share of the micro-batches' budgets that holds tokens, and how few of them there could be."""
     fill = {}
     for name in DISTRIBUTIONS:
         tokens = PACKED_MICRO_BATCHES * plan.micro_batch_tokens
         groups = draw_groups(name, seed=1, num_tokens=tokens, group_size=GROUP_SIZE, scale=scale)
-        packed = pack(plan.workload(groups).sequences, token_budget=plan.micro_batch_tokens)
+        sequences = plan.workload(groups).sequences
+        packed = pack(sequences, token_budget=plan.micro_batch_tokens)
         held = sum(len(each.input_ids_T) for each in packed)
-        fill[name] = round(held / (len(packed) * plan.micro_batch_tokens), 4)
+        fill[name] = {
+            "fill": round(held / (len(packed) * plan.micro_batch_tokens), 4),
+            "micro_batches": len(packed),
+            "no_fewer_than": fewest_micro_batches(sequences, token_budget=plan.micro_batch_tokens),
+        }
     return fill
 
 
@@ -190,6 +195,8 @@ def measure(device: Literal["cpu", "cuda"], shape: str, rounds: int, steps: int,
     # One micro-batch of eight documents, nearly all of whose tokens need the output layer.
     wide = {"vocabulary": [GroupLengths(8, (sizes.wide_tokens // GROUP_SIZE - 8,) * GROUP_SIZE)]}
     peers = [peer for peer in PEERS if not peer.startswith("trl") or find_spec("trl") is not None]
+    if device != "cpu":
+        peers = [peer for peer in peers if peer not in STOCK_ALLOCATOR]
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
         plan = _plan(SHAPES[shape], folder / "model", device, threads, sizes.micro_batch_tokens, steps, batches)

@@ -11,12 +11,20 @@ from matplotlib.figure import Figure
 LABELS = {
     "ours": "lambdapo-async",
     "trl": "TRL GRPO",
+    "trl_stock": "TRL GRPO, C library's allocator",
     "trl_vllm": "TRL GRPO, from vLLM",
     "padded": "transformers, padded",
     "naive": "packed, all logits",
 }
-COLOURS = {"ours": "#1f6feb", "trl": "#d29922", "trl_vllm": "#9e6a03", "padded": "#8c959f", "naive": "#d0d7de"}
-WIDTH = 0.16
+COLOURS = {
+    "ours": "#1f6feb",
+    "trl": "#d29922",
+    "trl_stock": "#eac54f",
+    "trl_vllm": "#9e6a03",
+    "padded": "#8c959f",
+    "naive": "#d0d7de",
+}
+WIDTH = 0.14
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -37,7 +45,7 @@ def _bars(axes: Axes, batches: Mapping[str, Any], quantity: str, label: str) -> 
     for position, batch in enumerate(batches.values()):
         for number, (peer, measured) in enumerate(batch["peers"].items()):
             if quantity in measured:
-                _bar(axes, position + (number - 2) * WIDTH, peer, measured[quantity], labelled=position == 0)
+                _bar(axes, position + (number - 2.5) * WIDTH, peer, measured[quantity], labelled=position == 0)
     axes.set_xticks(range(len(batches)), list(batches), fontsize=8)
     axes.set_ylabel(label, fontsize=8)
     axes.tick_params(axis="y", labelsize=7)

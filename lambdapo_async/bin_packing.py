@@ -58,7 +58,16 @@ def fewest_bins(families: Sequence[Family], capacity: int) -> int:
     lengths_n = np.array([c + only * f.prompt for f, only in zip(families, alone, strict=True) for c in f.members])
     # At most m lengths over 1 / (m + 1) of the capacity share a bin.
     by_count = (math.ceil(int((lengths_n * (m + 1) > capacity).sum()) / m) for m in range(1, 1 + LARGEST_SHARE))
-    return max(by_tokens, *by_count)
+    return max(by_tokens, *by_count, _bins_by_prompts(families, capacity))
+
+
+def _bins_by_prompts(families: Sequence[Family], capacity: int) -> int:
+    """As many as are needed if every bin held the shortest completions under the fewest and shortest prompts."""
+    lengths_n = np.sort(np.concatenate([family.members for family in families]))
+    counts_n = np.arange(1, len(lengths_n) + 1)
+    prompts_n = -(-counts_n // max(len(family.members) for family in families))
+    tokens_n = lengths_n.cumsum() + prompts_n * min(family.prompt for family in families)
+    return math.ceil(len(lengths_n) / max(1, int((tokens_n <= capacity).sum())))
 
 
 def _least_tokens(family: Family, capacity: int) -> int:

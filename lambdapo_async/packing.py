@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lambdapo_async.bin_packing import Family, partition
+from lambdapo_async.bin_packing import Family, fewest_bins, partition
 from lambdapo_async.packed_layout import PackedLayout, Segment, packed_layout
 
 
@@ -131,6 +131,11 @@ def pack(sequences: Sequence[TrainingSequence], *, token_budget: int, multiple_o
     families = _families(sequences)
     bins = partition([_lengths(family) for family in families], token_budget, multiple_of=multiple_of)
     return [_micro_batch([[families[f][each] for each in members] for f, members in bin_]) for bin_ in bins]
+
+
+def fewest_micro_batches(sequences: Sequence[TrainingSequence], *, token_budget: int) -> int:
+    """A number of micro-batches that :func:`pack` cannot go below."""
+    return fewest_bins([_lengths(family) for family in _families(sequences)], token_budget)
 
 
 def _families(sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:

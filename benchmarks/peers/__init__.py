@@ -10,5 +10,14 @@ from benchmarks.peers.padded import build_padded
 from benchmarks.peers.trl_grpo import TrlGrpo, TrlGrpoFromVllm
 
 PEERS: Mapping[str, Callable[[Setting], Peer]] = MappingProxyType(
-    {"ours": Ours, "trl": TrlGrpo, "trl_vllm": TrlGrpoFromVllm, "padded": build_padded, "naive": build_naive}
+    {
+        "ours": Ours,
+        "trl": TrlGrpo,
+        "trl_stock": TrlGrpo,
+        "trl_vllm": TrlGrpoFromVllm,
+        "padded": build_padded,
+        "naive": build_naive,
+    }
 )
+STOCK_ALLOCATOR = frozenset({"trl_stock"})
+"""Peers whose process leaves freed memory to the C library; those of the others keep it on a CPU, as a run does."""

@@ -2,7 +2,6 @@
 
 from benchmarks.peers.interface import Setting
 from benchmarks.workload import Workload
-from learner.host_memory import keep_freed_memory
 from learner.policy import Policy
 from learner.trainer import Trainer
 
@@ -11,8 +10,6 @@ class Ours:
     """``learner.trainer.Trainer`` over ``learner.policy.Policy``, as a run uses them."""
 
     def __init__(self, setting: Setting) -> None:
-        if setting.device.type == "cpu":
-            keep_freed_memory()
         policy = Policy.load(
             setting.model_dir,
             revision=None,

@@ -12,10 +12,11 @@ from benchmarks.lengths import GroupLengths
 from benchmarks.machine import ROOT
 from benchmarks.memory import memory_gauge
 from benchmarks.model_shapes import ModelShape
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, STOCK_ALLOCATOR
 from benchmarks.peers.interface import Peer, Setting
 from benchmarks.workload import Workload, make_workload
 from lambdapo_async.config import RunConfig, load_config
+from learner.host_memory import keep_freed_memory
 
 CONFIG = ROOT / "configs" / "arithmetic_demo.toml"
 WARM_UP = (GroupLengths(4, (4, 4)),)
@@ -72,6 +73,8 @@ def measure_peer(name: str, plan: Plan) -> dict[str, Sample]:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(plan.num_threads)
     device = torch.device(plan.device)
+    if plan.device == "cpu" and name not in STOCK_ALLOCATOR:
+        keep_freed_memory()
     peer = PEERS[name](Setting(plan.model_dir, plan.config, device))
     peer.step(plan.workload(WARM_UP))
     workloads = {batch: plan.workload(lengths) for batch, lengths in plan.batches.items()}
