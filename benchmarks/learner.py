@@ -102,17 +102,24 @@ def _summarise_batch(batch: str, samples: Samples, plan: Plan) -> dict[str, obje
         peer: [_num_tokens(groups) / seconds for one in rounds for seconds in one.seconds]
         for peer, rounds in by_peer.items()
     }
-    return {
+    processor_s = {peer: [seconds for one in rounds for seconds in one.processor_s] for peer, rounds in by_peer.items()}
+    others = [peer for peer in by_peer if peer != "ours" and speeds[peer]]
+    summary: dict[str, object] = {
         "sequences": sum(len(group.completions) for group in groups),
         "tokens": _num_tokens(groups),
         "longest": max(group.prompt + max(group.completions) for group in groups),
         "peers": {peer: _summarise_peer(rounds, speeds[peer], groups, plan) for peer, rounds in by_peer.items()},
-        "ours / peer": {
-            peer: spread([ours / other for ours, other in zip(speeds["ours"], speeds[peer], strict=True)])
-            for peer in by_peer
-            if peer != "ours" and speeds[peer]
-        },
+        "ours / peer": {peer: _ratios(speeds["ours"], speeds[peer]) for peer in others},
     }
+    if plan.device == "cpu":
+        ratios = {peer: _ratios(processor_s[peer], processor_s["ours"]) for peer in others}
+        summary["ours / peer in processor time"] = ratios
+    return summary
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Of the steps at the same place in their rounds."""
+    return spread([one / other for one, other in zip(above, below, strict=True)])
 
 
 def _summarise_peer(

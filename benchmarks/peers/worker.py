@@ -61,6 +61,8 @@ class Sample:
 
     seconds: tuple[float, ...]
     """Of each timed step; empty when the device's memory was too small."""
+    processor_s: tuple[float, ...]
+    """Processor time of each, all threads together."""
     peak_bytes: int
     idle_bytes: int
     """In use between steps: libraries (CPU), weights, optimizer."""
@@ -85,12 +87,15 @@ def _measure(peer: Peer, workload: Workload, steps: int, device: torch.device) -
     gauge = memory_gauge(device)
     idle_bytes = gauge.restart()
     seconds: list[float] = []
+    processor_s: list[float] = []
     grad_norm = float("nan")
     try:
         for _ in range(steps):
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             grad_norm = peer.step(workload)  # a number read back from the device, which has finished then
             seconds.append(time.perf_counter() - started)
+            processor_s.append(time.process_time() - worked)
     except torch.OutOfMemoryError:
         seconds.clear()
-    return Sample(tuple(seconds), gauge.peak(), idle_bytes, peer.num_slots(workload), grad_norm)
+        processor_s.clear()
+    return Sample(tuple(seconds), tuple(processor_s), gauge.peak(), idle_bytes, peer.num_slots(workload), grad_norm)
