@@ -31,7 +31,7 @@ from actors.published_shapes import published_shapes
 from actors.requests import NO_WEIGHTS, check_request
 from actors.weights_file import Layout, check_finite, check_names, check_same, in_layers_of, read_layout
 from lambdapo_async.config import RunConfig
-from lambdapo_async.config.sections import SamplingConfig
+from lambdapo_async.config.sections import ActorConfig, SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
 from lambdapo_async.parent_death import forked_children_end_with_us
 from lambdapo_async.rollout import FINISH_REASONS, LogProbs, VersionSpan
@@ -61,7 +61,7 @@ class VllmEngine:
         self._swapping = asyncio.Lock()
         self._death: str | None = None
         self._info = EngineInfo(
-            name=f"vllm {vllm.__version__}", device=current_platform.get_device_name(), dtype=config.actor.dtype
+            name=f"vllm {vllm.__version__}", device=current_platform.get_device_name(), dtype=_dtype(config.actor)
         )
 
     @classmethod
@@ -267,6 +267,7 @@ def _engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
         model=str(model_dir),
         load_format="dummy",
         dtype=actor.dtype,
+        quantization=actor.quantization,
         max_model_len=config.model.max_length,
         max_num_seqs=actor.max_num_seqs,
         tensor_parallel_size=actor.tensor_parallel_size,
@@ -282,6 +283,11 @@ def _engine_args(model_dir: Path, config: RunConfig) -> AsyncEngineArgs:
         shutdown_timeout=math.ceil(actor.drain_s + CUT_OFF_S),
         **lora_options(config),
     )
+
+
+def _dtype(actor: ActorConfig) -> str:
+    """Of the coarsest numbers in it, a key of ``weights.canary.TOLERANCES``."""
+    return actor.dtype if actor.quantization is None else actor.quantization.partition("_")[0]
 
 
 def _completion(sample: CompletionOutput, adapter: LoRARequest | None) -> Completion:

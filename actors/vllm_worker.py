@@ -40,7 +40,7 @@ class WeightSwap:
             names: every tensor of each layer that is to change.
 
         Returns:
-            Parameters of these layers, in vLLM's naming, that the file left untouched.
+            Parameters of these layers, in vLLM's naming, that the file left untouched and nothing was derived for.
         """
         model = self.model_runner.get_model()
         # It warns at every swap about layers that get no weights; we compare the names ourselves.
@@ -52,12 +52,17 @@ class WeightSwap:
             if current_platform.is_cpu():
                 _repack_tied_embeddings(model, loaded)
         parameters = sorted(_without_wrapper(name) for name, _ in model.named_parameters())
-        return [name for name in in_layers_of(loaded, parameters) if name not in loaded]
+        return [name for name in in_layers_of(loaded, parameters) if name not in loaded and not _is_derived(name)]
 
 
 def _without_wrapper(name: str) -> str:
     """A parameter's name without the module that vLLM puts around a layer that may take adapters."""
     return name.replace(".base_layer.", ".")
+
+
+def _is_derived(name: str) -> bool:
+    """Scales that vLLM computes while it quantises a weight that the file brought."""
+    return name.endswith(("weight_scale", "input_scale"))
 
 
 def _repack_tied_embeddings(model: torch.nn.Module, loaded: Set[str]) -> None:

@@ -69,7 +69,7 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
         JournalError, ReplayError: journal and checkpoint do not belong together.
     """
     config, run, policy = start.config, start.run, start.policy
-    state = start.checkpoint.state if start.checkpoint else LearnerState(step=0, version=0)
+    state = start.checkpoint.state if start.checkpoint else LearnerState(step=0, version=-1)
     journal = resources.enter_context(contextlib.closing(Journal.open(start.folder / JOURNAL_FOLDER, start.fence)))
     receipts = Receipts(state.receipts)
     claimed = survey(journal.history.read(state.pool.keep_from), receipts)
@@ -82,7 +82,8 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
     )
     store = run.weights_for(config.weights)
     head = store.head()
-    versions = VersionCounter(journal, newest=max(claimed, -1 if head is None else head))
+    # Each may know of a version that the others lack: Redis came back empty, or the claim lies before ``keep_from``.
+    versions = VersionCounter(journal, newest=max(claimed, state.version, -1 if head is None else head))
     publisher = resources.enter_context(
         Publisher(
             store,

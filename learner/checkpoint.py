@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,8 +50,8 @@ class LearnerState(BaseModel):
 
     step: NonNegativeInt
     """Optimizer steps taken."""
-    version: NonNegativeInt
-    """Newest policy version that was claimed."""
+    version: int = Field(ge=-1)
+    """Newest policy version that was claimed; -1 before the first."""
     receipts: ReceiptsState = ReceiptsState()
     """What was journaled; the journal may hold more."""
     pool: PoolState = PoolState()

@@ -213,7 +213,7 @@ class Learner:
         checkpoints = self._resync.checkpoints
         state = LearnerState(
             step=self._stepper.step,
-            version=max(self._versions.newest, 0),
+            version=self._versions.newest,
             receipts=self._resync.book.state(),
             pool=self._batcher.pool.state(),
             open_rounds=self._evaluation.open_rounds(),

@@ -202,6 +202,15 @@ def _check_stale_kv(config: RunConfig) -> str | None:
     )
 
 
+def _check_quantization(config: RunConfig) -> str | None:
+    if config.actor.quantization is None or config.learner.lora is None:
+        return None
+    return (
+        f"actor.quantization = {config.actor.quantization} would add adapters to rounded weights, and learner.lora "
+        "trains them beside the exact ones: leave one of them out"
+    )
+
+
 def _check_starter(config: RunConfig) -> str | None:
     if config.model.path != "starter" or config.task.kind == "arithmetic" or config.model.max_length >= 64:
         return None
@@ -222,5 +231,6 @@ _CHECKS = (
     _check_queue_holds_a_step,
     _check_lease,
     _check_stale_kv,
+    _check_quantization,
     _check_starter,
 )

@@ -159,6 +159,8 @@ class ActorConfig(Section):
     """Groups an actor holds at most; how many it does hold follows its speed."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """The engine's compute type."""
+    quantization: Literal["fp8_per_channel"] | None = None
+    """What the engine makes of the linear layers' weights, of every version anew; the learner's stay as they are."""
     max_num_seqs: PositiveInt = 128
     """Sequences that the engine runs at once."""
     kv_cache_gib: PositiveFloat | None = None

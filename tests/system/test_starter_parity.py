@@ -15,6 +15,7 @@ from lambdapo_async.config import RunConfig, load_config
 from lambdapo_async.packing import TrainingSequence, pack
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
+from lambdapo_async.weights.canary import TOLERANCES
 from lambdapo_async.weights.delta_file import write_full
 from lambdapo_async.weights.state import State
 from learner.policy import Policy
@@ -57,11 +58,19 @@ async def sampled(config: RunConfig, policy: Policy, prompts: list[list[int]], f
     return [training_sequence(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
 
 
-@pytest.mark.parametrize(("dtype", "mean", "largest"), [("float32", 1e-4, 1e-2), ("bfloat16", 0.02, 1.0)])
+@pytest.mark.parametrize(
+    ("overrides", "mean", "largest"),
+    [
+        (["actor.dtype=float32"], 1e-4, 1e-2),
+        (["actor.dtype=bfloat16"], 0.02, 1.0),
+        (["actor.dtype=bfloat16", "actor.quantization=fp8_per_channel"], TOLERANCES["fp8"].mean, 4.0),
+    ],
+    ids=["float32", "bfloat16", "fp8"],
+)
 async def test_engine_and_learner_agree_on_the_starter(
-    dtype: str, mean: float, largest: float, output_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    overrides: list[str], mean: float, largest: float, output_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    config = load_config(DEMO, [f"output_dir={output_dir}", f"actor.dtype={dtype}"], environ={})
+    config = load_config(DEMO, [f"output_dir={output_dir}", *overrides], environ={})
     task = build_task(config)
     model_path = ensure_starter(config, task)
     policy = Policy.load(model_path, revision=None, config=config.learner, temperature=1.0, device=torch.device("cpu"))

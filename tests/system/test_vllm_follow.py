@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
@@ -16,6 +17,7 @@ from actors.mirror import Mirror
 from actors.vllm_engine import VllmEngine
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError
+from lambdapo_async.weights.canary import TOLERANCES
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import make_delta, write_full
 from lambdapo_async.weights.state import State
@@ -75,6 +77,36 @@ async def started(folder: Path, scratch: Path, **actor: object) -> AsyncIterator
         await engine.shutdown()
 
 
+async def follow(
+    engine: VllmEngine,
+    scratch: Path,
+    weights: dict[str, Tensor],
+    at_each: Callable[[dict[str, Tensor]], None] = lambda _: None,
+) -> list[NDArray[np.float32]]:
+    """Scores at the first version and after each delta of ``CHAIN``; ``weights`` (float32) end at the last.
+
+    Args:
+        at_each: called with the state of every version but the first.
+    """
+    mirror = Mirror(scratch, run_id=RUN)
+    state = State.of_torch(0, {name: tensor.bfloat16() for name, tensor in weights.items()})
+    mirror.advance(Available(version=0, num_bytes=0), write_full(state, run_id=RUN, pool=POOL))
+    await engine.load_weights(0, mirror.path, changed=mirror.changed)
+    mirror.mark_loaded()
+    scores = [await engine.score(PROMPT, COMPLETION)]
+    for change in CHAIN.values():
+        change(weights)
+        bfloat16 = {name: tensor.bfloat16() for name, tensor in weights.items()}
+        old, state = state, State.of_torch(state.version + 1, bfloat16)
+        payload = make_delta(old, state, run_id=RUN, keyframe_version=0, pool=POOL).to_bytes()
+        mirror.advance(Available(version=state.version, num_bytes=0, base_version=old.version), payload)
+        await engine.load_weights(state.version, mirror.path, changed=mirror.changed)
+        mirror.mark_loaded()
+        at_each(bfloat16)
+        scores.append(await engine.score(PROMPT, COMPLETION))
+    return scores
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 async def test_after_every_delta_the_engine_is_transformers_on_the_same_state(
     tied: bool, tiny_model_folder: Path, untied_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
@@ -82,27 +114,37 @@ async def test_after_every_delta_the_engine_is_transformers_on_the_same_state(
     """Deltas that touch everything, one layer, or a part of a fused tensor, whose other parts must stay."""
     folder = tiny_model_folder if tied else untied_model_folder
     scratch = tmp_path_factory.mktemp("s")
+    weights = {name: tensor.float() for name, tensor in published_weights(folder, 0).items()}
+    expected: list[NDArray[np.float32]] = []
+
+    def remember(state: dict[str, Tensor]) -> None:
+        expected.append(reference_logprobs(model_of(folder, state), PROMPT, COMPLETION, temperature=1.0))
+
     async with started(folder, scratch) as engine:
-        mirror = Mirror(scratch, run_id=RUN)
-        weights = {name: tensor.float() for name, tensor in published_weights(folder, 0).items()}
-        state = State.of_torch(0, {name: tensor.bfloat16() for name, tensor in weights.items()})
-        mirror.advance(Available(version=0, num_bytes=0), write_full(state, run_id=RUN, pool=POOL))
-        await engine.load_weights(0, mirror.path, changed=mirror.changed)
-        mirror.mark_loaded()
-        before = await engine.score(PROMPT, COMPLETION)
-        for what, change in CHAIN.items():
-            change(weights)
-            bfloat16 = {name: tensor.bfloat16() for name, tensor in weights.items()}
-            old, state = state, State.of_torch(state.version + 1, bfloat16)
-            payload = make_delta(old, state, run_id=RUN, keyframe_version=0, pool=POOL).to_bytes()
-            mirror.advance(Available(version=state.version, num_bytes=0, base_version=old.version), payload)
-            await engine.load_weights(state.version, mirror.path, changed=mirror.changed)
-            mirror.mark_loaded()
-            after = await engine.score(PROMPT, COMPLETION)
-            expected = reference_logprobs(model_of(folder, bfloat16), PROMPT, COMPLETION, temperature=1.0)
-            assert np.abs(after - expected).max() < 1e-4, what
-            assert np.abs(after - before).max() > 1e-2, f"{what} changed nothing"
-            before = after
+        followed = await follow(engine, scratch, weights, remember)
+    for what, after, before, exact in zip(CHAIN, followed[1:], followed, expected, strict=False):
+        assert np.abs(after - exact).max() < 1e-4, what
+        assert np.abs(after - before).max() > 1e-2, f"{what} changed nothing"
+
+
+async def test_a_quantised_engine_is_after_every_delta_what_it_would_be_had_it_begun_there(
+    tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The parts that a delta does not touch keep their scales, the others get new ones."""
+    folder, scratch = tiny_model_folder, tmp_path_factory.mktemp("s")
+    as_fp8 = {"dtype": "bfloat16", "quantization": "fp8_per_channel"}
+    weights = {name: tensor.float() for name, tensor in published_weights(folder, 0).items()}
+    async with started(folder, scratch, **as_fp8) as engine:
+        assert engine.info.dtype == "fp8"
+        followed = await follow(engine, scratch, weights)
+    last = write_weights(scratch / "last", {name: tensor.bfloat16() for name, tensor in weights.items()})
+    async with started(folder, scratch, **as_fp8) as engine:
+        await engine.load_weights(0, last)
+        assert np.array_equal(await engine.score(PROMPT, COMPLETION), followed[-1])
+    for what, after, before in zip(CHAIN, followed[1:], followed, strict=False):
+        assert np.abs(after - before).max() > 1e-2, f"{what} changed nothing"
+    exact = reference_logprobs(model_of(folder, weights), PROMPT, COMPLETION, temperature=1.0)
+    assert np.abs(followed[-1] - exact).mean() > TOLERANCES["bfloat16"].mean, "nothing was quantised"
 
 
 async def test_parameters_that_a_load_leaves_out_kill_the_engine(

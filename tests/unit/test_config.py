@@ -75,6 +75,7 @@ def test_a_wrong_key_or_value_is_named(config_file: Path, override: str, expecte
         (["sampling.max_tokens=4096"], "leaves no room for a prompt"),
         (["learner.micro_batch_tokens=100"], "cannot hold one sequence"),
         (["learner.lora.rank=2", "actor.stale_kv=true"], "set actor.stale_kv = false"),
+        (["learner.lora.rank=2", "actor.quantization=fp8_per_channel"], "leave one of them out"),
         (["rollout.group_size=1"], "no pairs"),
         (["rollout.group_size=256"], "actor.max_num_seqs = 128"),
         (["density.gate=wrong", "objective.advantage.std_norm=true"], "std-normalised"),

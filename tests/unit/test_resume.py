@@ -148,6 +148,30 @@ def test_a_suspended_run_goes_on_as_if_it_had_not_been(folder: Path) -> None:
     assert_as_if_it_had_lived(folder, 6)
 
 
+def test_versions_go_on_where_only_the_checkpoint_knows_of_the_last(folder: Path) -> None:
+    """The learner took groups after its last version, was suspended, and then Redis came back empty."""
+    settings = stage_config(learner={"checkpoint_every": 100}, staleness={"max_staleness": 0})
+    before, after = FakeRun("run"), FakeRun("run")
+    with acting(before, settings), staged(before, folder, settings) as stage:
+        offer = stage.parts.batcher.pool.offer
+
+        def offer_and_stop(arrival):
+            was_taken = offer(arrival)
+            if stage.parts.stepper.step == 3:
+                stage.learner.stop()
+            return was_taken
+
+        stage.parts.batcher.pool.offer = offer_and_stop
+        stage.learner.run()
+    claims = {number: record.version for number, record in journal_of(folder) if isinstance(record, VersionRecord)}
+    assert max(claims) < newest(folder).state.pool.keep_from, "what is read of the journal names no version"
+    with acting(after, settings):
+        live(after, folder, settings)
+    versions = [record.version for _, record in journal_of(folder) if isinstance(record, VersionRecord)]
+    assert versions == list(range(len(versions)))
+    assert_as_if_it_had_lived(folder, 6)
+
+
 def test_another_loss_trains_on_the_same_groups(folder: Path) -> None:
     run, settings = FakeRun("run"), stage_config()
     with acting(run, settings):
