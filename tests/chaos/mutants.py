@@ -171,7 +171,7 @@ MUTANTS = {
         caught=("skipped",),
         faults=("kill_actor",) * 6,
         num_steps=120,
-        scripts={"lease": r"redis\.call\('LPUSH'[^\n]*expired\[i\][^\n]*\)"},
+        scripts={"lease": r"put_in_front\([^\n]*expired\[i\]\)"},
     ),
 }
 """By name; the sixth, ``retry_inside_redis_py``, needs no run to be caught in."""

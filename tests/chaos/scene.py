@@ -90,7 +90,7 @@ class Scene:
             self.proxy = Proxy(self.folder / "p", self.redis.socket, hides_run_id=self.profile.hides_run_id)
         try:
             self.start_learner()
-            self.wait_for_step()
+            self.wait_for_step(stuck_s=STUCK_S)  # a broken learner has to start like any other
             yield
         finally:
             self._end_everything()
@@ -128,14 +128,15 @@ class Scene:
             sentinels = [process.sentinel for process in self._processes() if process.returncode is None]
             wait(sentinels, timeout=min(left_s, _TEND_S))
 
-    def wait_for_step(self, count: int = 1) -> None:
-        """Until the run is ``count`` steps further than it ever was."""
-        goal, deadline = self.newest_step + count, time.monotonic() + self._stuck_s
+    def wait_for_step(self, count: int = 1, *, stuck_s: float | None = None) -> None:
+        """Until the run is ``count`` steps further than it ever was; ``stuck_s`` is the scene's own by default."""
+        stuck_s = self._stuck_s if stuck_s is None else stuck_s
+        goal, deadline = self.newest_step + count, time.monotonic() + stuck_s
         while self.newest_step < goal:
             self.tend(_TEND_S)
             if time.monotonic() > deadline:
                 self._show_stacks()
-                raise StuckError(f"no new step for {self._stuck_s:g} s after step {self.newest_step}")
+                raise StuckError(f"no new step for {stuck_s:g} s after step {self.newest_step}")
 
     def wait_for_end(self, process: Forked) -> None:
         """Until it is dead."""
