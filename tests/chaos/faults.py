@@ -162,6 +162,14 @@ def lose_replies(scene: Scene, source: random.Random) -> str:
     return str(count)
 
 
+def lose_a_suspended_run(scene: Scene, source: random.Random) -> str:
+    """Its learner is gone, and the next one has not looked yet."""
+    learner = _learner(scene)
+    end_learner(scene, source)
+    scene.wait_for_end(learner)
+    return f"{learner.who}, {lose(scene, source)}"
+
+
 def lose_offer_reply(scene: Scene, source: random.Random) -> str:
     """The next group that is offered arrives, and its actor does not know."""
     assert scene.proxy is not None
@@ -240,6 +248,7 @@ COMBINED_FAULTS: dict[str, Fault] = {each.__name__: each for each in (suspend_an
 DIRECTED_FAULTS: dict[str, Fault] = {
     "learner_dies_before_the_journal": learner_dies_before_the_journal,
     "lose_offer_reply": lose_offer_reply,
+    "lose_a_suspended_run": lose_a_suspended_run,
 }
 """For mutants alone."""
 FAULTS = {**PROCESS_FAULTS, **REDIS_FAULTS, **COMBINED_FAULTS, **DIRECTED_FAULTS}

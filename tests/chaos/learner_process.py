@@ -19,6 +19,7 @@ import learner.session as session
 from lambdapo_async.broker.interface import Delivery, Descriptor, Durable
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.run_store import RedisRunStore
+from lambdapo_async.config.load import HMAC_KEY_VARIABLE
 from lambdapo_async.journal.journal import Journal
 from lambdapo_async.journal.records import GroupRecord, Record, StepRecord
 from lambdapo_async.parent_death import die_with_parent
@@ -60,6 +61,8 @@ def become(spec: ProcessSpec, parent_pid: int) -> None:
     """A process like one that a shell started: own session, output in its log, stacks on SIGUSR1."""
     die_with_parent(parent_pid)
     os.setsid()
+    if spec.hmac_key:
+        os.environ[HMAC_KEY_VARIABLE] = spec.hmac_key
     log = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

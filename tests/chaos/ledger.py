@@ -4,6 +4,7 @@ Each process appends to a file of its own, one ``write`` per line (O_APPEND: a k
 torn one at the end). ``check`` is pure: entries and the run's remains in, violations out.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -109,9 +110,10 @@ class Bounds:
     """Place of a ``sampled`` entry -> most bytes there."""
 
 
+_NO_ANSWER = ("duplicate", "unleased", "malformed", "quarantined")  # nobody sends what cannot be read
 Kind = Literal[
-    "lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried", "stuck",
-    "crashed",
+    "lost", "twice", "skipped", "version_reused", "stale", "over_budget", "rewritten", "miscounted", "retried",
+    "stuck", "crashed",
 ]  # fmt: skip
 
 
@@ -141,8 +143,6 @@ def check(entries: Sequence[Entry], remains: Remains, bounds: Bounds) -> list[Vi
 
 def digest(history: Iterable[Step]) -> str:
     """A name of a history, equal for equal ones only."""
-    import hashlib
-
     flat = [[s.version, [[g.producer, g.seq, g.index, g.min_version] for g in s.groups]] for s in history]
     return hashlib.sha256(json.dumps(flat).encode()).hexdigest()
 
@@ -190,7 +190,7 @@ def _trained(remains: Remains) -> set[int]:
 
 
 def _discarded(entries: Sequence[Entry]) -> set[int]:
-    return {int(e.fields["index"]) for e in entries if e.what == "discarded" and e.fields["reason"] != "duplicate"}  # type: ignore[arg-type]
+    return {int(e.fields["index"]) for e in entries if e.what == "discarded" and e.fields["reason"] not in _NO_ANSWER}  # type: ignore[arg-type]
 
 
 def _twice(remains: Remains, bounds: Bounds) -> list[Violation]:

@@ -14,13 +14,17 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+import learner.assembly as assembly
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Delivery
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.script import Script
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.journal import Journal
+from learner.arrivals import Arrival
 from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.learner import Learner
+from learner.pool import Pool
 from learner.versions import VersionCounter
 from tests.chaos.ledger import Kind
 
@@ -124,6 +128,35 @@ def _reuse_versions() -> None:
     VersionCounter.__init__ = forgetful  # type: ignore[method-assign]
 
 
+def _number_from_the_journal_alone() -> None:
+    """A learner that is to stop waits until all that it holds came after its last version: the case, made certain."""
+    survey, initialise, claim = assembly.survey, VersionCounter.__init__, VersionCounter.claim
+    stop, offer = Learner.stop, Pool.offer
+    journaled, claimed_before = [-1], [0]
+    stopped: list[Learner] = []
+
+    def surveyed(records: Any, receipts: Any) -> int:
+        journaled[0] = survey(records, receipts)
+        return journaled[0]
+
+    def claimed(self: VersionCounter) -> int:
+        version = claim(self)
+        claimed_before[0] = self._journal.next_number
+        return version
+
+    def offered(self: Pool, arrival: Arrival) -> bool:
+        was_taken = offer(self, arrival)
+        if stopped and was_taken and not self.can_sample() and self.state().keep_from >= claimed_before[0]:
+            stop(stopped[0])
+        return was_taken
+
+    assembly.survey = surveyed
+    VersionCounter.__init__ = lambda self, journal, newest: initialise(self, journal, journaled[0])  # type: ignore[method-assign]
+    VersionCounter.claim = claimed  # type: ignore[method-assign]
+    Learner.stop = lambda self: stopped.append(self)  # type: ignore[method-assign]
+    Pool.offer = offered  # type: ignore[method-assign]
+
+
 def retry_inside_redis_py(client: redis.Redis) -> None:
     """The library's own default, which we turn off."""
     retry = Retry(NoBackoff(), 10)
@@ -154,6 +187,7 @@ MUTANTS = {
         promise="what a learner loads cannot be added to by the one before",
         caught=("lost", "twice", "skipped", "rewritten"),
         faults=("replace_running_learner",) * 3,
+        net=r"record \d+ is offered after \d+: it was dealt with before|but step \d+ comes next|begins at record \d+",
         install=_fence_after_loading,
     ),
     "version_reused": Mutant(
@@ -166,6 +200,13 @@ MUTANTS = {
             "weights_flip": r"if head and tonumber\(head\) > tonumber\(ARGV\[2\]\) then return .*? end",
         },
     ),
+    "versions_from_the_journal_alone": Mutant(
+        promise="a version that only the checkpoint knows of is not given away again",
+        caught=("version_reused",),
+        profile="empty",
+        faults=("lose_a_suspended_run",) * 3,
+        install=_number_from_the_journal_alone,
+    ),
     "lease_forgotten": Mutant(
         promise="a dead actor's leases go to somebody else",
         caught=("skipped",),
@@ -174,4 +215,4 @@ MUTANTS = {
         scripts={"lease": r"put_in_front\([^\n]*expired\[i\]\)"},
     ),
 }
-"""By name; the sixth, ``retry_inside_redis_py``, needs no run to be caught in."""
+"""By name; the seventh, ``retry_inside_redis_py``, needs no run to be caught in."""

@@ -190,7 +190,7 @@ class Scene:
     def _spec(self, role: str, *, resume: bool = False) -> ProcessSpec:
         self._started[role] += 1
         who = f"{role}-{self._started[role]}"
-        return ProcessSpec(who, self.folder, self.url, resume, self._mutant)
+        return ProcessSpec(who, self.folder, self.url, resume, self._mutant, self.variant.hmac_key)
 
     def _processes(self) -> list[Forked]:
         return [*([self.learner] if self.learner else []), *self.actors, *self.sleepers]

@@ -75,6 +75,8 @@ class Variant:
     """Whether actors that end leave partial samples to others."""
     queue_bytes: int = 256 * 1024
     """What Redis may hold of groups."""
+    hmac_key: str = ""
+    """With which everything is signed, if it is."""
 
     @property
     def bounds(self) -> Bounds:
@@ -92,6 +94,7 @@ VARIANTS = (
     Variant(max_tokens=250, handoff=True),
     Variant(max_uses=2),
     Variant(record=True, queue_bytes=60_000),
+    Variant(max_tokens=120, max_uses=2, handoff=True, hmac_key="a key of the run's own"),
 )
 
 
@@ -107,6 +110,7 @@ class ProcessSpec:
     resume: bool = False
     mutant: str = ""
     """What is broken on purpose in it (``mutants.MUTANTS``)."""
+    hmac_key: str = ""
 
     @property
     def config_path(self) -> Path:

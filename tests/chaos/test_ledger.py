@@ -52,6 +52,12 @@ def test_a_group_that_was_received_and_is_nowhere_is_lost() -> None:
     assert kinds([*GOOD, entry("received", producer="b.0", seq=1, index=5)], replace(REMAINS, held=held)) == ["lost"]
 
 
+@pytest.mark.parametrize("reason", ["quarantined", "malformed", "unleased"])
+def test_a_group_that_nobody_could_read_is_lost(reason: str) -> None:
+    entries = [replace(e, fields={**e.fields, "reason": reason}) if e.what == "discarded" else e for e in GOOD]
+    assert "lost" in kinds(entries)
+
+
 def test_a_committed_group_is_lost_even_if_its_prompt_was_answered_again() -> None:
     first = entry("received", producer="b.0", seq=1, index=4)
     committed = entry("committed", watermarks={"b.0": 1})
