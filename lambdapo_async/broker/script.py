@@ -1,5 +1,6 @@
 """Lua scripts: the only writers of state that two processes share."""
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
@@ -26,8 +27,7 @@ class Script:
             synced: fenced, and the queue must still be the one that its learner initialised (see synced.lua).
         """
         preludes = ["server", *(["fenced"] if fenced or synced else []), *(["synced"] if synced else [])]
-        folder = resources.files("lambdapo_async.broker")
-        self._source = "".join((folder / f"{part}.lua").read_text() for part in (*preludes, name))
+        self._source = "".join(_read(part) for part in (*preludes, name))
         self._broker = broker
         self._script = broker.call(lambda client: client.register_script(self._source))
 
@@ -68,6 +68,11 @@ class Script:
 
         *replies, reply = self._broker.call(load_and_send)
         return replies, _checked(reply)
+
+
+@functools.cache
+def _read(part: str) -> str:
+    return (resources.files("lambdapo_async.broker") / f"{part}.lua").read_text()
 
 
 def _checked(reply: Reply) -> Reply:
