@@ -14,7 +14,8 @@ from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read_name
 from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats, RunLimits
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.script import Argument, Script, fence_error
+from lambdapo_async.broker.round_trip import Argument
+from lambdapo_async.broker.script import Script, fence_error
 from lambdapo_async.broker.settlement import Settlement
 from lambdapo_async.errors import LostDataError, WireFormatError
 from lambdapo_async.keys import RunKeys
@@ -194,7 +195,7 @@ class RedisRolloutSource:
             self._check(self._synced, self._known())
             return payloads
         names = [self._keys.payload(one.producer, one.seq) for one in last]
-        (found,), _ = self._check.after(lambda pipeline: pipeline.mget(names), self._synced, self._known())
+        (found,), _ = self._check.after([("MGET", *names)], self._synced, self._known())
         return [*payloads, *found]
 
     def _get(self, descriptors: Sequence[Descriptor]) -> list[bytes | None]:

@@ -9,7 +9,8 @@ from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor
 from lambdapo_async.broker.interface import Descriptor, Durable, RunLimits
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.script import Argument, Script
+from lambdapo_async.broker.round_trip import Argument
+from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import WireFormatError
 from lambdapo_async.keys import RunKeys
 
