@@ -6,6 +6,7 @@ machine changes least.
 """
 
 import asyncio
+import bisect
 import contextlib
 import itertools
 import json
@@ -18,7 +19,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import redis
 import typer
@@ -28,7 +31,7 @@ from benchmarks.fleet_streams import (
     MAX_BYTES,
     TIMEOUT_S,
     Act,
-    Consumed,
+    Receipt,
     Tally,
     bare_actor,
     consume_bare,
@@ -42,21 +45,32 @@ from lambdapo_async.broker.redis_run import RedisRun
 RESULT = ROOT / "benchmarks" / "results" / "fleet.json"
 FLEETS = (1, 10, 100, 1000)
 SIZES = (198_000, 1_570_000)
+KINDS = ("ours", "bare", "unlogged")
 WARM_UP_S = 0.5
 THREADS = 8
 
-Window = tuple[float, float]
+
+class Look(NamedTuple):
+    """One moment."""
+
+    at: float
+    """``time.monotonic()``"""
+    redis_s: float
+    """Processor seconds by then."""
+    actors_s: float
+    sent: int
+    """Groups by then."""
 
 
-async def drive(actors: list[Act], seconds: float) -> Window:
-    """Run the actors; returns what counts of the time."""
+async def drive(actors: list[Act], seconds: float, look: Callable[[], Look]) -> tuple[Look, float]:
+    """Run the actors; returns what ``look`` found when the time that counts began, and its end."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         for act in actors:
             tasks.create_task(act(stop))
         await asyncio.sleep(WARM_UP_S)
-        started = time.monotonic()
+        started = look()
         await asyncio.sleep(seconds)
         ended = time.monotonic()
         stop.set()
@@ -64,18 +78,18 @@ async def drive(actors: list[Act], seconds: float) -> Window:
 
 
 @contextlib.contextmanager
-def consumer(target: Callable[..., None], *arguments: object) -> Iterator[Callable[[], Consumed]]:
+def consumer(target: Callable[..., None], *arguments: object) -> Iterator[Callable[[], list[Receipt]]]:
     """The learner's process; what is yielded stops it and returns what it put."""
     context = multiprocessing.get_context("spawn")
-    ready, stop, counts = context.Event(), context.Event(), context.Queue()
-    process = context.Process(target=target, args=(*arguments, ready, stop, counts))
+    ready, stop, receipts = context.Event(), context.Event(), context.Queue()
+    process = context.Process(target=target, args=(*arguments, ready, stop, receipts))
     process.start()
     assert ready.wait(TIMEOUT_S)
 
-    def finish() -> Consumed:
+    def finish() -> list[Receipt]:
         stop.set()
-        consumed: Consumed = counts.get(timeout=TIMEOUT_S)
-        return consumed
+        received: list[Receipt] = receipts.get(timeout=TIMEOUT_S)
+        return received
 
     try:
         yield finish
@@ -100,20 +114,13 @@ def measure(kind: str, url: str, num_actors: int, num_bytes: int, seconds: float
             else:
                 epoch = run.run_store.state().epoch
                 actors = [our_actor(run, number, payload, epoch, tally) for number in range(num_actors)]
-            redis_before, actors_before = redis_cpu_s(client), time.process_time()
-            started, ended = asyncio.run(drive(actors, seconds))
-            actors_s = time.process_time() - actors_before
-            times, learner_s = finish()
-            redis_s = redis_cpu_s(client) - redis_before
+            look = partial(take_a_look, client, tally)
+            started, ended = asyncio.run(drive(actors, seconds, look))
+            received, after = finish(), look()
         peak_bytes = client.info("memory")["used_memory_peak"]
         client.flushall()
-    rate = sum(started <= at < ended for at in times) / (ended - started)
-    spent_s = {"redis": redis_s, "actors": actors_s, "learner": learner_s}
     found = {
-        "groups_per_s": rate,
-        "mb_per_s": rate * num_bytes / 1e6,
-        "cpu_ms_per_group": 1000 * sum(spent_s.values()) / len(times),
-        **{f"{who}_cpu_ms_per_group": 1000 * spent / len(times) for who, spent in spent_s.items()},
+        **rates(received, started, ended, after, num_bytes),
         "redis_peak_mb": peak_bytes / 1e6,
         "fairness": sum(tally.sent) ** 2 / (num_actors * sum(sent**2 for sent in tally.sent)),
         "refused": float(tally.refused),
@@ -122,6 +129,31 @@ def measure(kind: str, url: str, num_actors: int, num_bytes: int, seconds: float
         cuts = statistics.quantiles(tally.lease_s, n=100) if len(tally.lease_s) > 1 else tally.lease_s * 99
         found |= {"lease_p50_ms": 1000 * cuts[49], "lease_p99_ms": 1000 * cuts[98]}
     return found
+
+
+def rates(received: list[Receipt], started: Look, ended: float, after: Look, num_bytes: int) -> dict[str, float]:
+    """Groups received in time, and processor time per group of everything sent and received since the start."""
+    first, last = (
+        received[bisect.bisect(received, moment, key=lambda one: one.at) - 1] for moment in (started.at, ended)
+    )
+    rate = (last.count - first.count) / (ended - started.at)
+    num_sent, num_received = after.sent - started.sent, received[-1].count - first.count
+    cpu_ms = {
+        "redis": 2000 * (after.redis_s - started.redis_s) / (num_sent + num_received),
+        "actors": 1000 * (after.actors_s - started.actors_s) / num_sent,
+        "learner": 1000 * (received[-1].learner_s - first.learner_s) / num_received,
+    }
+    return {
+        "groups_per_s": rate,
+        "mb_per_s": rate * num_bytes / 1e6,
+        "cpu_ms_per_group": sum(cpu_ms.values()),
+        **{f"{who}_cpu_ms_per_group": spent_ms for who, spent_ms in cpu_ms.items()},
+    }
+
+
+def take_a_look(client: redis.Redis, tally: Tally) -> Look:
+    """At this moment."""
+    return Look(time.monotonic(), redis_cpu_s(client), time.process_time(), sum(tally.sent))
 
 
 def start_afresh(client: redis.Redis, *, is_logged: bool) -> None:
@@ -154,14 +186,14 @@ def measure_reverb(python: Path, num_actors: int, num_bytes: int, seconds: float
             output, _ = process.communicate(timeout=TIMEOUT_S + seconds)
             found: dict[str, float] = json.loads(output.splitlines()[-1])
         except subprocess.TimeoutExpired:
-            found = {"groups_per_s": 0.0}  # too slow to start on this machine at this load
+            found = {"groups_per_s": 0.0, "cpu_ms_per_group": 0.0}  # too slow to start on this machine at this load
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return found
 
 
-def main(seconds: float = 3.0, rounds: int = 3, output: Path = RESULT, reverb_python: Path | None = None) -> None:
+def main(seconds: float = 2.0, rounds: int = 3, output: Path = RESULT, reverb_python: Path | None = None) -> None:
     """Measure every fleet and size, the streams in turn; write the medians.
 
     ``--reverb-python`` is the interpreter of an environment with ``dm-reverb[tensorflow]``; without it that column is
@@ -174,27 +206,45 @@ def main(seconds: float = 3.0, rounds: int = 3, output: Path = RESULT, reverb_py
         result: dict[str, object] = {"machine": {**describe_machine(), "redis_server": version}, "settings": settings}
         rows: list[dict[str, object]] = []
         for num_bytes, num_actors in itertools.product(SIZES, FLEETS):
-            row = compare(url, num_actors, num_bytes, seconds, rounds)
-            if reverb_python is not None:
-                row["reverb"] = measure_reverb(reverb_python, num_actors, num_bytes, seconds)
-            rows.append(row)
+            rows.append(row := compare(url, num_actors, num_bytes, seconds, rounds, reverb_python))
             output.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
             typer.echo(json.dumps(row))
 
 
-def compare(url: str, num_actors: int, num_bytes: int, seconds: float, rounds: int) -> dict[str, object]:
-    """Ours and the bare stream in turn: medians, and what share of the bare stream ours reaches."""
-    kinds = ("ours", "bare", "unlogged")
-    turns = [[measure(kind, url, num_actors, num_bytes, seconds) for kind in kinds] for _ in range(rounds)]
-    in_time = [ours["groups_per_s"] / bare["groups_per_s"] for ours, bare, _ in turns]
-    in_cpu = [bare["cpu_ms_per_group"] / ours["cpu_ms_per_group"] for ours, bare, _ in turns]
+def compare(
+    url: str, num_actors: int, num_bytes: int, seconds: float, rounds: int, reverb_python: Path | None
+) -> dict[str, object]:
+    """All kinds in turn: medians, and what share of the bare stream, and of dm-reverb, ours reaches."""
+    turns: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind in KINDS:
+            turns[kind].append(measure(kind, url, num_actors, num_bytes, seconds))
+        if reverb_python is not None:
+            found = measure_reverb(reverb_python, num_actors, num_bytes, seconds)
+            turns.setdefault("reverb", []).append(found)
+    shares = {
+        f"{ours}_of_{other}": shares_of(turns[ours], turns[other])
+        for ours, other in (("ours", "bare"), ("ours", "reverb"), ("unlogged", "reverb"))
+        if other in turns
+    }
     return {
         "group_bytes": num_bytes,
         "actors": num_actors,
-        "share_of_bare": statistics.median(in_time),
-        "share_of_bare_in_cpu": statistics.median(in_cpu),
-        "all_shares": {"in_time": in_time, "in_cpu": in_cpu},
-        **{kind: medians([turn[i] for turn in turns]) for i, kind in enumerate(kinds)},
+        "shares": shares,
+        **{kind: medians(results) for kind, results in turns.items()},
+    }
+
+
+def shares_of(ours: list[dict[str, float]], other: list[dict[str, float]]) -> dict[str, float | list[float]]:
+    """By the clock and by processor time, one share for each round and their median; above 1 is in our favour."""
+    pairs = [(mine, theirs) for mine, theirs in zip(ours, other, strict=True) if theirs["groups_per_s"] > 0]
+    in_time = [mine["groups_per_s"] / theirs["groups_per_s"] for mine, theirs in pairs]
+    in_cpu = [theirs["cpu_ms_per_group"] / mine["cpu_ms_per_group"] for mine, theirs in pairs]
+    return {
+        "in_time": statistics.median(in_time or [0.0]),
+        "in_cpu": statistics.median(in_cpu or [0.0]),
+        "every_in_time": in_time,
+        "every_in_cpu": in_cpu,
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import redis
 
@@ -34,9 +34,20 @@ BARE = RunKeys("bare").queue
 
 Act = Callable[[asyncio.Event], Coroutine[None, None, None]]
 """One actor, until the event is set."""
-Consumed = tuple[list[float], float]
-"""When each group was received (``time.monotonic()``), and the learner's processor seconds."""
-Counts: TypeAlias = "Queue[Consumed]"
+
+
+class Receipt(NamedTuple):
+    """One batch at the learner."""
+
+    at: float
+    """``time.monotonic()``"""
+    learner_s: float
+    """Processor seconds by then."""
+    count: int
+    """Groups by then."""
+
+
+Receipts: TypeAlias = "Queue[list[Receipt]]"
 
 
 @dataclass
@@ -58,7 +69,7 @@ def limits_for(num_bytes: int) -> RunLimits:
     )
 
 
-def consume_ours(url: str, run_id: str, num_bytes: int, ready: Event, stop: Event, counts: Counts) -> None:
+def consume_ours(url: str, run_id: str, num_bytes: int, ready: Event, stop: Event, receipts: Receipts) -> None:
     """The learner of our queue: reads, commits, opens the gate."""
     with contextlib.closing(RedisRun(url, run_id, timeout_s=TIMEOUT_S)) as run:
         run.run_store.create(b"{}", {}, fence=1)
@@ -66,44 +77,44 @@ def consume_ours(url: str, run_id: str, num_bytes: int, ready: Event, stop: Even
         source.initialise(Durable(watermarks={}, consumed=0, waiting=0, next_index=0, holes=()))
         run.run_store.set_phase("running", fence=1)
         ready.set()
-        cpu_before = time.process_time()
-        times: list[float] = []
-        marks: dict[str, int] = {}
+        count = 0
+        received = [Receipt(time.monotonic(), time.process_time(), count)]
         released = 0
         while True:
             is_last = stop.is_set()
             deliveries = source.read(READ_AT_ONCE, timeout_s=0.1)
             if deliveries:
-                marks |= {one.descriptor.producer: one.descriptor.seq for one in deliveries}
-                source.commit(marks)
-                times += [time.monotonic()] * len(deliveries)
-                if len(times) - released >= STEP_GROUPS:
-                    released = len(times)
+                source.commit({one.descriptor.producer: one.descriptor.seq for one in deliveries})
+                count += len(deliveries)
+                received.append(Receipt(time.monotonic(), time.process_time(), count))
+                if count - released >= STEP_GROUPS:
+                    released = count
                     source.release(released)
             elif is_last:
                 break
-        counts.put((times, time.process_time() - cpu_before))
+        receipts.put(received)
 
 
-def consume_bare(url: str, num_bytes: int, ready: Event, stop: Event, counts: Counts) -> None:
+def consume_bare(url: str, num_bytes: int, ready: Event, stop: Event, receipts: Receipts) -> None:
     """XREAD and XDEL."""
     with contextlib.closing(connect(url, timeout_s=TIMEOUT_S)) as client:
         ready.set()
-        cpu_before = time.process_time()
-        times: list[float] = []
+        count = 0
+        received = [Receipt(time.monotonic(), time.process_time(), count)]
         cursor: bytes = b"0-0"
-        count = max(1, min(READ_AT_ONCE, REPLY_BYTES // num_bytes))
+        at_once = max(1, min(READ_AT_ONCE, REPLY_BYTES // num_bytes))
         while True:
             is_last = stop.is_set()
-            reply = client.xread({BARE: cursor}, count=count, block=100)
+            reply = client.xread({BARE: cursor}, count=at_once, block=100)
             if reply:
                 entries = reply[0][1]
                 cursor = entries[-1][0]
                 client.xdel(BARE, *(entry_id for entry_id, _ in entries))
-                times += [time.monotonic()] * len(entries)
+                count += len(entries)
+                received.append(Receipt(time.monotonic(), time.process_time(), count))
             elif is_last:
                 break
-        counts.put((times, time.process_time() - cpu_before))
+        receipts.put(received)
 
 
 def our_actor(run: RedisRun, number: int, payload: bytes, epoch: str, tally: Tally) -> Act:
