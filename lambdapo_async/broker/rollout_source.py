@@ -27,7 +27,7 @@ MAX_QUARANTINED = 256
 """Quarantined groups kept; older ones go, the count stays."""
 MAX_QUARANTINED_BYTES = 1024**2
 """Kept of each payload, from its beginning."""
-_FETCH_BYTES = 16 * 1024**2  # one pipeline's replies: well below the server's output buffer limit of 64 MB
+_FETCH_BYTES = 4 * 1024**2  # of one reply: larger ones cost Redis more memory and no less time
 _REMOVED_AT_ONCE = 512
 _FROM_THE_START = b"0-0"
 
@@ -224,7 +224,7 @@ def _delivery(descriptor: Descriptor, payload: bytes | None) -> Delivery:
 
 
 def _by_bytes(descriptors: Sequence[Descriptor]) -> Iterator[list[Descriptor]]:
-    """Consecutive batches of at most 16 MB (or one group, when that is larger)."""
+    """Consecutive batches of at most 4 MB (or one group, when that is larger)."""
     batch: list[Descriptor] = []
     size = 0
     for descriptor in descriptors:
