@@ -12,6 +12,7 @@ import threading
 import time
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
+from pathlib import Path
 
 import numpy as np
 import reverb
@@ -29,18 +30,29 @@ def serve(num_bytes: int, ports: "Queue[int]") -> None:
 
 
 def write(port: int, num_bytes: int, num_actors: int, stop: Event) -> None:
-    """The actors: as many clients, on as many threads as ours."""
+    """The actors: as many clients, on as many threads as ours; like ours, each waits for an item's confirmation.
+
+    A writer that stays open is several times faster than ``Client.insert``, which opens one per item.
+    """
     payload = np.frombuffer(os.urandom(num_bytes), np.uint8)
 
     def insert() -> None:
-        client = reverb.Client(f"localhost:{port}")
-        while not stop.is_set():
-            client.insert([payload], {"groups": 1.0})
+        with reverb.Client(f"localhost:{port}").trajectory_writer(num_keep_alive_refs=1) as writer:
+            while not stop.is_set():
+                writer.append([payload])
+                writer.create_item("groups", 1.0, [writer.history[0][-1:]])
+                writer.flush()
 
     for _ in range(min(num_actors, THREADS)):
         threading.Thread(target=insert, daemon=True).start()
     stop.wait()
     os._exit(0)
+
+
+def cpu_s(*process_ids: int) -> float:
+    """Processor seconds of these processes so far."""
+    fields = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split() for one in process_ids]
+    return sum(int(ticks) for one in fields for ticks in one[11:13]) / os.sysconf("SC_CLK_TCK")
 
 
 def main(num_bytes: int, num_actors: int, seconds: float) -> None:
@@ -58,13 +70,16 @@ def main(num_bytes: int, num_actors: int, seconds: float) -> None:
     started = time.monotonic()
     while time.monotonic() - started < WARM_UP_S:
         next(samples)
+    processes = (server.pid, writer.pid, os.getpid())
+    cpu_before = cpu_s(*processes)
     started, count = time.monotonic(), 0
     while time.monotonic() - started < seconds:
         next(samples)
         count += 1
+    cpu_ms = 1000 * (cpu_s(*processes) - cpu_before) / count
     stop.set()
     server.kill()
-    print(json.dumps({"groups_per_s": count / seconds}), flush=True)
+    print(json.dumps({"groups_per_s": count / seconds, "cpu_ms_per_group": cpu_ms}), flush=True)
     os._exit(0)
 
 

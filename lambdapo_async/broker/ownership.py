@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.script import Argument, Script
+from lambdapo_async.broker.round_trip import Argument
+from lambdapo_async.broker.script import Script
 from lambdapo_async.keys import RunKeys
 
 

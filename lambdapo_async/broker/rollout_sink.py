@@ -39,7 +39,7 @@ class RedisRolloutSink:
         payload_key = keys.payload(descriptor.producer, descriptor.seq)
         while True:
             _, (status, last, committed, current_epoch) = self._enqueue.after(
-                lambda pipeline: pipeline.set(payload_key, payload, nx=True, ex=_OFFER_EXPIRY_S),
+                [("SET", payload_key, payload, "NX", "EX", _OFFER_EXPIRY_S)],
                 [
                     keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
                     keys.todo, keys.heldout, keys.answered, payload_key,

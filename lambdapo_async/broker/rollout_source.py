@@ -15,7 +15,8 @@ from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read
 from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.script import Argument, Script, fence_error
+from lambdapo_async.broker.round_trip import Argument
+from lambdapo_async.broker.script import Script, fence_error
 from lambdapo_async.broker.settlement import Settlement
 from lambdapo_async.errors import LostDataError, WireFormatError
 from lambdapo_async.keys import RunKeys
@@ -27,7 +28,7 @@ MAX_QUARANTINED = 256
 """Quarantined groups kept; older ones go, the count stays."""
 MAX_QUARANTINED_BYTES = 1024**2
 """Kept of each payload, from its beginning."""
-_FETCH_BYTES = 16 * 1024**2  # one pipeline's replies: well below the server's output buffer limit of 64 MB
+_FETCH_BYTES = 4 * 1024**2  # of one reply: larger ones cost Redis more memory and no less time
 _REMOVED_AT_ONCE = 512
 _FROM_THE_START = b"0-0"
 _COUNTERS = ("quarantined", "full", "late", "expired")  # as QueueStats has them
@@ -200,7 +201,7 @@ class RedisRolloutSource:
             self._check(self._synced, self._known())
             return payloads
         names = [self._keys.payload(one.producer, one.seq) for one in last]
-        (found,), _ = self._check.after(lambda pipeline: pipeline.mget(names), self._synced, self._known())
+        (found,), _ = self._check.after([("MGET", *names)], self._synced, self._known())
         return [*payloads, *found]
 
     def _get(self, descriptors: Sequence[Descriptor]) -> list[bytes | None]:
@@ -229,7 +230,7 @@ def _delivery(descriptor: Descriptor, payload: bytes | None) -> Delivery:
 
 
 def _by_bytes(descriptors: Sequence[Descriptor]) -> Iterator[list[Descriptor]]:
-    """Consecutive batches of at most 16 MB (or one group, when that is larger)."""
+    """Consecutive batches of at most 4 MB (or one group, when that is larger)."""
     batch: list[Descriptor] = []
     size = 0
     for descriptor in descriptors:

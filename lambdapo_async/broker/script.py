@@ -1,15 +1,17 @@
 """Lua scripts: the only writers of state that two processes share."""
 
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 import redis
 
 from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.round_trip import Argument, Command, round_trip
 from lambdapo_async.errors import BrokerError, FencedError, LostDataError
 
-Argument = bytes | memoryview | str | int | float
 Reply = list[bytes | int]
 
 
@@ -26,10 +28,9 @@ class Script:
             synced: fenced, and the queue must still be the one that its learner initialised (see synced.lua).
         """
         preludes = ["server", "lines", *(["fenced"] if fenced or synced else []), *(["synced"] if synced else [])]
-        folder = resources.files("lambdapo_async.broker")
-        self._source = "".join((folder / f"{part}.lua").read_text() for part in (*preludes, name))
+        self._source = "".join(_read(part) for part in (*preludes, name))
+        self._hash = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
         self._broker = broker
-        self._script = broker.call(lambda client: client.register_script(self._source))
 
     def __call__(self, keys: Sequence[bytes], args: Sequence[Argument]) -> Reply:
         """The script's reply.
@@ -39,35 +40,36 @@ class Script:
             LostDataError: this Redis lost the run or a part of it.
             BrokerError: the script failed.
         """
-        reply: Reply = self._broker.call(lambda client: self._script(keys, args, client=client))
-        return _checked(reply)
+        return self._send((), keys, args)[1]
 
     def after(
-        self,
-        commands: Callable[[redis.client.Pipeline], object],
-        keys: Sequence[bytes],
-        args: Sequence[Argument],
+        self, commands: Sequence[Command], keys: Sequence[bytes], args: Sequence[Argument]
     ) -> tuple[list[Any], Reply]:
         """``commands`` and then the script, in one round trip: the replies of the first, and of the second.
 
         The commands must be idempotent like everything here; a failure of any of them is raised.
         """
+        return self._send(commands, keys, args)
+
+    def _send(
+        self, commands: Sequence[Command], keys: Sequence[bytes], args: Sequence[Argument]
+    ) -> tuple[list[Any], Reply]:
+        call = ("EVALSHA", self._hash, len(keys), *keys, *args)
 
         def send(client: redis.Redis) -> list[Any]:
-            pipeline = client.pipeline(transaction=False)
-            commands(pipeline)
-            pipeline.evalsha(self._script.sha, len(keys), *keys, *args)
-            return pipeline.execute()
-
-        def load_and_send(client: redis.Redis) -> list[Any]:
             try:
-                return send(client)
+                return round_trip(client, *commands, call)
             except redis.exceptions.NoScriptError:  # the server is new, or restarted
                 client.script_load(self._source)
-                return send(client)
+                return round_trip(client, *commands, call)
 
-        *replies, reply = self._broker.call(load_and_send)
+        *replies, reply = self._broker.call(send)
         return replies, _checked(reply)
+
+
+@functools.cache
+def _read(part: str) -> str:
+    return (resources.files("lambdapo_async.broker") / f"{part}.lua").read_text()
 
 
 def _checked(reply: Reply) -> Reply:

@@ -10,7 +10,8 @@ from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor
 from lambdapo_async.broker.interface import Descriptor, Durable
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.script import Argument, Script
+from lambdapo_async.broker.round_trip import Argument
+from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import WireFormatError
 from lambdapo_async.keys import RunKeys
 
