@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -122,9 +123,15 @@ def _run(
 
 def _lose_at_the_end(scene: Scene, source: random.Random) -> None:
     """Every other time, if the profile has something against Redis, it goes while the run is finished."""
-    if scene.profile.redis_faults and source.random() < 0.5:
-        scene.tend(source.uniform(0.0, 2.0))
+    if not scene.profile.redis_faults or source.random() < 0.5:
+        return
+    scene.tend(source.uniform(0.0, 2.0))
+    if (learner := scene.learner) is None:
+        return
+    learner.send(signal.SIGSTOP)  # what Redis holds of a run that is finished nobody keeps for it
+    if not scene.is_over():
         scene.ledger.write("fault", name="lose", did=lose(scene, source))
+    learner.send(signal.SIGCONT)
 
 
 def _choose(profile: Profile, source: random.Random) -> str:

@@ -166,9 +166,7 @@ class Scene:
 
     def _wait_for_the_learner(self) -> None:
         deadline = time.monotonic() + 2 * self._stuck_s
-        while self.learner is not None or not self._is_known_to_be_over():
-            if self.learner is None:  # Redis went right after the learner
-                self.start_learner()
+        while self.learner is not None:
             self.tend(_TEND_S)
             if time.monotonic() > deadline:
                 self._show_stacks()
@@ -183,7 +181,8 @@ class Scene:
             if process in self.actors and process.returncode != 0 and process.who not in self._expected:
                 raise StuckError(f"{process.who} ended with {process.returncode}: {process.last_line()}")
 
-    def _is_known_to_be_over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether the learner said that the run is finished."""
         with contextlib.closing(self.redis.client()) as client:
             return bool(client.hget(RunKeys(RUN_ID).state, "phase") == b"finished")
 
