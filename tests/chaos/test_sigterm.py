@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.folders import scene_folder
 from tests.chaos.ledger import check, read_ledger
 from tests.chaos.profiles import PROFILES
 from tests.chaos.redis_control import RedisControl
 from tests.chaos.remains import read_remains
-from tests.chaos.scene import Scene, scene_folder
+from tests.chaos.scene import Scene
 from tests.chaos.zygote import Forked
 from tests.processes import wait_until
 
@@ -49,11 +50,8 @@ def test_sigterm_during_an_outage_ends_everybody_and_loses_nothing(folder: Path,
             assert process.wait(EXIT_S) is not None, f"{process.who}: {log_of(process)}"
         for actor in actors:
             assert_says_why(actor)
-        # Where it stood when the signal came decides whether it still needed Redis.
-        if learner.returncode == 0:
-            assert "suspended at step" in learner.last_line()
-        else:
-            assert_says_why(learner)
+        assert learner.returncode == 0, log_of(learner)
+        assert "suspended at step" in learner.last_line()
         end(scene.redis)
         scene.redis_is_up = True
         scene.wait_for_step(2)
