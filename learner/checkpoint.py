@@ -208,8 +208,10 @@ class CheckpointStore:
         Returns:
             The first journal record that one of those left needs.
         """
-        self._owned()
-        partial = [path for path in self._folder.iterdir() if path.name.startswith("partial-")]
+        fence = self._owned()
+        found = [(_NAME.fullmatch(path.name[len("partial-") :]), path) for path in self._folder.glob("partial-*")]
+        # Not a later learner's: one may have come since we looked, and be writing.
+        partial = [path for match, path in found if match and int(match[2]) <= fence]
         kept, surplus = self._newest_first()[: max(1, keep)], self._newest_first()[max(1, keep) :]
         for folder in [*partial, *surplus]:
             shutil.rmtree(folder)

@@ -17,6 +17,7 @@ from lambdapo_async.journal.receipts import ReceiptsState
 from lambdapo_async.replay.bias import BiasState
 from lambdapo_async.replay.queue import ReplaySnapshot
 from learner.checkpoint import CheckpointStore, LearnerState
+from learner.fence import check_owner
 from learner.policy import Policy
 from learner.pool import PoolState
 from tests.tiny_models import micro_batch, tiny_model_folder
@@ -223,6 +224,24 @@ def test_a_woken_old_learner_can_neither_save_nor_prune(policy: Policy, folder: 
     with pytest.raises(FencedError):
         old.prune(keep=1)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_learner_that_sleeps_while_it_prunes_leaves_its_successors_checkpoint_alone(
+    policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = owner(folder)
+    old.save(state(1), policy)
+    (folder / "partial-step-00000002.fence-1.save-2").mkdir()
+    begun = folder / "partial-step-00000003.fence-2.save-1"
+
+    def sleep_after_looking(store: Path, fence: int) -> None:
+        check_owner(store, fence)
+        owner(folder)
+        begun.mkdir()
+
+    monkeypatch.setattr("learner.checkpoint.check_owner", sleep_after_looking)
+    old.prune(keep=1)
+    assert [path for path in folder.iterdir() if path.name.startswith("partial-")] == [begun]
 
 
 class SlowPolicy:
