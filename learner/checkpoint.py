@@ -31,7 +31,7 @@ from lambdapo_async.errors import CheckpointError
 from lambdapo_async.journal.receipts import ReceiptsState
 from learner.crew import Crew
 from learner.durable import sync, sync_tree
-from learner.fence import check_owner, take_fence
+from learner.fence import check_owner, take_fence, unless_fenced
 from learner.moments import read_moments, write_moments
 from learner.parallel import ALONE, Ranks
 from learner.pool import PoolState
@@ -172,11 +172,12 @@ class CheckpointStore:
         self._num_saves += 1
         name = f"step-{state.step:08d}.fence-{fence}.save-{self._num_saves}"
         partial, final = self._folder / f"partial-{name}", self._folder / name
-        partial.mkdir(parents=True)
-        self._crew.save(partial)
-        write_share(partial, policy, self._crew.ranks)
-        _write_rest(partial, state, policy)
-        sync_tree(partial)
+        with unless_fenced(self._folder, fence):
+            partial.mkdir(parents=True)
+            self._crew.save(partial)
+            write_share(partial, policy, self._crew.ranks)
+            _write_rest(partial, state, policy)
+            sync_tree(partial)
         self._owned()  # a learner that slept while it wrote must not come up with a newer checkpoint
         os.rename(partial, final)
         sync(self._folder)

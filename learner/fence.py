@@ -3,9 +3,11 @@
 They never come from Redis, which may come back empty or older: a file created with O_EXCL can be won once.
 """
 
+import contextlib
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from lambdapo_async.errors import FencedError
@@ -41,3 +43,13 @@ def check_owner(folder: Path, fence: int) -> None:
     """``FencedError`` once a later learner took over."""
     if (newest := newest_fence(folder)) != fence:
         raise FencedError(f"{folder}: this learner holds fence {fence}, but fence {newest} was taken since: stop it")
+
+
+@contextlib.contextmanager
+def unless_fenced(folder: Path, fence: int) -> Iterator[None]:
+    """Whatever goes wrong, ``FencedError`` once a later learner took over: it deletes what others left half written."""
+    try:
+        yield
+    except Exception:
+        check_owner(folder, fence)
+        raise

@@ -266,6 +266,14 @@ def test_a_learner_fenced_off_while_it_writes_does_not_come_up_with_a_checkpoint
     assert steps_in(folder) == []
 
 
+def test_a_learner_whose_half_written_checkpoint_a_successor_deleted_is_told_so(policy: Policy, folder: Path) -> None:
+    old = owner(folder)
+    old.save(state(8), policy)
+    with pytest.raises(FencedError):
+        old.save(state(9), SlowPolicy(policy, lambda: owner(folder).prune(keep=1)))
+    assert [name.split(".")[0] for name in steps_in(folder)] == ["step-00000008"]
+
+
 def test_a_successors_checkpoint_is_newer_than_anything_its_predecessor_wrote(policy: Policy, folder: Path) -> None:
     old = owner(folder)
     late = old.save(state(50), policy)
