@@ -49,6 +49,8 @@ class RedisRolloutSource:
             keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders, keys.todo, keys.heldout,
         ]  # fmt: skip
         self._cursor, self._ticks = _FROM_THE_START, 0
+        self._life = 0
+        """Counts ``initialise``: what is read while it runs may be of a queue that is lost."""
         self._received: dict[str, int] = {}
         self._committed: dict[str, int] = {}
         self._uncommitted: dict[tuple[str, int], bytes] = {}
@@ -56,8 +58,11 @@ class RedisRolloutSource:
 
     def initialise(self, durable: Durable) -> None:
         """Make Redis agree with ``durable``. Every step may be repeated: a crash in between is healed by the next."""
+        with self._lock:
+            self._life += 1
         ticks = self._settlement.settle(durable)
         with self._lock:
+            self._life += 1
             self._cursor, self._ticks = _FROM_THE_START, ticks
             self._received, self._committed = dict(durable.watermarks), dict(durable.watermarks)
             self._uncommitted = {}
@@ -71,6 +76,7 @@ class RedisRolloutSource:
             FencedError: another learner came.
             LostDataError: Redis is not as ``initialise`` left it, or a number or a payload is missing.
         """
+        life = self._life
         entries = self._wait_for_entries(max_groups, timeout_s)
         descriptors = [_described(fields) for _, fields in entries]
         payloads = iter(self._payloads([one for one in descriptors if one is not None]))
@@ -87,6 +93,8 @@ class RedisRolloutSource:
             names.append((producer, seq))
         if entries:
             with self._lock:
+                if self._life != life:
+                    return []  # another queue's, whose numbers have other payloads by now; what is ours comes again
                 self._cursor, self._received = entries[-1][0], received
                 self._uncommitted |= {name: entry_id for name, (entry_id, _) in zip(names, entries, strict=True)}
         return deliveries

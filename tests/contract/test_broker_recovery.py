@@ -103,6 +103,29 @@ def test_a_restarted_server_is_closed_until_its_learner_comes_back(broker_run: B
     assert source.stats().admitted == 4
 
 
+def test_what_is_read_while_the_queue_is_made_anew_is_not_believed(
+    redis_run: RedisRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entry was read before Redis lost it, its payload after another group had taken the number."""
+    source = start(redis_run)
+    offer(redis_run, 1, *train(0), payload=b"old")
+    read_stream = source._read_stream
+
+    def read_and_lose(count: int, *, block_ms: int) -> object:
+        entries = read_stream(count, block_ms=block_ms)
+        monkeypatch.undo()
+        restart(redis_run)
+        redis_run._broker.call(lambda client: client.delete(redis_run.keys.queue, redis_run.keys.payload("a.0", 1)))
+        source.initialise(durable())
+        offer(redis_run, 1, *train(1), payload=b"new")
+        return entries
+
+    monkeypatch.setattr(source, "_read_stream", read_and_lose)
+    assert source.read(1, timeout_s=FOREVER_S) == []
+    (delivery,) = source.read(1, timeout_s=FOREVER_S)
+    assert (delivery.descriptor.lease, delivery.payload) == (*train(1), b"new")
+
+
 def test_older_data_on_the_same_server_are_noticed(broker_run: BrokerRun) -> None:
     source = start(broker_run)
     for seq in (1, 2):
