@@ -47,7 +47,7 @@ def check_owner(folder: Path, fence: int) -> None:
 
 @contextlib.contextmanager
 def unless_fenced(folder: Path, fence: int) -> Iterator[None]:
-    """Whatever goes wrong, ``FencedError`` once a later learner took over: it deletes what others left half written."""
+    """Whatever goes wrong, ``FencedError`` once a later learner took over: it deletes what others read and write."""
     try:
         yield
     except Exception:

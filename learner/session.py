@@ -24,6 +24,7 @@ from learner.assembly import Start, assemble
 from learner.canary import canary_sequences
 from learner.checkpoint import CheckpointStore
 from learner.crew_member import Origin, load_trainees
+from learner.fence import unless_fenced
 from learner.learner import Learner
 from learner.parallel import Ranks
 from learner.policy import Policy
@@ -70,10 +71,11 @@ def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume:
     checkpoints = CheckpointStore(folder / "checkpoints", ranks)
     fence = checkpoints.take_fence()
     run.run_store.take_over(fence=fence)
-    checkpoint = checkpoints.load_latest() if resume else None
-    origin = Origin(str(model_path), checkpoint)
-    origin.share(ranks)
-    policy, reference = load_trainees(config, origin, ranks)
+    with unless_fenced(folder / "checkpoints", fence):
+        checkpoint = checkpoints.load_latest() if resume else None
+        origin = Origin(str(model_path), checkpoint)
+        origin.share(ranks)
+        policy, reference = load_trainees(config, origin, ranks)
     _check_length(config, policy)
     tokenizer = _load_tokenizer(policy, folder)
     rows = fitting_rows(task, tokenizer, config)
