@@ -87,6 +87,7 @@ def _changed_tensor(name: str, old: State, new: State) -> tuple[Change, int] | N
     if gaps is None:
         new.adopt_digest(name, old)
         return None
+    new.digest(name)  # now, while the tensor is in the cache
     return smaller(gaps, after), _num_changed(gaps, before, after)
 
 

@@ -17,7 +17,7 @@ from lambdapo_async.weights.tensor_file import BITS, BitTensor
 WIDE = -128
 """The step that stands for the next of the exceptions."""
 
-_BLOCK = 2**17  # elements compared at once: 256 KB of bfloat16 stay in the second cache
+_BLOCK = 2**19  # elements compared at once: measured, 2**17 takes a quarter longer: numpy is called more often
 _ENTRIES = 2**14  # entries applied at once: measured, 2**12 and 2**17 take 15 % longer
 
 
@@ -126,10 +126,34 @@ def positions(gap: NDArray[np.integer]) -> Iterator[NDArray[np.int64]]:
 
 def changed_positions(old: NDArray[np.integer], new: NDArray[np.integer]) -> Iterator[NDArray[np.int64]]:
     """Where the bits of ``old`` and ``new`` differ, in blocks; empty blocks are left out."""
+    for at, _, _ in _changes(old, new):
+        yield at
+
+
+def _changes(
+    old: NDArray[np.integer], new: NDArray[np.integer]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.integer]]]:
+    """Positions where ``old`` and ``new`` differ, and the patterns there in both, in blocks that are not empty.
+
+    Compared are words of 64 bits, then the elements of those that differ: a quarter of the comparisons' results to
+    look through, and what is left to read lies side by side.
+    """
+    per_word = 8 // old.itemsize
     for start in range(0, old.size, _BLOCK):
-        at = _true_at(old[start : start + _BLOCK] != new[start : start + _BLOCK])
-        if at.size:
-            yield at + start
+        before, after = old[start : start + _BLOCK], new[start : start + _BLOCK]
+        words = slice(before.size // per_word * per_word)
+        some = _true_at(before[words].view(np.uint64) != after[words].view(np.uint64))
+        if before.size % per_word or 2 * some.size * per_word > before.size:
+            at = np.flatnonzero(before != after)
+            found, olds, news = at + start, before.take(at), after.take(at)
+        else:
+            olds = before.view(np.uint64).take(some).view(old.dtype)
+            news = after.view(np.uint64).take(some).view(new.dtype)
+            true_at = np.flatnonzero(olds != news)
+            found = some.take(true_at // per_word) * per_word + true_at % per_word + start
+            olds, news = olds.take(true_at), news.take(true_at)
+        if found.size:
+            yield found, olds, news
 
 
 def _true_at(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -138,29 +162,28 @@ def _true_at(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
     some = np.flatnonzero(words != 0)
     if flags.size % 8 or some.size > words.size // 2:
         return np.flatnonzero(flags)
-    return of_eights(some, words[some].view(np.bool_))
+    return of_eights(some, words.take(some).view(np.bool_))
 
 
 def of_eights(eights: NDArray[np.int64], flags: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Where ``flags`` are true, if every eight of them stand for the elements of one of ``eights``."""
     true_at = np.flatnonzero(flags)
-    at: NDArray[np.int64] = (eights[true_at >> 3] << 3) + (true_at & 7)
+    at: NDArray[np.int64] = (eights.take(true_at >> 3) << 3) + (true_at & 7)
     return at
 
 
 def steps_between(old: NDArray[np.integer], new: NDArray[np.integer]) -> GapStep | None:
     """What changes 16-bit patterns ``old`` into ``new``; None if they are the same."""
-    distances, steps, next_position = [], [], 0
-    for at in changed_positions(old, new):
-        distances.append(_distances(at, next_position))
-        steps.append((new[at] - old[at]).view(np.int16))
-        next_position = int(at[-1]) + 1
+    changed, steps = [], []
+    for at, before, after in _changes(old, new):
+        changed.append(at.astype(np.uint32))
+        steps.append(after - before)
     if not steps:
         return None
-    gap, entries = _packed(np.concatenate(distances), entry_bytes=1)
-    wide_step = np.concatenate(steps)
+    gap, entries = _packed(_distances(np.concatenate(changed)), entry_bytes=1)
+    wide_step = np.concatenate(steps).view(np.int16)
     narrow_step = wide_step.astype(np.int8)
-    wide = (narrow_step != wide_step) | (narrow_step == WIDE)
+    wide = np.flatnonzero((narrow_step != wide_step) | (narrow_step == WIDE))
     narrow_step[wide] = WIDE
     step = np.zeros(gap.size, np.int8)
     step[entries] = narrow_step
@@ -169,22 +192,19 @@ def steps_between(old: NDArray[np.integer], new: NDArray[np.integer]) -> GapStep
 
 def values_at(blocks: Iterable[NDArray[np.int64]], tensor: BitTensor) -> GapAbs | None:
     """The values of ``tensor`` at increasing positions; None if there are no positions."""
-    distances, next_position = [], 0
-    for at in blocks:
-        distances.append(_distances(at, next_position))
-        next_position = int(at[-1]) + 1
-    if not distances:
+    changed = [at.astype(np.uint32) for at in blocks]
+    if not changed:
         return None
-    gap, _ = _packed(np.concatenate(distances), entry_bytes=tensor.bits.itemsize)
+    gap, _ = _packed(_distances(np.concatenate(changed)), entry_bytes=tensor.bits.itemsize)
     values = np.concatenate([tensor.bits[at] for at in positions(gap)])
     return GapAbs(gap, BitTensor(tensor.dtype, (gap.size,), values))
 
 
-def _distances(at: NDArray[np.int64], next_position: int) -> NDArray[np.uint32]:
+def _distances(at: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """[n] unchanged elements before each position."""
-    distances = np.empty(at.size, np.uint32)
-    distances[0] = at[0] - next_position
-    np.subtract(at[1:], at[:-1] + 1, out=distances[1:], casting="unsafe")
+    distances = at.copy()
+    distances[1:] -= at[:-1]
+    distances[1:] -= 1
     return distances
 
 

@@ -105,8 +105,8 @@ def test_only_steps_that_int8_cannot_hold_are_exceptions() -> None:
 
 
 def test_changes_at_the_borders_of_blocks() -> None:
-    numel = 3 * 2**17 + 5
-    at = [0, 2**17 - 1, 2**17, 2**18 - 1, 2**18, 3 * 2**17 - 1, 3 * 2**17, numel - 1]
+    numel = 3 * 2**19 + 5
+    at = [0, 2**19 - 1, 2**19, 2**20 - 1, 2**20, 3 * 2**19 - 1, 3 * 2**19, numel - 1]
     old, new = with_changes(numel, at)
     assert np.concatenate(list(gaps_of(old, new).changed_positions())).tolist() == at
     np.testing.assert_array_equal(followed(state_of(1, t=old), state_of(2, t=new)).tensors["t"].bits, new)
