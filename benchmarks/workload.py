@@ -36,8 +36,8 @@ class Workload:
         return sum(self.lengths)
 
     def packed_tokens(self, token_budget: int) -> int:
-        """Tokens of our micro-batches, where completions share prompts."""
-        return sum(len(each.input_ids_T) for each in pack(self.sequences, token_budget=token_budget))
+        """Tokens that our micro-batches feed to the model: completions share prompts, and their last is not fed."""
+        return sum(each.layout.num_tokens for each in pack(self.sequences, token_budget=token_budget))
 
     @property
     def num_loss_tokens(self) -> int:

@@ -1,7 +1,8 @@
 """Sequences -> micro-batches of at most ``token_budget`` tokens, without padding and with shared prompts only once.
 
 T = tokens of a micro-batch, L = tokens of one sequence. Every per-token column describes the token at its own position
-t: ``logprobs_T[t]`` = log pi(token t | the tokens before it in its rollout).
+t: ``logprobs_T[t]`` = log pi(token t | the tokens before it in its rollout). Nothing follows the last token of a
+completion, so no layer need see it: these tokens come after all others, and ``layout`` ends before them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,10 @@ class TrainingSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
-    """Rollouts side by side, those of one prompt behind a single copy of it; attention follows ``layout``."""
+    """Rollouts side by side, those of one prompt behind a single copy of it; attention follows ``layout``.
+
+    The model is fed the first ``layout.num_tokens`` of the T tokens; the others are only predicted.
+    """
 
     input_ids_T: Tensor
     """int64"""
@@ -56,7 +60,7 @@ class MicroBatch:
     predictor_T: Tensor
     """int64 token whose hidden state predicts this one: the one before it in its rollout; itself where it is first."""
     layout: PackedLayout
-    """What each token attends to."""
+    """What each token that the model is fed attends to."""
     loss_mask_T: Tensor
     """bool"""
     behavior_logprobs_T: Tensor
@@ -103,7 +107,7 @@ class _Part:
     """Its number in the micro-batch."""
     rows: range
     """Positions in the sequence."""
-    prompt: "_Part | None" = None
+    before: "_Part | None" = None
     """What they continue."""
 
 
@@ -152,15 +156,14 @@ def _lengths(family: Sequence[TrainingSequence]) -> Family:
 
 
 def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
-    """Rollouts of each prompt -> documents and prompts, then completions; alike ones lie side by side."""
-    parts = _parts(pieces)
+    """Rollouts of each prompt -> documents and prompts, completions, last tokens; alike ones lie side by side."""
+    fed, last = _parts(pieces)
+    parts = [*fed, *last]
     lengths = [len(part.rows) for part in parts]
     starts = dict(zip(parts, np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
-    segments = [Segment(len(part.rows), _tokens_of(part.prompt, starts)) for part in parts]
     predictor_T = np.arange(sum(lengths)) - 1
     predictor_T[list(starts.values())] = [
-        segment.prompt[-1] if segment.prompt else start
-        for segment, start in zip(segments, starts.values(), strict=True)
+        starts[part] if part.before is None else _tokens_of(part.before, starts)[-1] for part in parts
     ]
     advantages = np.array([part.sequence.advantage for part in parts], np.float32)
     cut = [(part.sequence, slice(part.rows.start, part.rows.stop)) for part in parts]
@@ -168,7 +171,7 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
         input_ids_T=_column([sequence.token_ids[rows] for sequence, rows in cut], np.int64),
         position_ids_T=_column([np.arange(part.rows.start, part.rows.stop) for part in parts], np.int64),
         predictor_T=torch.from_numpy(predictor_T),
-        layout=packed_layout(segments),
+        layout=packed_layout([Segment(len(part.rows), _tokens_of(part.before, starts)) for part in fed]),
         loss_mask_T=_column([sequence.loss_mask[rows] for sequence, rows in cut], np.bool_),
         behavior_logprobs_T=_column([sequence.behavior_logprobs[rows] for sequence, rows in cut], np.float32),
         advantages_T=torch.from_numpy(np.repeat(advantages, lengths)),
@@ -184,21 +187,40 @@ def _group_keys(parts: Sequence[_Part]) -> tuple[str, ...]:
     return tuple(keys.get(rollout, "") for rollout in range(max(keys) + 1))
 
 
-def _parts(pieces: Sequence[Sequence[TrainingSequence]]) -> list[_Part]:
-    """What lies in a micro-batch, in order; a completion without tokens does not."""
+def _parts(pieces: Sequence[Sequence[TrainingSequence]]) -> tuple[list[_Part], list[_Part]]:
+    """What lies in a micro-batch, in order: what the model is fed, and the last token of each completion that has any.
+
+    A completion of at most one token has no part in the first.
+    """
     whole: list[_Part] = []
     completions: list[_Part] = []
+    last: list[_Part] = []
     for first, *others in pieces:
         rollout, end = len(whole) + len(completions), first.prompt_length
         if not others:
-            whole.append(_Part(first, rollout, range(len(first.token_ids))))
-            continue
-        whole.append(prompt := _Part(first, rollout, range(end)))
-        for number, each in enumerate((first, *others), rollout):
-            completions.append(_Part(each, number, range(end, len(each.token_ids)), prompt))
+            whole.append(_Part(first, rollout, range(_num_fed(first))))
+            ends = whole[-1:]
+        else:
+            whole.append(prompt := _Part(first, rollout, range(end)))
+            members = enumerate((first, *others), rollout)
+            ends = [_Part(each, number, range(end, _num_fed(each)), prompt) for number, each in members]
+            completions += ends
+        last += [_last_of(part) for part in ends if _num_fed(part.sequence) < len(part.sequence.token_ids)]
     whole.sort(key=lambda part: -len(part.rows))
     completions.sort(key=lambda part: (-len(part.rows), -part.rows.start))
-    return [part for part in (*whole, *completions) if part.rows]
+    return [part for part in (*whole, *completions) if part.rows], last
+
+
+def _num_fed(sequence: TrainingSequence) -> int:
+    """Tokens of a rollout that others follow; all of one without completion, so that no prompt is empty."""
+    num_tokens = len(sequence.token_ids)
+    return num_tokens - (sequence.prompt_length < num_tokens)
+
+
+def _last_of(part: _Part) -> _Part:
+    """The token after a part, which is the last of its rollout."""
+    end = len(part.sequence.token_ids)
+    return _Part(part.sequence, part.rollout, range(end - 1, end), part if part.rows else part.before)
 
 
 def _tokens_of(part: _Part | None, starts: Mapping[_Part, int]) -> range:

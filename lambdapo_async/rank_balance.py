@@ -42,7 +42,7 @@ def split_over_ranks(micro_batches: Sequence[MicroBatch], world_size: int) -> li
 
 def work_of(micro_batch: MicroBatch) -> int:
     """What a micro-batch costs, in the units of ``bin_packing.work``."""
-    return len(micro_batch.input_ids_T) * LINEAR_TOKENS + micro_batch.layout.squares
+    return micro_batch.layout.num_tokens * LINEAR_TOKENS + micro_batch.layout.squares
 
 
 def filler() -> MicroBatch:

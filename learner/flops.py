@@ -65,7 +65,7 @@ class ModelFlops:
 
     def training(self, micro_batch: MicroBatch) -> float:
         """Of one forward and backward pass."""
-        num_tokens = len(micro_batch.input_ids_T)
+        num_tokens = micro_batch.layout.num_tokens
         return (
             (4.0 * self.body + 2.0 * self.trained_body) * num_tokens
             + (4.0 * self.head + 2.0 * self.trained_head) * micro_batch.num_loss_tokens

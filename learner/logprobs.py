@@ -1,6 +1,6 @@
 """log pi of the tokens that carry loss, without the logits of the others.
 
-T packed tokens, t of them on this rank, S with loss, E hidden size.
+T packed tokens, of which the model is fed all that others follow, t of them on this rank; S with loss, E hidden size.
 """
 
 import torch
@@ -32,10 +32,11 @@ def packed_logprobs(
         ``logprobs_T`` and ``entropy_T`` in nats, both float32, with gradient, and 0 where ``loss_mask_T`` is False;
         of all T tokens on every rank.
     """
-    ids_t, positions_t = micro_batch.input_ids_T, micro_batch.position_ids_T
-    own = slice(0, len(ids_t))
+    num_fed = micro_batch.layout.num_tokens
+    ids_t, positions_t = micro_batch.input_ids_T[:num_fed], micro_batch.position_ids_T[:num_fed]
+    own = slice(0, num_fed)
     if context is not None:
-        own = own_tokens(len(ids_t), context)
+        own = own_tokens(num_fed, context)
         ids_t, positions_t = shard_tokens(ids_t, context), shard_tokens(positions_t, context)
     # A rank predicts what comes after its tokens, be it another rank's.
     predictor_T, index_S = micro_batch.predictor_T, micro_batch.loss_indices()

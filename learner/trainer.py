@@ -138,7 +138,7 @@ class Trainer:
         sequences = training_sequences(groups, advantages_BG)
         budget = self._config.learner.micro_batch_tokens
         shares = rank_shares(sequences, token_budget=budget, num_shares=self._ranks.num_shares)
-        num_tokens = sum(len(each.input_ids_T) for each in chain.from_iterable(shares) if each.loss_mask_T.any())
+        num_tokens = sum(each.layout.num_tokens for each in chain.from_iterable(shares) if each.loss_mask_T.any())
         denominator = LossDenominator(
             num_loss_tokens=sum(int(sequence.loss_mask.sum()) for sequence in sequences),
             num_sequences=len(sequences),
@@ -154,7 +154,7 @@ class Trainer:
             columns,
             proximal_T=self._policy.logprobs(columns) if needs_proximal else None,
             reference_T=None if self._reference is None else self._reference(columns).detach(),
-            token_share=len(micro_batch.input_ids_T) / num_tokens if micro_batch.loss_mask_T.any() else 0.0,
+            token_share=micro_batch.layout.num_tokens / num_tokens if micro_batch.loss_mask_T.any() else 0.0,
         )
 
     def _update(self, minibatch: _Minibatch, moment: _Moment, tally: StepTally) -> None:

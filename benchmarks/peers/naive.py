@@ -22,10 +22,11 @@ def build_naive(setting: Setting) -> Peer:
 def _losses(model: PreTrainedModel, workload: Workload, setting: Setting) -> Iterator[Tensor]:
     for packed in pack(workload.sequences, token_budget=setting.config.learner.micro_batch_tokens):
         batch = packed.to(setting.device)
+        num_fed = batch.layout.num_tokens
         with autocast(setting.device):
             logits_TV = model(
-                input_ids=batch.input_ids_T[None],
-                position_ids=batch.position_ids_T[None],
+                input_ids=batch.input_ids_T[None, :num_fed],
+                position_ids=batch.position_ids_T[None, :num_fed],
                 use_cache=False,
                 layout=batch.layout,
             ).logits[0]

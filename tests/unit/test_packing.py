@@ -34,20 +34,31 @@ def documents(micro_batch: MicroBatch) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 
-def assert_intact(micro_batch: MicroBatch, index: int, rows: slice) -> int:
-    """One document is exactly one sequence in all columns; returns its number."""
-    number = int(micro_batch.input_ids_T[rows.start]) // 1000
-    expected = sequence(number, rows.stop - rows.start)
+def rollout_rows(micro_batch: MicroBatch, segment: int) -> list[int]:
+    """Tokens of a rollout in order: each but the first is predicted by the one before it."""
+    rows = [int((micro_batch.segment_ids_T == segment).nonzero()[-1])]
+    while (before := int(micro_batch.predictor_T[rows[0]])) != rows[0]:
+        rows.insert(0, before)
+    return rows
+
+
+def assert_intact(micro_batch: MicroBatch, index: int, seen: slice) -> int:
+    """One document is exactly one sequence in all columns, its last token not fed; returns its number."""
+    rows = rollout_rows(micro_batch, index)
+    number = int(micro_batch.input_ids_T[rows[0]]) // 1000
+    expected = sequence(number, len(rows))
+    fed = max(1, len(rows) - 1)
+    assert rows[:fed] == list(range(seen.start, seen.stop))
+    assert all(row >= micro_batch.layout.num_tokens for row in rows[fed:])
     assert micro_batch.input_ids_T[rows].tolist() == expected.token_ids.tolist()
-    assert micro_batch.position_ids_T[rows].tolist() == list(range(rows.stop - rows.start))
-    assert micro_batch.predictor_T[rows].tolist() == [rows.start, *range(rows.start, rows.stop - 1)]
+    assert micro_batch.position_ids_T[rows].tolist() == list(range(len(rows)))
     assert micro_batch.loss_mask_T[rows].tolist() == expected.loss_mask.tolist()
     assert micro_batch.behavior_logprobs_T[rows].tolist() == expected.behavior_logprobs.tolist()
     assert set(micro_batch.advantages_T[rows].tolist()) == {number + 0.5}
     assert micro_batch.token_versions_T[rows].tolist() == expected.token_versions.tolist()
     assert set(micro_batch.segment_ids_T[rows].tolist()) == {index}
     assert micro_batch.num_loss_tokens == micro_batch.loss_mask_T.sum()
-    assert not micro_batch.loss_mask_T[rows.start]
+    assert not micro_batch.loss_mask_T[rows[0]]
     return number
 
 
@@ -59,7 +70,8 @@ def test_every_sequence_is_once_in_one_piece(lengths: list[int]) -> None:
     for micro_batch in pack(sequences, token_budget=BUDGET):
         rows = documents(micro_batch)
         assert rows[0].start == 0
-        assert rows[-1].stop == len(micro_batch.input_ids_T) <= BUDGET
+        assert rows[-1].stop == micro_batch.layout.num_tokens
+        assert len(micro_batch.input_ids_T) <= BUDGET
         assert micro_batch.layout.max_seqlen == max(row.stop - row.start for row in rows)
         assert micro_batch.layout.shared is None
         seen += [assert_intact(micro_batch, index, row) for index, row in enumerate(rows)]
@@ -97,11 +109,11 @@ groups_lists = st.lists(
 )
 
 
-def rollout_rows(micro_batch: MicroBatch, segment: int) -> list[int]:
-    """Tokens that the last of a rollout's tokens sees, in order: the rollout itself."""
+def seen_by(micro_batch: MicroBatch, row: int) -> list[int]:
+    """Tokens that the last one of a segment attends to, in order."""
     layout = micro_batch.layout
-    last = int((micro_batch.segment_ids_T == segment).nonzero()[-1])
-    index = int((layout.cu_seqlens <= last).sum()) - 1
+    index = int((layout.cu_seqlens <= row).sum()) - 1
+    assert row + 1 == layout.cu_seqlens[index + 1]
     keys = range(layout.num_tokens) if layout.shared is None else layout.shared.index_K.tolist()
     return list(keys[layout.key_marks[index] : layout.key_marks[index + 1]])
 
@@ -113,7 +125,7 @@ def test_every_rollout_is_once_behind_its_prompt(shapes: list[tuple[int, list[in
     wanted = {tuple(each.token_ids.tolist()): each for each in sequences if each.loss_mask.any()}
     seen = []
     for micro_batch in pack(sequences, token_budget=BUDGET, multiple_of=multiple_of):
-        assert len(micro_batch.input_ids_T) == micro_batch.layout.num_tokens <= BUDGET
+        assert len(micro_batch.input_ids_T) <= BUDGET
         prompt_ids = micro_batch.input_ids_T[~micro_batch.loss_mask_T].tolist()
         assert len(set(prompt_ids)) == len(prompt_ids)  # each prompt once
         for segment in set(micro_batch.segment_ids_T[micro_batch.loss_mask_T].tolist()):
@@ -121,7 +133,8 @@ def test_every_rollout_is_once_behind_its_prompt(shapes: list[tuple[int, list[in
             ids = tuple(micro_batch.input_ids_T[rows].tolist())
             sequence = wanted[ids]
             assert micro_batch.position_ids_T[rows].tolist() == list(range(len(ids)))
-            assert micro_batch.predictor_T[rows].tolist() == [rows[0], *rows[:-1]]
+            assert seen_by(micro_batch, rows[-2]) == rows[:-1]
+            assert rows[-1] >= micro_batch.layout.num_tokens
             assert micro_batch.loss_mask_T[rows].tolist() == sequence.loss_mask.tolist()
             assert micro_batch.behavior_logprobs_T[rows].tolist() == sequence.behavior_logprobs.tolist()
             assert micro_batch.token_versions_T[rows].tolist() == sequence.token_versions.tolist()
@@ -148,8 +161,9 @@ def test_the_order_of_groups_that_share_prompts_changes_no_bit(
 
 def test_a_shared_prompt_lies_once_and_completions_alike_side_by_side() -> None:
     (micro_batch,) = pack([*group(1, 3, [2, 4, 2]), *group(2, 5, [4]), *group(3, 3, [2, 1])], token_budget=64)
-    assert micro_batch.layout.runs == ((1, 9, 9), (2, 3, 3), (1, 4, 7), (3, 2, 5), (1, 1, 4))
+    assert micro_batch.layout.runs == ((1, 8, 8), (2, 3, 3), (1, 3, 6), (3, 1, 4))
     assert len(micro_batch.input_ids_T) == 9 + 3 + 8 + 3 + 3
+    assert micro_batch.layout.num_tokens == 26 - 6
 
 
 def test_a_group_larger_than_the_budget_repeats_its_prompt() -> None:
@@ -180,7 +194,7 @@ def test_the_order_groups_arrive_in_changes_no_bit(lengths: list[int], random: R
 
 def test_documents_of_equal_length_are_neighbours() -> None:
     (micro_batch,) = pack([sequence(n, length) for n, length in enumerate([3, 5, 3, 5, 3])], token_budget=BUDGET)
-    assert micro_batch.layout.cu_seqlens.diff().tolist() == [5, 5, 3, 3, 3]
+    assert micro_batch.layout.cu_seqlens.diff().tolist() == [4, 4, 2, 2, 2]
 
 
 @settings(deadline=None)
@@ -208,7 +222,7 @@ def test_to_moves_every_column() -> None:
     moved = micro_batch.to(torch.device("meta"))
     assert len(columns(moved)) == 11
     assert all(tensor.is_meta for tensor in columns(moved))
-    assert (moved.layout.max_seqlen, moved.layout.max_keys) == (3, 5)
+    assert (moved.layout.max_seqlen, moved.layout.max_keys) == (3, 4)
 
 
 def test_nothing_packs_to_nothing() -> None:
