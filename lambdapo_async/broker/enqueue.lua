@@ -4,7 +4,7 @@
 -- ARGV[1] = epoch, ARGV[2] = producer, ARGV[3] = seq, ARGV[4] = lease id, ARGV[5] = min version,
 -- ARGV[6] = mean reward, ARGV[7] = payload's bytes, ARGV[8] = answered ids kept
 local producer, seq, lease, size = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[7])
-local state = redis.call('HMGET', KEYS[1], 'epoch', 'bytes', 'max_groups', 'max_bytes', 'server')
+local state = redis.call('HMGET', KEYS[1], 'epoch', 'bytes', 'max_groups', 'max_bytes', 'server', 'queued')
 local last = tonumber(redis.call('HGET', KEYS[3], producer) or '0')
 local committed = tonumber(redis.call('HGET', KEYS[4], producer) or '0')
 local epoch = state[1] or ''
@@ -57,8 +57,7 @@ end
 redis.call('PERSIST', KEYS[10])
 redis.call('XADD', KEYS[2], '*', 'p', producer, 's', seq, 'l', lease, 'v', ARGV[5], 'n', size, 'r', ARGV[6])
 redis.call('HSET', KEYS[3], producer, seq)
-redis.call('HINCRBY', KEYS[1], 'bytes', size)
-redis.call('HINCRBY', KEYS[1], 'queued', 1)
+redis.call('HSET', KEYS[1], 'bytes', tonumber(state[2] or '0') + size, 'queued', tonumber(state[6] or '0') + 1)
 redis.call('ZADD', KEYS[9], now_ms(), lease)
 redis.call('ZREMRANGEBYRANK', KEYS[9], 0, -(tonumber(ARGV[8]) + 1))
 last = seq

@@ -57,11 +57,14 @@ while #granted < wanted and admitted - consumed < capacity do
   end
 end
 redis.call('HSET', KEYS[1], 'frontier', frontier, 'admitted', admitted)
-for _, id in ipairs(granted) do
-  redis.call('ZADD', KEYS[2], now + lease_ms, id)
-  redis.call('HSET', KEYS[3], id, actor)
-end
 if #granted > 0 then
+  local expiries, holders = {}, {}
+  for i, id in ipairs(granted) do
+    expiries[2 * i - 1], expiries[2 * i] = now + lease_ms, id
+    holders[2 * i - 1], holders[2 * i] = id, actor
+  end
+  redis.call('ZADD', KEYS[2], unpack(expiries))
+  redis.call('HSET', KEYS[3], unpack(holders))
   redis.call('SET', KEYS[6], cjson.encode({ARGV[3], unpack(granted)}), 'PX', lease_ms)
 end
 return granted

@@ -2,7 +2,7 @@
 -- KEYS[1] = state, KEYS[2] = queue, KEYS[3] = accepted, KEYS[4] = committed, KEYS[5] = leases, KEYS[6] = holders,
 -- KEYS[7] = todo, KEYS[8] = heldout
 -- ARGV[1] = fence, ARGV[2] = ticks that the caller has seen, ARGV[3] = producers that it has committed groups of
-local synced = redis.call('HMGET', KEYS[1], 'server', 'ticks', 'queued', 'in_line')
+local synced = redis.call('HMGET', KEYS[1], 'server', 'ticks', 'queued', 'in_line', 'bytes', 'admitted')
 if synced[1] ~= server_id() then return {'LOST', 'its server restarted'} end
 -- The server may be the same and its data older: a replica that was promoted, demoted and promoted again.
 if tonumber(synced[2]) < tonumber(ARGV[2]) then return {'LOST', 'it went back to older data'} end
