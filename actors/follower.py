@@ -10,7 +10,7 @@ from actors.engine import InferenceEngine
 from actors.mirror import Mirror
 from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import WeightsError
+from lambdapo_async.errors import WeightsError, WeightsGoneError
 from lambdapo_async.weights.catch_up import Available, plan_catch_up
 from lambdapo_async.weights.tensor_file import Payload
 
@@ -29,7 +29,8 @@ class WeightFollower:
         self, store: WeightStore, engine: InferenceEngine, *, run_id: str, folder: Path, config: RunConfig
     ) -> None:
         """``folder`` gets the mirror; ``staleness.max_staleness``, ``broker.heartbeat_s`` and
-        ``learner.data_timeout_s``, which is how long weights may be gone, are used."""
+        ``learner.data_timeout_s``, which is how long weights may be gone, or every file replaced before it is here,
+        are used."""
         self._store, self._engine = store, engine
         self.mirror = Mirror(folder, run_id=run_id)
         """What the engine loads from."""
@@ -38,10 +39,11 @@ class WeightFollower:
         self._outage_s = config.learner.data_timeout_s
         self._behind_since: float | None = None
         self._gone_since: float | None = None
+        self._overtaken_since: float | None = None
         self._loading = self._failed = False
         self._checksum: str | None = None
         self._failures_in_a_row = 0
-        self._updates = self._failures = self._keyframes = 0
+        self._updates = self._failures = self._overtaken = self._keyframes = 0
         self._num_files = self._chain_length = self._num_bytes = 0
         self._fetch_s = self._pause_s = 0.0
         self.changed = asyncio.Event()
@@ -69,6 +71,7 @@ class WeightFollower:
         return {
             "weight_updates": self._updates,
             "weight_failures": self._failures,
+            "weight_overtaken": self._overtaken,  # files that a newer version replaced before they were here
             "weights_failed": float(self._failed),  # no way to the newest weights was found, twice in a row
             "weight_keyframes": self._keyframes,
             "weight_files": self._num_files,
@@ -86,8 +89,8 @@ class WeightFollower:
         consumes: weight heads    waits for: a head above the engine's version    unblocks: sampling
 
         Raises:
-            WeightsError: twice in a row the weights were not to be had, or the run's were gone for too long; the last
-                beats have said so.
+            WeightsError: twice in a row the weights were not to be had, the run's were gone for too long, or newer ones
+                replaced each file for as long; the last beats have said so.
             EngineError: a swap failed; the engine is dead.
         """
         while True:
@@ -105,9 +108,13 @@ class WeightFollower:
         try:
             await self._adopt(head)
         except WeightsError as error:
+            known = await asyncio.to_thread(self._store.head)
+            if isinstance(error, WeightsGoneError) and known is not None and known > head:
+                await self._note_overtaken(known, error)
+                return
             self.mirror.drop()
             self._failures += 1
-            if await asyncio.to_thread(self._is_gone, head):
+            if known is None or known < head:  # a Redis that lost everything, or its newest second
                 self._gone_since = self._gone_since or time.monotonic()
                 logger.warning("the run's weights are gone: waiting for the learner to publish again (%s)", error)
                 return
@@ -118,12 +125,20 @@ class WeightFollower:
                 await self._give_up()
                 raise
         else:
-            self._failures_in_a_row, self._gone_since = 0, None
+            self._failures_in_a_row, self._gone_since, self._overtaken_since = 0, None, None
 
-    def _is_gone(self, head: int) -> bool:
-        """Whether the store does not know of ``head`` any more: a Redis that lost everything, or its newest second."""
-        known = self._store.head()
-        return known is None or known < head
+    async def _note_overtaken(self, head: int, error: WeightsGoneError) -> None:
+        """A newer version took a file off the store's list, which is nobody's fault; what the mirror has is whole, and
+        the next plan starts there."""
+        self._overtaken += 1
+        self._overtaken_since = self._overtaken_since or time.monotonic()
+        logger.info("%s; planning again, for version %d", error, head)
+        if time.monotonic() - self._overtaken_since > self._outage_s:
+            await self._give_up()
+            raise WeightsError(
+                f"for learner.data_timeout_s = {self._outage_s:g} s every version was replaced before all of its files "
+                f"were here, the last one by {head}: raise weights.grace_s, or give this actor a faster link"
+            ) from error
 
     async def _give_up(self) -> None:
         """Lease nothing more, and say so for some beats."""

@@ -14,6 +14,7 @@ LambdaPOError
 │       └── RunNotPublishedError  it is not there yet, or not all of it
 ├── NoGroupsError         no rollout group came before the learner's deadline
 ├── WeightsError          a weight version that is missing, damaged or of another model
+│   └── WeightsGoneError  one that was there: deleted, or replaced by a newer file
 ├── CheckpointError       a checkpoint that is missing or damaged
 ├── RankLostError         another process of the same learner died or does not answer
 └── EngineError           the inference engine died or refused a request
@@ -74,6 +75,10 @@ class NoGroupsError(LambdaPOError):
 
 class WeightsError(LambdaPOError):
     """A weight version is missing, damaged or of another model."""
+
+
+class WeightsGoneError(WeightsError):
+    """A weight file was deleted, or replaced by a newer one, before a reader had it; no word of damage."""
 
 
 class CheckpointError(UserError):

@@ -33,6 +33,7 @@ from lambdapo_async.errors import (
     RunNotPublishedError,
     TaskError,
     WeightsError,
+    WeightsGoneError,
 )
 from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.seal import Seal
@@ -542,7 +543,7 @@ class FakeWeightStore:
     def fetch(self, file: Available) -> bytes:
         with self._state.lock:
             if file not in self._state.weight_files:
-                raise WeightsError(f"{name_of(file)} is gone: the head is {self._state.head}")
+                raise WeightsGoneError(f"{name_of(file)} is gone: the head is {self._state.head}")
             return self._state.weight_files[file]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.follower import WeightFollower
 from actors.scripted_engine import ScriptedEngine, bigram_script
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import WeightsError
+from lambdapo_async.errors import WeightsGoneError
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import make_delta, write_full
 from lambdapo_async.weights.state import State
@@ -124,7 +124,7 @@ class MemoryWeights:
         with self._newer:
             self.payloads.clear()
             self._head = None
-        raise WeightsError("the file is gone: the head is None")
+        raise WeightsGoneError("the file is gone: the head is None")
 
     def roll_back(self, version: int) -> None:
         """What a Redis with snapshots does at a restart: the versions above are as if they had never been."""
@@ -168,7 +168,7 @@ class MemoryWeights:
         self.fetching.set()
         assert self.link.wait(TIMEOUT_S)
         if file not in self.payloads:
-            raise WeightsError(f"version {file.version} is gone")
+            raise WeightsGoneError(f"version {file.version} is gone")
         return self.damage.pop(file.version, bytes)(self.payloads[file])
 
 

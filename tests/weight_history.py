@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lambdapo_async.errors import WeightsError
+from lambdapo_async.errors import WeightsGoneError
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import make_delta, write_full
 from lambdapo_async.weights.manifest import NewFile
@@ -34,7 +34,7 @@ class MemoryStore:
 
     def fetch(self, file: Available) -> bytes:
         if file not in self.payloads:
-            raise WeightsError(f"version {file.version} is gone")
+            raise WeightsGoneError(f"version {file.version} is gone")
         return self.payloads[file]
 
     def corrupt(self, file: Available) -> None:

@@ -280,4 +280,4 @@ class WeightStore(Protocol):
         """Every file that can be fetched now, by version: steps, unions and keyframes; none before the first."""
 
     def fetch(self, file: Available) -> Payload:
-        """One file's bytes as published, verified; ``WeightsError`` when gone or damaged."""
+        """One file's bytes as published, verified; ``WeightsGoneError`` when gone, ``WeightsError`` when damaged."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lambdapo_async.errors import ConfigError, WeightsError
+from lambdapo_async.errors import ConfigError, WeightsError, WeightsGoneError
 from lambdapo_async.weights.manifest import Manifest, NewFile, name_of
 
 _BLOCK_BYTES = 16 * 2**20
@@ -50,7 +50,8 @@ def read_file(manifest: Manifest, renew: Callable[[], None]) -> bytes:
     """The file's bytes, not verified; ``renew`` is called before each of its 16 MB.
 
     Raises:
-        WeightsError: it is gone, or cannot be read.
+        WeightsGoneError: it is not there any more.
+        WeightsError: it cannot be read.
     """
     filesystem, path = _located(manifest)
     blocks: list[bytes] = []
@@ -59,7 +60,7 @@ def read_file(manifest: Manifest, renew: Callable[[], None]) -> bytes:
             renew()
             blocks.append(filesystem.cat_file(path, start=start, end=min(start + _BLOCK_BYTES, manifest.num_bytes)))
     except FileNotFoundError as error:
-        raise WeightsError(
+        raise WeightsGoneError(
             f"{manifest.name} is gone: no {manifest.url}; does this machine reach the folder?"
         ) from error
     except OSError as error:

@@ -38,7 +38,8 @@ class RedisChunks:
         A connection that breaks costs what is on its way: those pieces are asked for again.
 
         Raises:
-            WeightsError: a piece is gone or damaged.
+            WeightsGoneError: a piece is not there any more.
+            WeightsError: a piece is damaged.
             BrokerUnavailable: Redis did not answer before the deadline.
         """
         payload, names = bytearray(manifest.num_bytes), self.names(manifest)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.script import Script, as_text
 from lambdapo_async.config.weights import REDIS, WeightsConfig
-from lambdapo_async.errors import WeightsError
+from lambdapo_async.errors import WeightsError, WeightsGoneError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
@@ -108,7 +108,8 @@ class RedisWeightStore:
         """The file as it was published, verified; while it is fetched it is not deleted.
 
         Raises:
-            WeightsError: it is gone or damaged.
+            WeightsGoneError: it is not there any more.
+            WeightsError: it is damaged.
         """
         name, reader = name_of(file), uuid.uuid4().hex
         self._keep(name, reader)
@@ -123,7 +124,7 @@ class RedisWeightStore:
         milliseconds = int(READER_LEASE_S * 1000)
         (kept,) = self._hold([self._keys.weights_readers], [name, reader, milliseconds, self._keys.weights_files])
         if not kept:
-            raise WeightsError(f"{name} is gone: the head is {self.head()}")
+            raise WeightsGoneError(f"{name} is gone: the head is {self.head()}")
 
     def _manifest(self, name: str) -> Manifest:
         packed = self._broker.call(lambda client: client.hget(self._keys.weights_begun, name))

@@ -18,10 +18,8 @@ _FINE = {
         r"|error: \S+ did not answer for"
     ),
     "actor": re.compile(
-        # Here a version is out every few milliseconds: a file may be replaced twice before a slow link has it.
-        r"error: \S+ is gone: the head is \d+"
         # It was started while Redis had nothing of the run.
-        r"|error: this Redis holds no run|error: run \S+ has no (train rows|heldout rows|model files|config) yet"
+        r"error: this Redis holds no run|error: run \S+ has no (train rows|heldout rows|model files|config) yet"
     ),
 }
 """Role -> what a process may say last when it ends by itself."""

@@ -16,7 +16,7 @@ from lambdapo_async.broker.connection import connect
 from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import ConfigError, FencedError, LostDataError, WeightsError
+from lambdapo_async.errors import ConfigError, FencedError, LostDataError, WeightsError, WeightsGoneError
 from lambdapo_async.weights.fsspec_store import read_file
 from lambdapo_async.weights.manifest import CHUNK_BYTES, Manifest, NewFile
 from tests.contract.broker_world import FOREVER_S, LIMITS, start
@@ -115,7 +115,7 @@ def test_a_version_is_one_set_of_files(world: World, files: list[NewFile]) -> No
 
 def test_what_was_never_published_is_gone(world: World) -> None:
     publish(world.store(), full(1))
-    with pytest.raises(WeightsError, match=r"2\.step is gone: the head is 1"):
+    with pytest.raises(WeightsGoneError, match=r"2\.step is gone: the head is 1"):
         world.reader.weights.fetch(step(2).available)
 
 
@@ -157,7 +157,7 @@ def test_superseded_files_go_after_the_grace_period(world: World) -> None:
     assert names(world.reader.weights) == [(1, None, None), (2, None, None), (3, 2, None)]
     publish(hasty, step(4))
     assert names(world.reader.weights) == [(2, None, None), (3, 2, None), (4, 3, None)]
-    with pytest.raises(WeightsError, match=r"1\.full is gone"):
+    with pytest.raises(WeightsGoneError, match=r"1\.full is gone"):
         world.reader.weights.fetch(full(1).available)
 
 
@@ -233,8 +233,9 @@ def test_a_damaged_chunk_is_named(started: RedisRun, server: redis.Redis, damage
             server.set(chunk, bytes(CHUNK_BYTES - 1))
         case "lose":
             server.delete(chunk)
-    with pytest.raises(WeightsError, match=r"chunk 1 of 1\.full is"):
+    with pytest.raises(WeightsError, match=r"chunk 1 of 1\.full is") as caught:
         started.weights.fetch(file.available)
+    assert isinstance(caught.value, WeightsGoneError) == (damage == "lose")
 
 
 @pytest.mark.parametrize("content", [b"garbage", b"\xc1", b"\x80"])
@@ -262,7 +263,7 @@ def test_a_file_that_is_read_stays_until_its_reader_is_done(started: RedisRun, s
     assert names(store) == [(2, None, None), (3, None, None)]
     store._keep("1.full", "slow")  # who holds it goes on, ...
     assert server.get(keys.weights_chunk("1.full", 0)) == b"whole"
-    with pytest.raises(WeightsError, match=r"1\.full is gone"):
+    with pytest.raises(WeightsGoneError, match=r"1\.full is gone"):
         store.fetch(full(1).available)  # ... and nobody joins
     server.zrem(keys.weights_readers, "1.full|slow")
     publish(store, full(4))
@@ -325,8 +326,9 @@ def test_damage_on_a_disk_is_named(started: RedisRun, tmp_path: Path, damage: st
             path.write_bytes(b"payloa")
         case "lose":
             path.unlink()
-    with pytest.raises(WeightsError, match=rf"1\.full is {message}"):
+    with pytest.raises(WeightsError, match=rf"1\.full is {message}") as caught:
         started.weights.fetch(full(1, b"payload").available)
+    assert isinstance(caught.value, WeightsGoneError) == (damage == "lose")
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(started: RedisRun, tmp_path: Path) -> None:

@@ -28,16 +28,6 @@ from tests.following_actor import (
 )
 
 
-@pytest.fixture
-def learner() -> Learner:
-    return Learner()
-
-
-@pytest.fixture
-def actor(learner: Learner, tmp_path: Path) -> FollowingActor:
-    return FollowingActor(learner, tmp_path / "actor")
-
-
 async def test_forty_versions_reach_every_kind_of_actor_to_the_bit(
     learner: Learner, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -1,31 +1,23 @@
 """Weights that are damaged, gone, another run's or another model's never reach the engine."""
 
 import asyncio
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from lambdapo_async.errors import EngineError, WeightsError
+from lambdapo_async.errors import EngineError, WeightsError, WeightsGoneError
 from tests.following_actor import (
     NORM,
     SHAPES,
     TIMEOUT_S,
+    UNION_EVERY,
     FollowingActor,
     Learner,
     flip_one_bit,
 )
-
-
-@pytest.fixture
-def learner() -> Learner:
-    return Learner()
-
-
-@pytest.fixture
-def actor(learner: Learner, tmp_path: Path) -> FollowingActor:
-    return FollowingActor(learner, tmp_path / "actor")
-
 
 DAMAGES = {
     "bit": flip_one_bit,
@@ -56,12 +48,79 @@ async def test_a_file_that_goes_while_we_fetch_costs_a_keyframe(learner: Learner
     learner.step()
 
     def gone(payload: bytes) -> bytes:
-        raise WeightsError("version 1 is gone")
+        raise WeightsGoneError("version 1 is gone")
 
     learner.store.damage[1] = gone
     await actor.catch_up()
     actor.assert_has_the_learners_bits()
     assert actor.counter("weight_failures") == 1
+
+
+def sleep_through(learner: Learner) -> None:
+    """So many versions that only a union leads to the head."""
+    for _ in range(2 * UNION_EVERY):
+        learner.step()
+
+
+def overtaking(learner: Learner, times: float) -> Callable[[bytes], bytes]:
+    """A damage: the next union takes the place of the one that is about to be fetched, ``times`` in a row."""
+
+    def overtake(_: bytes) -> bytes:
+        name = f"{learner.state.version}.union"
+        for _version in range(UNION_EVERY):
+            learner.step()
+        if times > 1:
+            learner.store.damage[learner.state.version] = overtaking(learner, times - 1)
+        raise WeightsGoneError(f"{name} is gone: the head is {learner.state.version}")
+
+    return overtake
+
+
+async def test_unions_that_newer_ones_replace_are_nobodys_fault(learner: Learner, actor: FollowingActor) -> None:
+    await actor.catch_up()
+    sleep_through(learner)
+    learner.store.damage[learner.state.version] = overtaking(learner, 4)
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert actor.counter("weight_overtaken") == 4
+    assert actor.counter("weight_failures") == 0
+    assert actor.counter("weight_keyframes") == 1, "what the mirror had was not damaged"
+
+
+async def test_damage_after_a_replaced_file_is_the_first_failure(learner: Learner, actor: FollowingActor) -> None:
+    await actor.catch_up()
+    sleep_through(learner)
+    head = learner.state.version
+    learner.store.damage = {head: overtaking(learner, 1), head + UNION_EVERY: flip_one_bit}
+    await actor.catch_up()
+    actor.assert_has_the_learners_bits()
+    assert actor.counter("weight_failures") == 1
+
+
+async def test_weights_that_are_always_replaced_end_the_actor_at_the_deadline(learner: Learner, tmp_path: Path) -> None:
+    actor = FollowingActor(learner, tmp_path / "actor", data_timeout_s=0.05)
+    await actor.catch_up()
+    sleep_through(learner)
+    learner.store.damage[learner.state.version] = overtaking(learner, math.inf)
+    with pytest.raises(WeightsError, match=r"learner\.data_timeout_s = 0\.05 s every version was replaced"):
+        await actor.catch_up()
+    assert actor.counter("weights_failed") == 1
+    assert actor.follower.is_behind, "nothing may be leased any more"
+
+
+async def test_a_file_that_is_gone_while_the_head_stays_is_a_failure(learner: Learner, actor: FollowingActor) -> None:
+    """Nobody replaced it: a folder that this machine does not reach, or a Redis that evicts."""
+    await actor.catch_up()
+    learner.step()
+
+    def gone(_: bytes) -> bytes:
+        raise WeightsGoneError("1.step is gone: no file:///nowhere/1.step")
+
+    learner.store.damage = {0: gone, 1: gone}
+    with pytest.raises(WeightsGoneError, match=r"1\.step is gone"):
+        await actor.catch_up()
+    assert actor.counter("weight_failures") == 2
+    assert actor.counter("weight_overtaken") == 0
 
 
 async def test_two_failures_in_a_row_stop_sampling_and_end_the_actor(learner: Learner, actor: FollowingActor) -> None:
@@ -129,7 +188,7 @@ async def test_a_head_that_goes_back_in_the_middle_of_a_chain_costs_a_keyframe(
 
     def go_back(_: bytes) -> bytes:
         learner.store.roll_back(head)
-        raise WeightsError(f"the file is gone: the head is {head}")
+        raise WeightsGoneError(f"the file is gone: the head is {head}")
 
     learner.store.damage = {5: go_back}
     async with actor.following() as task:
