@@ -20,7 +20,8 @@ from lambdapo_async.errors import ConfigError, FencedError, LostDataError, Weigh
 from lambdapo_async.weights.fsspec_store import read_file
 from lambdapo_async.weights.manifest import CHUNK_BYTES, Manifest, NewFile
 from tests.contract.broker_world import FOREVER_S, LIMITS, start
-from tests.fakes_broker import FakeRedisRun, FakeRun
+from tests.fakes_broker import FakeRun
+from tests.fakes_redis_run import FakeRedisRun
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S, BrokerRun, OpenRun
 from tests.weight_files import full, step, union
