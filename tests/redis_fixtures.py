@@ -9,7 +9,8 @@ import pytest
 
 from lambdapo_async.broker.connection import embedded_server
 from lambdapo_async.broker.redis_run import RedisRun
-from tests.fakes_broker import FakeRedisRun, FakeRun
+from tests.fakes_broker import FakeRun
+from tests.fakes_redis_run import FakeRedisRun
 
 TIMEOUT_S = 10.0
 

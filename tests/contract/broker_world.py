@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueReply, RolloutSource
+from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueReply, EnqueueStatus, RolloutSource
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.rollout import Lease
 from tests.redis_fixtures import BrokerRun
@@ -75,3 +75,16 @@ def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + FOREVER_S
     while not condition():
         assert time.monotonic() < deadline, f"not within {FOREVER_S} s"
+
+
+OK, DUP, GAP, FULL, EPOCH, WAIT, LATE = EnqueueStatus
+
+
+def journal(source: RolloutSource, *, count: int) -> list[tuple[str, int]]:
+    """Read ``count`` groups, as a learner does before it writes them down."""
+    read: list[tuple[str, int]] = []
+    while len(read) < count:
+        deliveries = source.read(count - len(read), timeout_s=FOREVER_S)
+        assert deliveries
+        read += [(one.descriptor.producer, one.descriptor.seq) for one in deliveries]
+    return read

@@ -13,7 +13,8 @@ from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import LambdaPOError
 from lambdapo_async.rollout import Lease
 from tests.contract.broker_world import durable, start
-from tests.fakes_broker import FakeRedisRun, FakeRun
+from tests.fakes_broker import FakeRun
+from tests.fakes_redis_run import FakeRedisRun
 from tests.redis_fixtures import TIMEOUT_S, BrokerRun, next_run_id
 from tests.weight_files import full
 

@@ -1,7 +1,6 @@
 """`lambdapo doctor` on real servers: one of ours is fine, and every wrong setting is named with its remedy."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,6 @@ from tests.redis_fixtures import TIMEOUT_S
 from tests.redis_server import AOF, own_server
 
 MAX_BYTES = BrokerConfig().max_bytes
-
-
-@pytest.fixture
-def server(redis_url: str) -> Iterator[redis.Redis]:
-    with contextlib.closing(connect(redis_url, timeout_s=TIMEOUT_S)) as client:
-        yield client
 
 
 def problems(findings: list[Finding]) -> dict[str, str]:

@@ -9,23 +9,28 @@ import pytest
 import pytest_asyncio
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from actors.continuation import continue_group
-from actors.engine import Completion, InferenceEngine
+from actors.engine import InferenceEngine
 from actors.scripted_engine import ScriptedEngine, bigram_script
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
+from tests.contract.engine_world import (
+    NORM,
+    PROMPT,
+    SAMPLING,
+    Damage,
+    aborted_groups,
+    running,
+    versions,
+    with_nan,
+    with_tensor,
+)
 from tests.engine_fixtures import MAX_LENGTH, published_weights, tiny_config, write_weights
 
 # vLLM warns a lot, in this process and in the one that it forks with our filters.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.filterwarnings("default")]
-
-PROMPT = [5, 6, 7, 20]
 VOCAB_SIZE = 50
-SAMPLING = SamplingConfig(max_tokens=100)
-
-Damage = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @pytest_asyncio.fixture(
@@ -64,32 +69,6 @@ def weights(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         return path if path.exists() else write_weights(path, published_weights(tiny_model_folder, version))
 
     return file_of
-
-
-async def running(
-    engine: InferenceEngine, *, groups: int = 4, size: int = 8
-) -> list[asyncio.Task[tuple[Completion, ...]]]:
-    """Long requests of which a token or more is sampled: a short one, started after them, has come back."""
-    tasks = [
-        asyncio.create_task(engine.sample_group([*PROMPT, i], size=size, sampling=SAMPLING)) for i in range(groups)
-    ]
-    await engine.sample_group(PROMPT, size=1, sampling=SamplingConfig(max_tokens=3))
-    return tasks
-
-
-async def aborted_groups(engine: InferenceEngine) -> list[tuple[Completion, ...]]:
-    """Groups of which an abort cut samples off. On a busy machine all may have ended before it: then once more."""
-    for _ in range(20):
-        tasks = await running(engine)
-        await engine.abort_all()
-        groups = await asyncio.gather(*tasks)
-        if any(one.finish_reason == "abort" and len(one.token_ids) > 0 for group in groups for one in group):
-            return groups
-    pytest.fail("no abort came before the samples had ended")
-
-
-def versions(completion: Completion) -> list[int]:
-    return [span.policy_version for span in completion.version_spans]
 
 
 async def test_no_weights_no_samples_and_no_scores(bare_engine: InferenceEngine) -> None:
@@ -280,31 +259,22 @@ async def test_a_cancelled_request_leaves_the_others_alone(engine: InferenceEngi
     assert all(isinstance(result, tuple) and len(result) == 8 for result in results[1:])
 
 
-def _with(name: str, tensor: Tensor) -> Damage:
-    return lambda tensors: {**tensors, name: tensor}
-
-
-NORM = "model.norm.weight"
-
-
-def _nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    damaged = tensors[NORM].clone()
-    damaged[7] = torch.nan
-    return {**tensors, NORM: damaged}
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         pytest.param(lambda t: {n: x for n, x in t.items() if n != NORM}, f"1 tensors missing: {NORM}", id="missing"),
-        pytest.param(_with("model.extra.weight", torch.zeros(4)), "unknown to this model: model.extra", id="unknown"),
         pytest.param(
-            _with(NORM, torch.zeros(64, dtype=torch.bfloat16)), rf"{NORM} is BF16 \[64\].*\[128\]", id="shape"
+            with_tensor("model.extra.weight", torch.zeros(4)), "unknown to this model: model.extra", id="unknown"
         ),
-        pytest.param(_with(NORM, torch.zeros(128)), rf"{NORM} is F32 .* expected BF16", id="dtype"),
-        pytest.param(_with(NORM, torch.zeros(128, dtype=torch.int8)), f"{NORM} is I8", id="integers"),
-        pytest.param(_nan, f"{NORM} is not finite", id="nan"),
-        pytest.param(_with(NORM, torch.full((128,), torch.inf).bfloat16()), f"{NORM} is not finite", id="infinity"),
+        pytest.param(
+            with_tensor(NORM, torch.zeros(64, dtype=torch.bfloat16)), rf"{NORM} is BF16 \[64\].*\[128\]", id="shape"
+        ),
+        pytest.param(with_tensor(NORM, torch.zeros(128)), rf"{NORM} is F32 .* expected BF16", id="dtype"),
+        pytest.param(with_tensor(NORM, torch.zeros(128, dtype=torch.int8)), f"{NORM} is I8", id="integers"),
+        pytest.param(with_nan, f"{NORM} is not finite", id="nan"),
+        pytest.param(
+            with_tensor(NORM, torch.full((128,), torch.inf).bfloat16()), f"{NORM} is not finite", id="infinity"
+        ),
     ],
 )
 async def test_a_file_of_another_model_is_refused_and_the_old_weights_stay(

@@ -23,7 +23,8 @@ from lambdapo_async.weights.catch_up import plan_catch_up
 from lambdapo_async.weights.delta_file import read_full
 from lambdapo_async.weights.state import State
 from learner.fence import take_fence
-from tests.fakes_broker import FakeRedisRun, FakeRun
+from tests.fakes_broker import FakeRun
+from tests.fakes_redis_run import FakeRedisRun
 from tests.learner_stage import Stage, acting, journal_of, rows_of, stage_config, staged, trained_in
 from tests.resumed_run import newest
 from tests.tiny_models import tiny_model_folder

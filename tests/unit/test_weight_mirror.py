@@ -13,7 +13,8 @@ from lambdapo_async.weights.delta_file import read_delta, read_full
 from lambdapo_async.weights.state import State
 from lambdapo_async.weights.tensor_file import BitTensor
 from learner.weight_mirror import WeightMirror
-from tests.fakes_broker import FakeRun, FakeWeightStore
+from tests.fakes_broker import FakeRun
+from tests.fakes_weight_store import FakeWeightStore
 
 RUN = "run-1"
 MAX_BYTES = 2**24

@@ -1,0 +1,64 @@
+"""The actors' end of the queue in memory."""
+
+from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueReply, EnqueueStatus, Marks
+from lambdapo_async.errors import BrokerError
+from tests.fakes_redis_run import FakeRedisRun
+
+
+class FakeRolloutSink:
+    """``interface.RolloutSink``"""
+
+    def __init__(self, state: FakeRedisRun) -> None:
+        self._state = state
+
+    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
+        state, producer = self._state, descriptor.producer
+        with state.lock:
+            status = self._status(descriptor, payload, epoch)
+            if status is EnqueueStatus.OK:
+                self._accept(descriptor, payload)
+            return EnqueueReply(status, state.accepted.get(producer, 0), state.committed.get(producer, 0), state.epoch)
+
+    def marks(self, producer: str) -> Marks:
+        state = self._state
+        with state.lock:
+            accepted, committed = state.accepted.get(producer, 0), state.committed.get(producer, 0)
+            return Marks(state.is_open, accepted, committed, state.epoch)
+
+    def _status(self, descriptor: Descriptor, payload: bytes, epoch: str) -> EnqueueStatus:
+        state = self._state
+        last = state.accepted.get(descriptor.producer, 0)
+        if descriptor.seq <= last:
+            return EnqueueStatus.DUP
+        if not state.is_open or state.limits is None:
+            return EnqueueStatus.WAIT
+        if epoch != state.epoch:
+            return EnqueueStatus.EPOCH
+        if descriptor.seq != last + 1:
+            return EnqueueStatus.GAP
+        holder = state.held.get(descriptor.lease, (None,))[0]
+        ours = holder is not None and f"{descriptor.producer}.".startswith(f"{holder}.")
+        if (holder is not None and not ours) or descriptor.lease in state.answered:
+            state.late += 1
+            if ours:
+                del state.held[descriptor.lease]
+                state.admitted -= descriptor.lease.split == "train"
+            return EnqueueStatus.LATE
+        if len(payload) > state.limits.max_bytes:
+            raise BrokerError(f"group {descriptor.lease.id} has {len(payload)} bytes, more than broker.max_bytes")
+        if len(state.queue) >= state.limits.max_groups or state.num_bytes + len(payload) > state.limits.max_bytes:
+            state.full += 1
+            return EnqueueStatus.FULL
+        return EnqueueStatus.OK
+
+    def _accept(self, descriptor: Descriptor, payload: bytes) -> None:
+        state, lease = self._state, descriptor.lease
+        if lease in state.held:
+            del state.held[lease]
+        elif lease in state.lines[lease.split]:
+            state.lines[lease.split].remove(lease)
+        elif lease.split == "train":
+            state.admitted += 1
+        state.queue.append(Delivery(descriptor, payload))
+        state.accepted[descriptor.producer] = descriptor.seq
+        state.answered.add(lease)
