@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from lambdapo_async.errors import WeightsError
+from lambdapo_async.weights.adapter import is_adapter
 from lambdapo_async.weights.gaps import Gaps, GapStep, changed_positions, steps_between, values_at
 from lambdapo_async.weights.state import State, for_each
 from lambdapo_async.weights.tensor_file import BitTensor
@@ -71,7 +72,10 @@ def difference(old: State, new: State, pool: Executor) -> Delta:
 
 
 def _changed_tensor(name: str, old: State, new: State) -> tuple[Change, int] | None:
-    """The change of one tensor and how many elements of it differ; None if none does."""
+    """The change of one tensor and how many elements of it differ; None if none does.
+
+    Adapters are small and change all over, so they go whole: whoever has the file has them.
+    """
     after = new.tensors[name]
     before = old.tensors.get(name)
     if before is None or not before.is_like(after):
@@ -88,7 +92,8 @@ def _changed_tensor(name: str, old: State, new: State) -> tuple[Change, int] | N
         new.adopt_digest(name, old)
         return None
     new.digest(name)  # now, while the tensor is in the cache
-    return smaller(gaps, after), _num_changed(gaps, before, after)
+    change = after if is_adapter(name) else smaller(gaps, after)
+    return change, _num_changed(gaps, before, after)
 
 
 def _num_changed(gaps: Gaps, before: BitTensor, after: BitTensor) -> int:
