@@ -48,7 +48,7 @@ def read_run(
 
     Raises:
         BrokerUnreachableError: no Redis there.
-        RunNotFoundError: no such run there, at the deadline or while there are others; one of a schema we do not know.
+        RunNotFoundError: no such run there at the deadline; one of a schema we do not know.
         ConfigError: an override of something that is not the actor's to choose, or LAMBDAPO_HMAC_KEY is not the run's.
         TaskError: a reward function that this machine does not have.
     """
