@@ -38,6 +38,8 @@ METRICS: Mapping[str, str] = {
     "optim/skipped": "updates skipped because the gradient was not finite, so far",
     "staleness/mean": "versions between the oldest sampled token of a group and the step, mean over groups",
     "staleness/max": "versions between the oldest sampled token of a group and the step, maximum",
+    "staleness/in_flight": "of staleness/mean, what passed while the group was sampled: oldest to newest token",
+    "staleness/waiting": "of staleness/mean, what passed in queue and replay: newest token to the step",
     "staleness/share_0": "share of the trained tokens that the step's own version sampled",
     "staleness/share_1": "share of the trained tokens sampled 1 version before the step's",
     "staleness/share_2": "share of the trained tokens sampled 2 versions before the step's",

@@ -150,7 +150,13 @@ def _counts(batch: StepBatch) -> dict[str, float]:
 
 def _staleness(batch: StepBatch) -> dict[str, float]:
     staleness = batch.staleness()
-    return {"staleness/mean": float(staleness.mean()), "staleness/max": float(staleness.max())}
+    newest = np.array([received.group.max_version for received in batch.groups])
+    return {
+        "staleness/mean": float(staleness.mean()),
+        "staleness/max": float(staleness.max()),
+        "staleness/waiting": float((batch.version - newest).mean()),
+        "staleness/in_flight": float((newest - batch.version + staleness).mean()),
+    }
 
 
 def _speed(batch: StepBatch, total_s: float) -> dict[str, float]:

@@ -29,6 +29,9 @@ def samples_in(folder: Path) -> SampleLog:
 
 def received(index: int, version: int) -> ReceivedGroup:
     group = make_group(index, rewards=(0.0, 1.0), version=version)
+    if version == 5:  # its last rollout ended under the next version
+        newer = make_group(index, rewards=(0.0, 1.0), version=6)
+        group = replace(group, rollouts=(*group.rollouts[:-1], newer.rollouts[-1]))
     return ReceivedGroup(Descriptor("p", index + 1, group.lease, version, 10, 0.5), group, np.zeros(2), 1)
 
 
@@ -72,6 +75,7 @@ def test_a_step_row_counts_everything_that_arrived(tmp_path: Path) -> None:
     assert (first.kind, first.step) == (STEP, 1)
     assert first.values["reward/mean"] == 4 / 6
     assert (first.values["staleness/mean"], first.values["staleness/max"]) == (2.0, 3.0)
+    assert (first.values["staleness/in_flight"], first.values["staleness/waiting"]) == (0.5, 1.5)
     assert first.values["frac_reward_zero_std"] == 1 / 3
     assert (second.values["groups/trained"], second.values["groups/zero_variance"]) == (4.0, 2.0)
     assert (second.values["groups/dropped_stale"], second.values["groups/malformed"]) == (1.0, 3.0)
