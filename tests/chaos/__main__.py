@@ -33,12 +33,13 @@ def main(
     names = list(PROFILES) if profile == "all" else profile.split(",")
     if unknown := [name for name in names if name not in PROFILES]:
         raise typer.BadParameter(f"{unknown[0]} is no profile: take {', '.join(PROFILES)}")
+    machine = describe_machine()  # before the first result makes the commit a dirty one
     outcomes: list[Outcome] = []
     while (left := faults - sum(outcome.num_faults for outcome in outcomes)) > 0:
         number = len(outcomes)
         outcomes.append(_run(names[number % len(names)], seed + number, min(left, _FAULTS_PER_RUN), number))
         _say(outcomes[-1], faults - left, faults)
-        output.write_text(json.dumps(summary(outcomes, seed), indent=1) + "\n")
+        output.write_text(json.dumps({"machine": machine, **summary(outcomes, seed)}, indent=1) + "\n")
     sys.exit(1 if any(outcome.violations for outcome in outcomes) else 0)
 
 
@@ -71,7 +72,6 @@ def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, object]:
     """What the campaign showed, as JSON."""
     profiles = sorted({outcome.profile for outcome in outcomes}, key=list(PROFILES).index)
     return {
-        "machine": describe_machine(),
         "seed": seed,
         "total": _totals(outcomes),
         "profiles": {name: _totals([each for each in outcomes if each.profile == name]) for name in profiles},
