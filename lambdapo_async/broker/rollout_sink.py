@@ -18,7 +18,7 @@ ANSWERED_KEPT = 65_536
 _OFFER_EXPIRY_S = 300
 """A payload whose offer was cut off half-way goes by itself."""
 _UPLOADS = 2
-"""The first may meet another group's payload that was never accepted; it makes room for the second."""
+"""Of one offer: the first may expire on its way, or meet a payload that was never accepted."""
 
 
 class RedisRolloutSink:
