@@ -12,6 +12,7 @@ from typing import Literal
 from actors.engine import CUT_OFF_S
 from actors.holding import Holding, HoldLimits
 from actors.meter import EngineMeter
+from actors.orphans import Orphans
 from actors.parts import ActorParts
 from actors.prompts import Prompt
 from actors.sampled import Sampled
@@ -43,7 +44,7 @@ class Actor:
         self._slot_freed = asyncio.Event()
         self._lost_leases = 0
         self._is_set_aside = False
-        self._orphans = list(parts.orphans)
+        self._orphans = Orphans(parts.orphans, beat_s=parts.config.broker.heartbeat_s)
         self._leasing: asyncio.Future[tuple[Lease, ...]] | None = None
         self._vigil = Vigil(parts.run_store, outage_s=parts.config.broker.outage_s)
         self._is_run_finished = False
@@ -69,8 +70,8 @@ class Actor:
         else:
             await self._sign_off()
         finally:
-            for outbox in (self._parts.outbox, *self._orphans):
-                await outbox.close(is_run_finished=self._is_run_finished)
+            await self._orphans.close(is_run_finished=self._is_run_finished)
+            await self._parts.outbox.close(is_run_finished=self._is_run_finished)
 
     async def _run_loops(self) -> None:
         """The first failure of a loop cancels the others."""
@@ -79,7 +80,8 @@ class Actor:
                 loops.create_task(self._parts.follower.follow(), name="follow_weights"),
                 loops.create_task(self._parts.canary.watch(), name="watch_canary"),
                 loops.create_task(self._beat(), name="beat"),
-                loops.create_task(self._keep_outboxes(), name="keep_outboxes"),
+                loops.create_task(self._keep_outbox(), name="keep_outbox"),
+                loops.create_task(self._orphans.send(), name="send_orphans"),
             ]
             await self._answer_leases()
             for task in background:
@@ -205,19 +207,14 @@ class Actor:
                 self.drain()
             await asyncio.sleep(beat_s)
 
-    async def _keep_outboxes(self) -> None:
-        """Forget what the learner holds, offer again what Redis lost, and send what dead actors left behind.
+    async def _keep_outbox(self) -> None:
+        """Forget what the learner holds, offer again what Redis lost.
 
         waits for: the learner's commits    unblocks: the disk
         """
         while True:
             await asyncio.sleep(self._config.broker.heartbeat_s)
             await self._parts.outbox.poll()
-            for orphan in list(self._orphans):
-                await orphan.poll()
-                if orphan.unconfirmed == 0:
-                    self._orphans.remove(orphan)
-                    await orphan.close(is_run_finished=False)
 
     def _drop_lost(self, lease: Lease) -> None:
         """Somebody else answers it now. A group accepted a moment ago is no longer leased either: not lost."""
@@ -254,7 +251,8 @@ class Actor:
                 "groups_to_hold": self._holding.target(time.monotonic()),
                 "groups_late": parts.outbox.late,
                 "groups_unconfirmed": parts.outbox.unconfirmed,
-                "groups_adopted": sum(orphan.unconfirmed for orphan in self._orphans),
+                "groups_adopted": self._orphans.unconfirmed,
+                "orphan_failures": self._orphans.failures,
                 "outbox_restarts": parts.outbox.restarts,
                 "leases_lost": self._lost_leases,
                 "scoring_timeouts": parts.scorer.failures,

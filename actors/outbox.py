@@ -24,7 +24,8 @@ class _Parcel:
     """A group on its way; ``descriptor`` bears the number it is offered under."""
 
     descriptor: Descriptor
-    payload: bytes
+    payload: bytes | None = None
+    """None once it was accepted, and of a dead actor's: it lies in the spool, should it be offered again."""
     is_settled: bool = False
     """Whether it was accepted once, or is too late: its sender need not wait any longer."""
     is_late: bool = False
@@ -61,11 +62,16 @@ class Outbox:
                 logger.warning("%s: deleted group %d, which is damaged: %s", spool.folder, seq, error)
                 spool.delete(seq)
                 continue
-            outbox._parcels.append(_Parcel(outbox._describe(group, payload, seq), payload))
+            outbox._parcels.append(_Parcel(outbox._describe(group, payload, seq)))
         if outbox._parcels:
             outbox._accepted = outbox._parcels[0].seq - 1
         logger.info("adopted %d groups of %s, which died", len(outbox._parcels), spool.producer)
         return outbox
+
+    @property
+    def producer(self) -> str:
+        """Whose groups they are."""
+        return self._spool.producer
 
     @property
     def unconfirmed(self) -> int:
@@ -129,7 +135,8 @@ class Outbox:
         """Offer the first group that the queue does not have, until the queue's answer changes what comes next."""
         started, pause_s = time.monotonic(), _FIRST_PAUSE_S
         while (parcel := self._next_parcel()) is not None:
-            reply = await asyncio.to_thread(self._sink.enqueue, parcel.descriptor, parcel.payload, epoch=self._epoch)
+            payload = await self._payload_of(parcel)
+            reply = await asyncio.to_thread(self._sink.enqueue, parcel.descriptor, payload, epoch=self._epoch)
             await self._trim(reply.committed)
             match reply.status:
                 case EnqueueStatus.OK | EnqueueStatus.DUP:
@@ -153,13 +160,19 @@ class Outbox:
     def _next_parcel(self) -> _Parcel | None:
         return next((parcel for parcel in self._parcels if parcel.seq > self._accepted), None)
 
+    async def _payload_of(self, parcel: _Parcel) -> bytes:
+        if parcel.payload is None:
+            return await asyncio.to_thread(self._spool.read, parcel.seq)
+        return parcel.payload
+
     def _has(self, seq: int) -> bool:
         return any(parcel.seq == seq for parcel in self._parcels)
 
     def _accept(self, last: int) -> None:
         self._accepted = max(self._accepted, min(last, self._last_number))
         for parcel in self._parcels:
-            parcel.is_settled |= parcel.seq <= self._accepted
+            if parcel.seq <= self._accepted:
+                parcel.is_settled, parcel.payload = True, None
 
     @property
     def _last_number(self) -> int:

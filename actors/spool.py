@@ -112,11 +112,14 @@ class Spool:
     def close(self) -> int:
         """Give it up; returns the number of groups that stay for whoever adopts it. An empty one disappears."""
         num_left = len(self.sequence_numbers())
-        if num_left == 0:
-            for path in self.folder.iterdir():
-                path.unlink()
-            self.folder.rmdir()
-        os.close(self._lock)
+        try:
+            if num_left == 0:
+                with _explained(self.folder):
+                    for path in self.folder.iterdir():
+                        path.unlink()
+                    self.folder.rmdir()
+        finally:
+            os.close(self._lock)
         return num_left
 
     def _path(self, seq: int) -> Path:

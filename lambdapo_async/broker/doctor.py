@@ -13,7 +13,7 @@ _MIB = 2**20
 _HEADROOM = 1.25
 """Of the queue's bytes: keys, streams, fragmentation."""
 _BESIDE_BYTES = 200 * _MIB
-"""For rows, model files and marks."""
+"""For rows, model files, marks and what is kept of unreadable groups."""
 _LOOPBACK = ("127.", "::1", "localhost", "-::1")
 
 
@@ -66,7 +66,7 @@ def _checks(max_bytes: int) -> Iterator[tuple[str, Callable[[str], Verdict]]]:
     def memory(found: str) -> Verdict:
         problem = (
             f"set it to {needed} or more: 1.25 x broker.max_bytes ({max_bytes}) + 200 MiB, and add the weights' "
-            "bytes if they lie here too"
+            "bytes if they lie here too, and an eighth of broker.max_bytes with actor.handoff"
         )
         return found, None if int(found) >= needed else problem
 

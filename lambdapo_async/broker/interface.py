@@ -30,7 +30,8 @@ class EnqueueStatus(StrEnum):
     GAP = "GAP"
     """Redis lost earlier ones: offer again from ``last + 1``."""
     FULL = "FULL"
-    """No room in groups or bytes: wait and offer again. An answer to a lease that Redis knows always has room."""
+    """No room in groups or bytes: wait and offer again. An answer to a lease that Redis knows always has room,
+    unless the server evicts what it is given."""
     EPOCH = "EPOCH"
     """Redis came back empty and its learner filled it anew: offer again from ``committed + 1``."""
     WAIT = "WAIT"

@@ -1,19 +1,24 @@
 """The actor's end of the rollout queue over Redis."""
 
+import logging
+
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
-from lambdapo_async.broker.script import Script, as_text
+from lambdapo_async.broker.script import Reply, Script, as_text
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.seal import Seal
 from lambdapo_async.wire import GROUP
 
+logger = logging.getLogger(__name__)
+
 ANSWERED_KEPT = 65_536
 """Answered leases remembered, to tell a late answer from a first one."""
 
-
 _OFFER_EXPIRY_S = 300
 """A payload whose offer was cut off half-way goes by itself."""
+_UPLOADS = 2
+"""Of one offer: the first may expire on its way, or meet a payload that was never accepted."""
 
 
 class RedisRolloutSink:
@@ -28,32 +33,39 @@ class RedisRolloutSink:
         """Offer one group.
 
         The payload travels outside the script, which would copy it; it expires unless the script accepts it, and it
-        never replaces an accepted one. ``LATE`` does not use the number up: the next group takes it. Whether a lease
-        was answered before is known for the last 65,536 answers.
+        never replaces an accepted one. A server that drops it before the script runs has no room: ``FULL``. ``LATE``
+        does not use the number up: the next group takes it. Whether a lease was answered before is known for the last
+        65,536 answers.
 
         Raises:
             BrokerError: the group alone is larger than ``broker.max_bytes``.
         """
-        keys, lease_id = self._keys, descriptor.lease.id
-        payload = self._seal.close(payload, purpose=GROUP)
-        payload_key = keys.payload(descriptor.producer, descriptor.seq)
-        while True:
-            _, (status, last, committed, current_epoch) = self._enqueue.after(
-                [("SET", payload_key, payload, "NX", "EX", _OFFER_EXPIRY_S)],
-                [
-                    keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
-                    keys.todo, keys.heldout, keys.answered, payload_key,
-                ],
-                [
-                    epoch, descriptor.producer, descriptor.seq, lease_id, descriptor.min_version,
-                    descriptor.mean_reward, len(payload), ANSWERED_KEPT,
-                ],
-            )  # fmt: skip
+        lease_id, payload = descriptor.lease.id, self._seal.close(payload, purpose=GROUP)
+        for _ in range(_UPLOADS):
+            status, last, committed, current_epoch = self._upload(descriptor, payload, epoch)
             if status != b"AGAIN":
                 break
+        else:
+            logger.warning("Redis drops the payload of group %s at once: is its policy noeviction?", lease_id)
+            status = b"FULL"
         if status == b"TOO_BIG":
             raise BrokerError(f"group {lease_id} has {len(payload)} bytes, more than all of broker.max_bytes: raise it")
         return EnqueueReply(EnqueueStatus(as_text(status)), int(last), int(committed), as_text(current_epoch))
+
+    def _upload(self, descriptor: Descriptor, payload: bytes, epoch: str) -> Reply:
+        keys, payload_key = self._keys, self._keys.payload(descriptor.producer, descriptor.seq)
+        _, reply = self._enqueue.after(
+            [("SET", payload_key, payload, "NX", "EX", _OFFER_EXPIRY_S)],
+            [
+                keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
+                keys.todo, keys.heldout, keys.answered, payload_key,
+            ],
+            [
+                epoch, descriptor.producer, descriptor.seq, descriptor.lease.id, descriptor.min_version,
+                descriptor.mean_reward, len(payload), ANSWERED_KEPT,
+            ],
+        )  # fmt: skip
+        return reply
 
     def marks(self, producer: str) -> Marks:
         """What the queue knows of a producer."""

@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 MAX_QUARANTINED = 256
 """Quarantined groups kept; older ones go, the count stays."""
-MAX_QUARANTINED_BYTES = 1024**2
-"""Kept of each payload, from its beginning."""
+MAX_QUARANTINED_BYTES = 16 * 1024
+"""Kept of each payload, from its beginning: lease, actor, timing, prompt and lengths. All of them are 4 MB, for which
+``maxmemory`` has room beside the queue (see doctor)."""
+_MAX_NAME_BYTES = 1024  # of a producer and of a reason, which may quote what was sent
 _FETCH_BYTES = 4 * 1024**2  # of one reply: larger ones cost Redis more memory and no less time
 _REMOVED_AT_ONCE = 512
 _FROM_THE_START = b"0-0"
@@ -119,7 +121,7 @@ class RedisRolloutSource:
                 self._uncommitted.pop(name, None)
 
     def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
-        """Keep the first MB of an unreadable group aside, with its true size (the newest 256; all are counted)."""
+        """Keep the first 16 KB of an unreadable group aside, with its true size (the newest 256; all are counted)."""
         self._set_aside(descriptor.producer, descriptor.seq, payload, reason)
 
     def request_evaluation(self, leases: Sequence[Lease]) -> None:
@@ -166,10 +168,10 @@ class RedisRolloutSource:
             return self._fence, self._ticks, len(self._committed)
 
     def _set_aside(self, producer: str, seq: int, payload: bytes, reason: str) -> None:
-        kept = payload[:MAX_QUARANTINED_BYTES]
+        name, why = (text.encode(errors="replace")[:_MAX_NAME_BYTES] for text in (producer, reason))
         self._quarantine(
             [self._keys.state, self._keys.dead],
-            [self._fence, producer, seq, reason, kept, len(payload), MAX_QUARANTINED],
+            [self._fence, name, seq, why, payload[:MAX_QUARANTINED_BYTES], len(payload), MAX_QUARANTINED],
         )
 
     def _set_entry_aside(self, fields: Mapping[bytes, bytes]) -> tuple[str, int]:
