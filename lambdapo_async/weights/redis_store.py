@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.script import Script, as_text
+from lambdapo_async.broker.script import Script, as_number, as_text
 from lambdapo_async.config.weights import REDIS, WeightsConfig
 from lambdapo_async.errors import WeightsError, WeightsGoneError
 from lambdapo_async.keys import RunKeys
@@ -83,7 +83,7 @@ class RedisWeightStore:
     def head(self) -> int | None:
         """Newest whole version; None before the first."""
         head = self._broker.call(lambda client: client.get(self._keys.weights_head))
-        return None if head is None else int(head)
+        return None if head is None else as_number(head, "newest weight version")
 
     def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
         """The head as soon as it is above ``than``; None after ``timeout_s``."""
