@@ -119,6 +119,22 @@ class RedisRunStore:
             )
         return as_number(count, f"rows_{split}")
 
+    def is_published(self, *, num_files: int, num_rows: Mapping[Split, int]) -> bool:
+        """Whether config, so many model files and so many rows are there: by their numbers alone, in one round trip."""
+        keys = self._keys
+
+        def look(client: redis.Redis) -> object:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.exists(keys.config)
+            pipeline.hlen(keys.model_files)
+            for split in num_rows:
+                pipeline.hlen(keys.rows(split))
+                pipeline.hget(keys.state, f"rows_{split}")
+            return pipeline.execute()
+
+        wanted = [part for rows in num_rows.values() for part in (-(-rows // ROWS_PER_CHUNK), b"%d" % rows)]
+        return bool(self._broker.call(look) == [1, num_files, *wanted])
+
     def row(self, split: Split, index: int) -> FoundRow:
         """One row; chunks are cached.
 
