@@ -18,7 +18,7 @@ ANSWERED_KEPT = 65_536
 _OFFER_EXPIRY_S = 300
 """A payload whose offer was cut off half-way goes by itself."""
 _UPLOADS = 2
-"""Of one offer: the first may expire on its way, or meet a payload that was never accepted."""
+"""Of one offer: the first may expire on its way, or be swept by the learner."""
 
 
 class RedisRolloutSink:
@@ -32,10 +32,11 @@ class RedisRolloutSink:
     def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
         """Offer one group.
 
-        The payload travels outside the script, which would copy it; it expires unless the script accepts it, and it
-        never replaces an accepted one. A server that drops it before the script runs has no room: ``FULL``. ``LATE``
-        does not use the number up: the next group takes it. Whether a lease was answered before is known for the last
-        65,536 answers.
+        The payload travels outside the script, which would copy it, under a name of its own: it expires unless the
+        script accepts it, and only then takes its number's place. So bytes that come late from a cut connection are
+        never taken for the group that has their number now. A server that drops it before the script runs has no
+        room: ``FULL``. ``LATE`` does not use the number up: the next group takes it. Whether a lease was answered
+        before is known for the last 65,536 answers.
 
         Raises:
             BrokerError: the group alone is larger than ``broker.max_bytes``.
@@ -53,16 +54,17 @@ class RedisRolloutSink:
         return EnqueueReply(EnqueueStatus(as_text(status)), int(last), int(committed), as_text(current_epoch))
 
     def _upload(self, descriptor: Descriptor, payload: bytes, epoch: str) -> Reply:
-        keys, payload_key = self._keys, self._keys.payload(descriptor.producer, descriptor.seq)
+        keys, producer, seq, lease_id = self._keys, descriptor.producer, descriptor.seq, descriptor.lease.id
+        offered = keys.offered(producer, seq, lease_id)
         _, reply = self._enqueue.after(
-            [("SET", payload_key, payload, "NX", "EX", _OFFER_EXPIRY_S)],
+            [("SET", offered, payload, "EX", _OFFER_EXPIRY_S)],
             [
                 keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
-                keys.todo, keys.heldout, keys.answered, payload_key,
+                keys.todo, keys.heldout, keys.answered, keys.payload(producer, seq), offered,
             ],
             [
-                epoch, descriptor.producer, descriptor.seq, descriptor.lease.id, descriptor.min_version,
-                descriptor.mean_reward, len(payload), ANSWERED_KEPT,
+                epoch, producer, seq, lease_id, descriptor.min_version, descriptor.mean_reward, len(payload),
+                ANSWERED_KEPT,
             ],
         )  # fmt: skip
         return reply

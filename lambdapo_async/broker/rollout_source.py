@@ -16,7 +16,7 @@ from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, Queue
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.round_trip import Argument
-from lambdapo_async.broker.script import Script, fence_error
+from lambdapo_async.broker.script import Script, as_number, fence_error
 from lambdapo_async.broker.settlement import Settlement
 from lambdapo_async.errors import LostDataError, WireFormatError
 from lambdapo_async.keys import RunKeys
@@ -33,7 +33,7 @@ _MAX_NAME_BYTES = 1024  # of a producer and of a reason, which may quote what wa
 _FETCH_BYTES = 4 * 1024**2  # of one reply: larger ones cost Redis more memory and no less time
 _REMOVED_AT_ONCE = 512
 _FROM_THE_START = b"0-0"
-_COUNTERS = ("quarantined", "full", "late", "expired")  # as QueueStats has them
+_COUNTERS = ("bytes", "admitted", "consumed", "quarantined", "full", "late", "expired")
 
 
 class RedisRolloutSource:
@@ -132,14 +132,18 @@ class RedisRolloutSource:
         )
 
     def stats(self) -> QueueStats:
-        """Depths right now, and what happened so far."""
+        """Depths right now, and what happened so far.
+
+        Raises:
+            FencedError: another learner came.
+            LostDataError: the run is gone.
+            BrokerError: a counter is damaged.
+        """
         keys = self._keys
 
         def look(client: redis.Redis) -> object:
             pipeline = client.pipeline(transaction=True)
-            pipeline.hmget(
-                keys.state, ["fence", "bytes", "admitted", "consumed", "quarantined", "full", "late", "expired"]
-            )
+            pipeline.hmget(keys.state, ["fence", *_COUNTERS])
             pipeline.xlen(keys.queue)
             pipeline.zcard(keys.leases)
             pipeline.llen(keys.todo)
@@ -147,7 +151,9 @@ class RedisRolloutSource:
 
         (fence, *counters), queued, leased, returned = self._broker.call(look)
         self._check_fence(fence)
-        num_bytes, admitted, consumed, *so_far = (int(value or 0) for value in counters)
+        num_bytes, admitted, consumed, *so_far = (
+            as_number(value or 0, name) for name, value in zip(_COUNTERS, counters, strict=True)
+        )
         return QueueStats(queued, num_bytes, leased, returned, admitted - consumed, *so_far)
 
     def _forget(
@@ -220,10 +226,9 @@ class RedisRolloutSource:
         return values
 
     def _check_fence(self, stored: bytes | None) -> None:
-        if stored is None or int(stored) < self._fence:
-            raise fence_error([])
-        if int(stored) != self._fence:
-            raise fence_error([stored])
+        fence = as_number(-1 if stored is None else stored, "fence")
+        if fence != self._fence:
+            raise fence_error([fence] if fence > self._fence else [])
 
 
 def _described(fields: Mapping[bytes, bytes]) -> Descriptor | None:

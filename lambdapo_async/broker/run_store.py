@@ -10,7 +10,7 @@ import zstandard
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Phase, RunState
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.script import Script
+from lambdapo_async.broker.script import Script, as_number
 from lambdapo_async.errors import BrokerError, ConfigError, RunNotFoundError, RunNotPublishedError, TaskError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Split
@@ -117,7 +117,23 @@ class RedisRunStore:
             raise RunNotPublishedError(
                 f"run {self._keys.run_id} has no {split} rows yet: is its learner still starting?"
             )
-        return int(count)
+        return as_number(count, f"rows_{split}")
+
+    def is_published(self, *, num_files: int, num_rows: Mapping[Split, int]) -> bool:
+        """Whether config, so many model files and so many rows are there: by their numbers alone, in one round trip."""
+        keys = self._keys
+
+        def look(client: redis.Redis) -> object:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.exists(keys.config)
+            pipeline.hlen(keys.model_files)
+            for split in num_rows:
+                pipeline.hlen(keys.rows(split))
+                pipeline.hget(keys.state, f"rows_{split}")
+            return pipeline.execute()
+
+        wanted = [part for rows in num_rows.values() for part in (-(-rows // ROWS_PER_CHUNK), b"%d" % rows)]
+        return bool(self._broker.call(look) == [1, num_files, *wanted])
 
     def row(self, split: Split, index: int) -> FoundRow:
         """One row; chunks are cached.
@@ -137,6 +153,7 @@ class RedisRunStore:
 
         Raises:
             RunNotFoundError: the run is not in this Redis, or its schema is not ours.
+            BrokerError: a number in it is damaged.
         """
 
         def look(client: redis.Redis) -> object:
@@ -148,13 +165,15 @@ class RedisRunStore:
         (schema, phase, epoch, version, seen_ms), (now_s, now_us) = self._broker.call(look)
         if schema is None or phase is None or epoch is None:
             raise RunNotPublishedError(f"this Redis holds no run {self._keys.run_id!r}: check the run id and the URL")
-        if int(schema) != PROTOCOL_SCHEMA:
+        found_schema = as_number(schema, "schema")
+        if found_schema != PROTOCOL_SCHEMA:
             raise RunNotFoundError(
-                f"run {self._keys.run_id} speaks schema {int(schema)}, this version speaks {PROTOCOL_SCHEMA}: "
+                f"run {self._keys.run_id} speaks schema {found_schema}, this version speaks {PROTOCOL_SCHEMA}: "
                 "install the learner's version of lambdapo-async"
             )
-        silent_s = now_s + now_us / 1e6 - int(seen_ms or 0) / 1000
-        return RunState(phase.decode(), epoch.decode(), -1 if version is None else int(version), int(schema), silent_s)
+        newest = -1 if version is None else as_number(version, "version")
+        silent_s = now_s + now_us / 1e6 - as_number(seen_ms or 0, "seen") / 1000
+        return RunState(phase.decode(), epoch.decode(), newest, found_schema, silent_s)
 
     def set_phase(self, phase: Phase, *, fence: int) -> None:
         """``running`` once the first weights are out; ``finished`` tells the actors to drain and exit 0."""

@@ -91,3 +91,11 @@ def fence_error(stored: Sequence[bytes | int]) -> BrokerError:
 def as_text(value: bytes | int) -> str:
     """A reply as text."""
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def as_number(value: bytes | int, name: str) -> int:
+    """A number that Redis keeps; ``BrokerError`` if it is damaged, with the ``name`` that it has there."""
+    try:
+        return int(value)
+    except ValueError as error:
+        raise BrokerError(f"{name} of the run is damaged in Redis: {value!r:.80} is no number") from error
