@@ -1,10 +1,12 @@
-"""A Redis in front of Redis that loses replies on demand: the request arrived, nobody hears of it."""
+"""A Redis in front of Redis that loses replies on demand, so that nobody hears of a request, and can be slow."""
 
 import contextlib
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.throttle import Throttle
 
 
 class LossyProxy:
@@ -13,6 +15,7 @@ class LossyProxy:
     def __init__(self, listen: Path, target: str) -> None:
         self.url = f"unix://{listen}"
         self.lost = 0
+        self.throttle = Throttle()
         self._target = target
         self._to_lose = 0
         self._lock = threading.Lock()
@@ -35,6 +38,7 @@ class LossyProxy:
                 one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self.throttle.close()
         for one in (self._listener, *self._open):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -56,7 +60,8 @@ class LossyProxy:
 
     def _pump(self, source: socket.socket, sink: socket.socket, is_reply: bool) -> None:
         with contextlib.suppress(OSError):
-            while (data := source.recv(1 << 16)) and not (is_reply and self._is_lost()):
+            while (data := source.recv(self.throttle.block)) and not (is_reply and self._is_lost()):
+                self.throttle.let_pass(len(data), is_reply=is_reply)
                 sink.sendall(data)
         for one in (source, sink):
             with contextlib.suppress(OSError):

@@ -18,6 +18,7 @@ from lambdapo_async.errors import BrokerError, BrokerUnavailable
 logger = logging.getLogger(__name__)
 
 _SILENT = "did not answer"
+_TIRED = "did not answer in time (if the link is slow raise broker.timeout_s)"
 _DEMOTED = "took no writes (it is a replica)"
 _FULL = "was out of memory (raise its maxmemory or lower broker.max_bytes)"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
@@ -29,7 +30,7 @@ class Broker:
 
     def __init__(self, url: str, *, timeout_s: float) -> None:
         self._shown_url, self._timeout_s = redact(url), timeout_s
-        # One reply may take a third of the deadline, so that a lost one leaves time to ask again.
+        # One reply, and each part of a request, may take a third of the deadline: a lost one leaves time to ask again.
         self._reply_timeout_s = timeout_s / 3
         self._client = connect(url, timeout_s=self._reply_timeout_s)
 
@@ -92,7 +93,9 @@ class Broker:
 
 def _passing(error: redis.RedisError) -> str | None:
     """What is wrong, if waiting may help: a restart, a failover, a learner that will make room."""
-    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+    if isinstance(error, redis.TimeoutError):
+        return _TIRED
+    if isinstance(error, redis.ConnectionError):
         return _SILENT
     # Inside a script the server wraps its own errors in text.
     if isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error):

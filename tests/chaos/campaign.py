@@ -43,6 +43,8 @@ class Outcome:
     num_groups: int
     """Trained in the surviving history."""
     num_discarded: int
+    num_stale: int
+    """Of them, those that were too old."""
     wall_s: float
     violations: tuple[Violation, ...]
 
@@ -116,6 +118,7 @@ def _run(
         num_steps=len(remains.history),
         num_groups=sum(len(step.groups) for step in remains.history),
         num_discarded=len({e.fields["index"] for e in entries if e.what == "discarded"}),
+        num_stale=len({e.fields["index"] for e in entries if e.fields.get("reason") == "stale"}),
         wall_s=time.monotonic() - started,
         violations=tuple(violations),
     )

@@ -162,6 +162,17 @@ def lose_replies(scene: Scene, source: random.Random) -> str:
     return str(count)
 
 
+def slow_link(scene: Scene, source: random.Random) -> str:
+    """Somewhat slower than it was, up to slower than a reply may be."""
+    assert scene.proxy is not None
+    throttle = scene.proxy.throttle
+    bytes_per_s, delay_s = source.choice((20_000, 100_000, 500_000)), source.uniform(0.0, 0.1)
+    slow_s = source.uniform(0.2, 1.5) * TIMEOUT_S
+    throttle.slow_down(bytes_per_s, delay_s=delay_s)
+    scene.later(slow_s, throttle.full_speed)
+    return f"{bytes_per_s} B/s, {delay_s:.3f} s late, for {slow_s:.2f} s"
+
+
 def lose_a_suspended_run(scene: Scene, source: random.Random) -> str:
     """Its learner is gone, and the next one has not looked yet."""
     learner = _learner(scene)
@@ -240,7 +251,7 @@ REDIS_FAULTS: dict[str, Fault] = {
     each.__name__: each
     for each in (
         promote_replica, redis_restart, redis_power_loss, redis_empty, redis_snapshot, redis_freeze, redis_freeze_long,
-        cut_connections, lose_replies,
+        cut_connections, lose_replies, slow_link,
     )
 }  # fmt: skip
 COMBINED_FAULTS: dict[str, Fault] = {each.__name__: each for each in (suspend_and_lose, resume_and_lose, lose_twice)}

@@ -35,5 +35,6 @@ PROFILES = {
             redis_faults=("redis_snapshot", "redis_restart"),
         ),
         Profile(name="promotion", proxy=True, redis_faults=("promote_replica",)),
+        Profile(name="slow", proxy=True, redis_faults=("slow_link",)),
     )
 }

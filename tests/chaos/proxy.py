@@ -1,4 +1,4 @@
-"""A Redis in front of Redis whose connections can be cut, whose replies get lost, and behind which servers change."""
+"""A Redis in front of Redis: connections are cut, replies get lost, the link is slow, servers change behind it."""
 
 import contextlib
 import re
@@ -6,7 +6,8 @@ import socket
 import threading
 from pathlib import Path
 
-_BLOCK = 1 << 16
+from tests.throttle import Throttle
+
 _RUN_ID = re.compile(rb"run_id:[0-9a-f]{40}")
 
 
@@ -17,6 +18,7 @@ class Proxy:
         """``hides_run_id``: as some proxies in the cloud do, it shows one server where there were several."""
         self.url = f"unix://{listen}"
         self.target = target
+        self.throttle = Throttle()
         self._hides_run_id = hides_run_id
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -41,6 +43,7 @@ class Proxy:
             self._to_lose, self._command = count, to
 
     def close(self) -> None:
+        self.throttle.close()
         _shut(self._listener)
         self._listener.close()
         self.cut()
@@ -66,13 +69,14 @@ class Proxy:
 
     def _pump(self, source: socket.socket, sink: socket.socket, is_reply: bool) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(_BLOCK):
+            while data := source.recv(self.throttle.block):
                 if not is_reply:
                     self._requests[sink] = data
                 elif self._is_lost(self._requests.get(source, b"")):
                     break
                 if is_reply and self._hides_run_id:
                     data = _RUN_ID.sub(b"run_id:" + b"0" * 40, data)
+                self.throttle.let_pass(len(data), is_reply=is_reply)
                 sink.sendall(data)
         for one in (source, sink):
             _shut(one)

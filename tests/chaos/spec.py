@@ -8,7 +8,6 @@ from tests.chaos.ledger import Bounds
 RUN_ID = "chaos"
 GROUPS_PER_STEP = 4
 MAX_STALENESS = 2
-DROP_ABOVE = 8
 _MAX_JOURNAL_BYTES = 16 * 1024**2
 LEASE_S, HEARTBEAT_S, TIMEOUT_S = 1.5, 0.3, 3.0
 
@@ -31,7 +30,7 @@ group_size = 2
 groups_per_step = {GROUPS_PER_STEP}
 [staleness]
 max_staleness = {MAX_STALENESS}
-drop_above = {DROP_ABOVE}
+drop_above = {{drop_above}}
 [learner]
 num_steps = {{num_steps}}
 checkpoint_every = 5
@@ -67,6 +66,8 @@ class Variant:
 
     max_tokens: int = 6
     """Of a completion: how large groups are, and how long they take."""
+    drop_above: int = 8
+    """Versions that a group may be old."""
     max_uses: int = 1
     """Above 1 groups are drawn out of order, and stay in the replay queue."""
     record: bool = False
@@ -82,7 +83,7 @@ class Variant:
     def bounds(self) -> Bounds:
         return Bounds(
             groups_per_step=GROUPS_PER_STEP,
-            drop_above=DROP_ABOVE,
+            drop_above=self.drop_above,
             max_uses=self.max_uses,
             # An actor keeps what the queue or the learner has of it, and what it is about to offer.
             max_bytes={"queue": self.queue_bytes, "outbox": 2 * self.queue_bytes, "journal": _MAX_JOURNAL_BYTES},
@@ -139,6 +140,7 @@ def write_config(folder: Path, variant: Variant, *, seed: int, num_steps: int) -
         num_steps=num_steps,
         max_length=18 + variant.max_tokens,
         max_tokens=variant.max_tokens,
+        drop_above=variant.drop_above,
         max_uses=variant.max_uses,
         handoff=str(variant.handoff).lower(),
         queue_bytes=variant.queue_bytes,
