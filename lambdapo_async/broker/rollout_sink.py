@@ -2,7 +2,8 @@
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
-from lambdapo_async.broker.script import Script, as_text
+from lambdapo_async.broker.replies import as_int, as_text, exactly
+from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.seal import Seal
@@ -38,7 +39,7 @@ class RedisRolloutSink:
         payload = self._seal.close(payload, purpose=GROUP)
         payload_key = keys.payload(descriptor.producer, descriptor.seq)
         while True:
-            _, (status, last, committed, current_epoch) = self._enqueue.after(
+            _, reply = self._enqueue.after(
                 [("SET", payload_key, payload, "NX", "EX", _OFFER_EXPIRY_S)],
                 [
                     keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
@@ -49,14 +50,23 @@ class RedisRolloutSink:
                     descriptor.mean_reward, len(payload), ANSWERED_KEPT,
                 ],
             )  # fmt: skip
+            status, last, committed, current_epoch = exactly(reply, 4)
             if status != b"AGAIN":
                 break
         if status == b"TOO_BIG":
             raise BrokerError(f"group {lease_id} has {len(payload)} bytes, more than all of broker.max_bytes: raise it")
-        return EnqueueReply(EnqueueStatus(as_text(status)), int(last), int(committed), as_text(current_epoch))
+        return EnqueueReply(_status(status), as_int(last), as_int(committed), as_text(current_epoch))
 
     def marks(self, producer: str) -> Marks:
         """What the queue knows of a producer."""
         keys = self._keys
-        status, last, committed, epoch = self._marks([keys.state, keys.accepted, keys.committed], [producer])
-        return Marks(status == b"OK", int(last), int(committed), as_text(epoch))
+        reply = self._marks([keys.state, keys.accepted, keys.committed], [producer])
+        status, last, committed, epoch = exactly(reply, 4)
+        return Marks(status == b"OK", as_int(last), as_int(committed), as_text(epoch))
+
+
+def _status(found: object) -> EnqueueStatus:
+    try:
+        return EnqueueStatus(as_text(found))
+    except ValueError as error:
+        raise BrokerError(f"the queue answered {found!r:.80}, which this version does not know") from error

@@ -5,7 +5,9 @@ import uuid
 from collections.abc import Sequence
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.script import Script, as_text
+from lambdapo_async.broker.descriptors import read_entries
+from lambdapo_async.broker.replies import as_bytes, as_fields, as_int, as_text, exactly
+from lambdapo_async.broker.script import Script
 from lambdapo_async.config.weights import REDIS, WeightsConfig
 from lambdapo_async.errors import WeightsError, WeightsGoneError
 from lambdapo_async.keys import RunKeys
@@ -83,7 +85,7 @@ class RedisWeightStore:
     def head(self) -> int | None:
         """Newest whole version; None before the first."""
         head = self._broker.call(lambda client: client.get(self._keys.weights_head))
-        return None if head is None else int(head)
+        return None if head is None else as_int(head)
 
     def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
         """The head as soon as it is above ``than``; None after ``timeout_s``."""
@@ -101,7 +103,7 @@ class RedisWeightStore:
 
     def files(self) -> tuple[Available, ...]:
         """Every file that can be fetched now, by version."""
-        listed: dict[bytes, bytes] = self._broker.call(lambda client: client.hgetall(self._keys.weights_files))
+        listed = as_fields(self._broker.call(lambda client: client.hgetall(self._keys.weights_files)))
         return tuple(sorted(map(unpack_available, listed.values()), key=lambda file: (file.version, name_of(file))))
 
     def fetch(self, file: Available) -> Payload:
@@ -122,8 +124,9 @@ class RedisWeightStore:
 
     def _keep(self, name: str, reader: str) -> None:
         milliseconds = int(READER_LEASE_S * 1000)
-        (kept,) = self._hold([self._keys.weights_readers], [name, reader, milliseconds, self._keys.weights_files])
-        if not kept:
+        reply = self._hold([self._keys.weights_readers], [name, reader, milliseconds, self._keys.weights_files])
+        (kept,) = exactly(reply, 1)
+        if not as_int(kept):
             raise WeightsGoneError(f"{name} is gone: the head is {self.head()}")
 
     def _manifest(self, name: str) -> Manifest:
@@ -136,20 +139,17 @@ class RedisWeightStore:
         """Take files off the list, then delete what is on no list and nobody reads, a crash's leftovers included."""
         keys = self._keys
         dropped = [name_of(file) for file in self._retention.to_drop(self.files(), incoming_bytes=incoming_bytes)]
-        _, *freed = self._retire(
+        reply = self._retire(
             [keys.state, keys.weights_files, keys.weights_begun, keys.weights_readers], [fence, *dropped]
         )
-        for name, packed in zip(freed[::2], freed[1::2], strict=True):
-            assert isinstance(packed, bytes)
-            manifest = Manifest.unpack(packed, name=as_text(name), seal=self._seal)
+        for name, packed in zip(reply[1::2], exactly(reply[2::2], len(reply[1::2])), strict=True):
+            manifest = Manifest.unpack(as_bytes(packed), name=as_text(name), seal=self._seal)
             if manifest.url is not None:
                 delete_file(manifest)
             self._forget([keys.state, keys.weights_begun, *self._chunks.names(manifest)], [fence, manifest.name])
 
     def _last_log_entry(self) -> bytes:
-        newest: list[tuple[bytes, dict[bytes, bytes]]] = self._broker.call(
-            lambda client: client.xrevrange(self._keys.weights_log, count=1)
-        )
+        newest = read_entries(self._broker.call(lambda client: client.xrevrange(self._keys.weights_log, count=1)))
         return newest[0][0] if newest else b"0-0"
 
     def _wait_for_log(self, after: bytes, block_s: float) -> None:
@@ -157,6 +157,7 @@ class RedisWeightStore:
         self._broker.call(lambda client: client.xread({self._keys.weights_log: after}, count=1, block=block_ms))
 
 
-def _check_newer(version: int, reply: Sequence[bytes | int]) -> None:
-    if reply[0] == b"OLD":
-        raise WeightsError(f"version {version} is not above the head {as_text(reply[1])}: numbers are never used twice")
+def _check_newer(version: int, reply: Sequence[object]) -> None:
+    match reply:
+        case [b"OLD", head]:
+            raise WeightsError(f"version {version} is not above the head {as_text(head)}: numbers are never used twice")
