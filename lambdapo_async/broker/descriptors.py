@@ -3,11 +3,27 @@
 from collections.abc import Mapping
 
 from lambdapo_async.broker.interface import Descriptor
-from lambdapo_async.errors import WireFormatError
+from lambdapo_async.broker.replies import as_fields
+from lambdapo_async.errors import BrokerError, WireFormatError
 from lambdapo_async.rollout import Lease
 
 StreamEntry = tuple[bytes, Mapping[bytes, bytes]]
 """Stream id and fields."""
+
+
+def read_entries(reply: object) -> list[StreamEntry]:
+    """The entries of a stream in a reply; ``BrokerError`` if they are none."""
+    match reply:
+        case [*entries]:
+            return [_entry(entry) for entry in entries]
+    raise BrokerError(f"Redis answered {reply!r:.200} in place of a stream's entries")
+
+
+def _entry(entry: object) -> StreamEntry:
+    match entry:
+        case (bytes() as entry_id, fields):
+            return entry_id, as_fields(fields)
+    raise BrokerError(f"Redis answered {entry!r:.200} in place of a stream's entry")
 
 
 def read_descriptor(fields: Mapping[bytes, bytes]) -> Descriptor:

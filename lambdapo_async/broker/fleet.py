@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.heartbeat import Heartbeat
+from lambdapo_async.broker.replies import as_int, exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
@@ -34,10 +35,9 @@ class RedisFleet:
         if len(record) > MAX_HEARTBEAT_BYTES:
             raise BrokerError(f"a heartbeat of {len(record)} bytes exceeds {MAX_HEARTBEAT_BYTES}: use fewer counters")
         keys = self._keys
-        (is_set_aside,) = self._beat(
-            [keys.state, keys.fleet, keys.fleet_expiry], [heartbeat.actor_id, record, keys.quarantined]
-        )
-        return bool(is_set_aside)
+        reply = self._beat([keys.state, keys.fleet, keys.fleet_expiry], [heartbeat.actor_id, record, keys.quarantined])
+        (is_set_aside,) = exactly(reply, 1)
+        return bool(as_int(is_set_aside))
 
     def members(self) -> tuple[Heartbeat, ...]:
         """Actors whose last heartbeat is younger than ``broker.lease_s``; unreadable records are left out, counted."""

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.replies import as_names
 from lambdapo_async.broker.script import Script
 from lambdapo_async.keys import RunKeys
 
@@ -43,5 +44,4 @@ class RedisFleetControl:
 
     def quarantined(self) -> frozenset[str]:
         """Who is set aside, by this learner or one before it."""
-        members: set[bytes] = self._broker.call(lambda client: client.smembers(self._keys.quarantined))
-        return frozenset(member.decode(errors="backslashreplace") for member in members)
+        return frozenset(as_names(self._broker.call(lambda client: client.smembers(self._keys.quarantined))))

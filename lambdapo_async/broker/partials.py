@@ -5,6 +5,7 @@ from typing import Protocol
 import redis
 
 from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.replies import exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
@@ -42,10 +43,11 @@ class RedisPartials:
     def leave(self, lease: Lease, payload: bytes) -> bool:
         """Keep ``payload``; False if the lease is not ours any more or the budget is spent."""
         keys = self._keys
-        (status,) = self._leave(
+        reply = self._leave(
             [keys.state, keys.holders, keys.partials, keys.partial(lease)],
             [self._actor_id, lease.id, payload, int(self._kept_s * 1000), SHARE_OF_QUEUE],
         )
+        (status,) = exactly(reply, 1)
         return status == b"OK"
 
     def take(self, lease: Lease) -> bytes | None:

@@ -4,7 +4,8 @@ import logging
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
-from lambdapo_async.broker.script import Reply, Script, as_text
+from lambdapo_async.broker.replies import as_int, as_text, exactly
+from lambdapo_async.broker.script import Reply, Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.seal import Seal
@@ -43,7 +44,7 @@ class RedisRolloutSink:
         """
         lease_id, payload = descriptor.lease.id, self._seal.close(payload, purpose=GROUP)
         for _ in range(_UPLOADS):
-            status, last, committed, current_epoch = self._upload(descriptor, payload, epoch)
+            status, last, committed, current_epoch = exactly(self._upload(descriptor, payload, epoch), 4)
             if status != b"AGAIN":
                 break
         else:
@@ -51,7 +52,7 @@ class RedisRolloutSink:
             status = b"FULL"
         if status == b"TOO_BIG":
             raise BrokerError(f"group {lease_id} has {len(payload)} bytes, more than all of broker.max_bytes: raise it")
-        return EnqueueReply(EnqueueStatus(as_text(status)), int(last), int(committed), as_text(current_epoch))
+        return EnqueueReply(_status(status), as_int(last), as_int(committed), as_text(current_epoch))
 
     def _upload(self, descriptor: Descriptor, payload: bytes, epoch: str) -> Reply:
         keys, producer, seq, lease_id = self._keys, descriptor.producer, descriptor.seq, descriptor.lease.id
@@ -72,5 +73,13 @@ class RedisRolloutSink:
     def marks(self, producer: str) -> Marks:
         """What the queue knows of a producer."""
         keys = self._keys
-        status, last, committed, epoch = self._marks([keys.state, keys.accepted, keys.committed], [producer])
-        return Marks(status == b"OK", int(last), int(committed), as_text(epoch))
+        reply = self._marks([keys.state, keys.accepted, keys.committed], [producer])
+        status, last, committed, epoch = exactly(reply, 4)
+        return Marks(status == b"OK", as_int(last), as_int(committed), as_text(epoch))
+
+
+def _status(found: object) -> EnqueueStatus:
+    try:
+        return EnqueueStatus(as_text(found))
+    except ValueError as error:
+        raise BrokerError(f"the queue answered {found!r:.80}, which this version does not know") from error

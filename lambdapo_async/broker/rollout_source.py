@@ -11,14 +11,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import redis
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read_name
+from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read_entries, read_name
 from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
+from lambdapo_async.broker.replies import as_int, as_number, as_values, exactly
 from lambdapo_async.broker.round_trip import Argument
-from lambdapo_async.broker.script import Script, as_number, fence_error
+from lambdapo_async.broker.script import Script, fence_error
 from lambdapo_async.broker.settlement import Settlement
-from lambdapo_async.errors import LostDataError, WireFormatError
+from lambdapo_async.errors import BrokerError, LostDataError, WireFormatError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
 
@@ -161,12 +162,13 @@ class RedisRolloutSource:
     ) -> None:
         with self._lock:
             entries = [argument for name in names for argument in (self._uncommitted[name], int(name in duplicates))]
-        _, ticks = self._commit(
+        reply = self._commit(
             [*self._synced, *(self._keys.payload(*name) for name in names)],
             [*self._known(), len(marks), *(argument for mark in marks.items() for argument in mark), *entries],
         )
+        _, ticks = exactly(reply, 2)
         with self._lock:
-            self._ticks = max(self._ticks, int(ticks))
+            self._ticks = max(self._ticks, as_int(ticks))
 
     def _known(self) -> tuple[Argument, ...]:
         """What every synced script compares Redis with."""
@@ -202,7 +204,12 @@ class RedisRolloutSource:
         reply = self._broker.call(
             lambda client: client.xread({self._keys.queue: self._cursor}, count=count, block=block_ms)
         )
-        return reply[0][1] if reply else []
+        match reply:
+            case None | []:
+                return []
+            case [[_, entries]]:
+                return read_entries(entries)
+        raise BrokerError(f"Redis answered {reply!r:.200} to XREAD")
 
     def _payloads(self, descriptors: Sequence[Descriptor]) -> list[bytes | None]:
         """The payloads, None where one is missing; and the check that what was read can be believed.
@@ -218,12 +225,11 @@ class RedisRolloutSource:
             return payloads
         names = [self._keys.payload(one.producer, one.seq) for one in last]
         (found,), _ = self._check.after([("MGET", *names)], self._synced, self._known())
-        return [*payloads, *found]
+        return [*payloads, *as_values(found, len(names))]
 
     def _get(self, descriptors: Sequence[Descriptor]) -> list[bytes | None]:
         names = [self._keys.payload(one.producer, one.seq) for one in descriptors]
-        values: list[bytes | None] = self._broker.call(lambda client: client.mget(names))
-        return values
+        return as_values(self._broker.call(lambda client: client.mget(names)), len(names))
 
     def _check_fence(self, stored: bytes | None) -> None:
         fence = as_number(-1 if stored is None else stored, "fence")

@@ -6,11 +6,13 @@ from functools import lru_cache
 import msgpack
 import redis
 import zstandard
+from pydantic import TypeAdapter
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Phase, RunState
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.script import Script, as_number
+from lambdapo_async.broker.replies import as_fields, as_number
+from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import BrokerError, ConfigError, RunNotFoundError, RunNotPublishedError, TaskError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Split
@@ -26,6 +28,7 @@ _CONFIG = "config"
 _MAX_CHUNK_BYTES = 512 * 1024**2  # decompressed: 2 MB per row; more is damage or a bomb
 
 FoundRow = dict[str, str | None]
+_ROWS = TypeAdapter(list[FoundRow])
 
 
 class RedisRunStore:
@@ -105,7 +108,7 @@ class RedisRunStore:
         Raises:
             RunNotFoundError: there is none.
         """
-        files: dict[bytes, bytes] = self._broker.call(lambda client: client.hgetall(self._keys.model_files))
+        files = as_fields(self._broker.call(lambda client: client.hgetall(self._keys.model_files)))
         if not files:
             raise RunNotFoundError(f"run {self._keys.run_id} has no model files yet: is its learner still starting?")
         return {name.decode(errors="backslashreplace"): content for name, content in files.items()}
@@ -197,8 +200,15 @@ class RedisRunStore:
             first = number * ROWS_PER_CHUNK
             raise RunNotFoundError(f"run {self._keys.run_id} has no rows from {first} on in {split}")
         try:
-            packed = zstandard.ZstdDecompressor().decompress(chunk, max_output_size=_MAX_CHUNK_BYTES)
-            rows: list[FoundRow] = msgpack.unpackb(packed, max_array_len=ROWS_PER_CHUNK, max_map_len=16)
+            return _unpacked(chunk)
         except (zstandard.ZstdError, ValueError, msgpack.UnpackException) as error:
-            raise BrokerError(f"chunk {number} of the {split} rows is damaged: {error}") from error
-        return rows
+            raise BrokerError(f"chunk {number} of the {split} rows is damaged: {error!s:.200}") from error
+
+
+def _unpacked(chunk: bytes) -> list[FoundRow]:
+    """The rows of a chunk whose declared length is acceptable, before anything is allocated."""
+    num_bytes = zstandard.get_frame_parameters(chunk).content_size
+    if num_bytes > _MAX_CHUNK_BYTES:
+        raise ValueError(f"it decompresses to {num_bytes} bytes, at most {_MAX_CHUNK_BYTES} are allowed")
+    packed = zstandard.ZstdDecompressor().decompress(chunk, allow_extra_data=False)
+    return _ROWS.validate_python(msgpack.unpackb(packed, max_array_len=ROWS_PER_CHUNK, max_map_len=16), strict=True)

@@ -9,10 +9,11 @@ from typing import Any
 import redis
 
 from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.replies import as_text
 from lambdapo_async.broker.round_trip import Argument, Command, round_trip
 from lambdapo_async.errors import BrokerError, FencedError, LostDataError
 
-Reply = list[bytes | int]
+Reply = list[object]
 
 
 class Script:
@@ -38,7 +39,7 @@ class Script:
         Raises:
             FencedError: another learner owns the run.
             LostDataError: this Redis lost the run or a part of it.
-            BrokerError: the script failed.
+            BrokerError: the script failed, or its reply is no list.
         """
         return self._send((), keys, args)[1]
 
@@ -72,30 +73,19 @@ def _read(part: str) -> str:
     return (resources.files("lambdapo_async.broker") / f"{part}.lua").read_text()
 
 
-def _checked(reply: Reply) -> Reply:
+def _checked(reply: object) -> Reply:
     match reply:
         case [b"LOST", reason]:
             raise LostDataError(f"Redis is not as its learner left it: {as_text(reason)}")
         case [b"FENCED" | b"GONE", *stored]:
             raise fence_error(stored)
-    return reply
+        case list():
+            return reply
+    raise BrokerError(f"a script of ours answered {reply!r:.200}")
 
 
-def fence_error(stored: Sequence[bytes | int]) -> BrokerError:
+def fence_error(stored: Sequence[object]) -> BrokerError:
     """What to raise when the run's fence is ``stored`` (empty: none) and not ours."""
     if not stored:
         return LostDataError("this Redis does not hold the run any more")
     return FencedError(f"another learner owns the run now (fence {as_text(stored[0])}): this one must stop")
-
-
-def as_text(value: bytes | int) -> str:
-    """A reply as text."""
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def as_number(value: bytes | int, name: str) -> int:
-    """A number that Redis keeps; ``BrokerError`` if it is damaged, with the ``name`` that it has there."""
-    try:
-        return int(value)
-    except ValueError as error:
-        raise BrokerError(f"{name} of the run is damaged in Redis: {value!r:.80} is no number") from error

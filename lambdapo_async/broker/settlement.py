@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import redis
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor
+from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read_entries
 from lambdapo_async.broker.interface import Descriptor, Durable
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
+from lambdapo_async.broker.replies import as_int, as_names, exactly
 from lambdapo_async.broker.round_trip import Argument
 from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import WireFormatError
@@ -61,8 +62,8 @@ class Settlement:
             [keys.state, keys.queue, keys.leases, keys.holders, keys.todo, keys.heldout, keys.answered],
             [self._fence, durable.consumed, durable.waiting, durable.next_index, *durable.holes],
         )
-        _, ticks = self._open([keys.state], [self._fence])
-        return int(ticks)
+        _, ticks = exactly(self._open([keys.state], [self._fence]), 2)
+        return as_int(ticks)
 
     def _sort_out(self, watermarks: Mapping[str, int]) -> dict[str, int]:
         """Keep entries that follow their producer's mark without a gap and have their payload; delete all others.
@@ -88,8 +89,7 @@ class Settlement:
         return accepted
 
     def _producers(self) -> list[str]:
-        names: list[bytes] = self._broker.call(lambda client: client.hkeys(self._keys.accepted))
-        return [name.decode(errors="backslashreplace") for name in names]
+        return as_names(self._broker.call(lambda client: client.hkeys(self._keys.accepted)))
 
     def _stream(self) -> Iterator[list[StreamEntry]]:
         start = b"-"
@@ -98,10 +98,9 @@ class Settlement:
             start = b"(" + entries[-1][0]
 
     def _range(self, start: bytes) -> list[StreamEntry]:
-        entries: list[StreamEntry] = self._broker.call(
-            lambda client: client.xrange(self._keys.queue, start, "+", count=_AT_ONCE)
+        return read_entries(
+            self._broker.call(lambda client: client.xrange(self._keys.queue, start, "+", count=_AT_ONCE))
         )
-        return entries
 
     def _are_whole(self, described: list[Descriptor | None]) -> list[bool]:
         """Whether each one's payload is there in its full length."""

@@ -59,7 +59,7 @@ def parse_published(config_json: bytes, overrides: Iterable[str] = (), *, run_id
     """
     try:
         tree = json.loads(config_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunNotFoundError(f"the config of run {run_id} is damaged: {error}") from error
     found = tree.pop("config_schema", None) if isinstance(tree, dict) else None
     if found != CONFIG_SCHEMA:

@@ -73,7 +73,7 @@ def _with_dtype(config: bytes, state: State) -> bytes:
     """The config says what the weights are, or they would be loaded as something else."""
     try:
         fields = json.loads(config)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"the run's {_CONFIG_FILE} is no JSON: {error}") from error
     if not isinstance(fields, dict):
         raise WeightsError(f"the run's {_CONFIG_FILE} is no JSON object")

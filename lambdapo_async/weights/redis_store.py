@@ -8,7 +8,9 @@ from typing import Any
 import redis
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.script import Script, as_number, as_text
+from lambdapo_async.broker.descriptors import read_entries
+from lambdapo_async.broker.replies import as_bytes, as_fields, as_int, as_number, as_text, exactly
+from lambdapo_async.broker.script import Script
 from lambdapo_async.config.weights import REDIS, WeightsConfig
 from lambdapo_async.errors import WeightsError, WeightsGoneError
 from lambdapo_async.keys import RunKeys
@@ -104,7 +106,7 @@ class RedisWeightStore:
 
     def files(self) -> tuple[Available, ...]:
         """Every file that can be fetched now, by version."""
-        listed: dict[bytes, bytes] = self._broker.call(lambda client: client.hgetall(self._keys.weights_files))
+        listed = as_fields(self._broker.call(lambda client: client.hgetall(self._keys.weights_files)))
         return tuple(sorted(map(unpack_available, listed.values()), key=lambda file: (file.version, name_of(file))))
 
     def lost(self) -> tuple[Available, ...]:
@@ -147,8 +149,9 @@ class RedisWeightStore:
 
     def _keep(self, name: str, reader: str) -> None:
         milliseconds = int(READER_LEASE_S * 1000)
-        (kept,) = self._hold([self._keys.weights_readers], [name, reader, milliseconds, self._keys.weights_files])
-        if not kept:
+        reply = self._hold([self._keys.weights_readers], [name, reader, milliseconds, self._keys.weights_files])
+        (kept,) = exactly(reply, 1)
+        if not as_int(kept):
             raise WeightsGoneError(f"{name} is gone: the head is {self.head()}")
 
     def _manifest(self, name: str) -> Manifest:
@@ -166,20 +169,17 @@ class RedisWeightStore:
         lost = self.lost()
         whole = [file for file in self.files() if file not in lost]
         dropped = map(name_of, (*lost, *self._retention.to_drop(whole, incoming_bytes=incoming_bytes)))
-        _, *freed = self._retire(
+        reply = self._retire(
             [keys.state, keys.weights_files, keys.weights_begun, keys.weights_readers], [fence, *dropped]
         )
-        for name, packed in zip(freed[::2], freed[1::2], strict=True):
-            assert isinstance(packed, bytes)
-            manifest = Manifest.unpack(packed, name=as_text(name), seal=self._seal)
+        for name, packed in zip(reply[1::2], exactly(reply[2::2], len(reply[1::2])), strict=True):
+            manifest = Manifest.unpack(as_bytes(packed), name=as_text(name), seal=self._seal)
             if manifest.url is not None:
                 delete_file(manifest)
             self._forget([keys.state, keys.weights_begun, *self._chunks.names(manifest)], [fence, manifest.name])
 
     def _last_log_entry(self) -> bytes:
-        newest: list[tuple[bytes, dict[bytes, bytes]]] = self._broker.call(
-            lambda client: client.xrevrange(self._keys.weights_log, count=1)
-        )
+        newest = read_entries(self._broker.call(lambda client: client.xrevrange(self._keys.weights_log, count=1)))
         return newest[0][0] if newest else b"0-0"
 
     def _wait_for_log(self, after: bytes, block_s: float) -> None:
@@ -187,6 +187,7 @@ class RedisWeightStore:
         self._broker.call(lambda client: client.xread({self._keys.weights_log: after}, count=1, block=block_ms))
 
 
-def _check_newer(version: int, reply: Sequence[bytes | int]) -> None:
-    if reply[0] == b"OLD":
-        raise WeightsError(f"version {version} is not above the head {as_text(reply[1])}: numbers are never used twice")
+def _check_newer(version: int, reply: Sequence[object]) -> None:
+    match reply:
+        case [b"OLD", head]:
+            raise WeightsError(f"version {version} is not above the head {as_text(head)}: numbers are never used twice")

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import redis
 
-from lambdapo_async.broker.connection import connect, embedded_server
+from lambdapo_async.broker.connection import connect, embedded_server, redis_executable
 from tests.contract.broker_world import FOREVER_S, until
 
 
@@ -53,6 +54,14 @@ def test_our_server_starts_again_while_a_child_of_the_killed_one_lives(tmp_path:
             contextlib.closing(connect(url_again, timeout_s=FOREVER_S)) as again,
         ):
             assert again.get("name") == b"value"
+
+
+def test_valkey_serves_where_redis_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, version in (("redis-server", "Redis server v=6.0.16"), ("valkey-server", "Valkey server v=8.0.1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{version} sha=00000000:0'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert redis_executable() == str(tmp_path / "valkey-server")
 
 
 def _answers(client: redis.Redis) -> bool:

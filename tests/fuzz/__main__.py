@@ -29,7 +29,8 @@ def main(
 
 
 def _mutate(minutes: float, seed: int) -> None:
-    from tests.fuzz.targets import mutated, targets
+    from tests.fuzz.mutation import mutated
+    from tests.fuzz.targets import targets
 
     source, every = random.Random(seed), targets()
     deadline, count = time.monotonic() + 60 * minutes, 0

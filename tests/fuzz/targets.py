@@ -1,7 +1,7 @@
 """Everything that reads bytes which somebody else wrote: only its own error may come out, whatever goes in."""
 
 import contextlib
-import random
+import json
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgpack
+import zstandard
 
+from actors.handoff import Handoff
+from actors.session import _check_model_files
 from lambdapo_async.broker.descriptors import read_descriptor, read_name
 from lambdapo_async.broker.fleet import RedisFleet
 from lambdapo_async.broker.interface import Descriptor, Heartbeat
+from lambdapo_async.broker.ownership import Ownership
+from lambdapo_async.broker.run_store import RedisRunStore
+from lambdapo_async.config.load import parse_published
 from lambdapo_async.errors import LambdaPOError, WeightsError, WireFormatError
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.journal import Journal
@@ -20,11 +26,14 @@ from lambdapo_async.journal.records import GroupRecord, StepRecord, VersionRecor
 from lambdapo_async.journal.segment import SegmentId, read_frames
 from lambdapo_async.rollout import Lease
 from lambdapo_async.seal import Seal, SealError
+from lambdapo_async.tasks.interface import Row
 from lambdapo_async.weights.canary import Canary
 from lambdapo_async.weights.delta_file import read_delta, read_full, write_full
 from lambdapo_async.weights.manifest import Manifest, unpack_available
 from lambdapo_async.wire import decode_group, encode_group
+from tests.fuzz.broker_replies import KEYS, AnsweringBroker, conversations
 from tests.groups import MAX_VERSION, VOCAB_SIZE, make_group
+from tests.unit import test_handoff
 
 _MAX_BYTES = 1 << 20
 
@@ -50,32 +59,8 @@ def targets() -> list[Target]:
     """All of them."""
     return [
         _group(), _sealed(), _descriptor(), _record(), _segment(), _heartbeat(), _lease(), _manifest(), _catalogue(),
-        _canary(), _weights(),
+        _canary(), _weights(), _rows(), _chunk(), _config(), _model_files(), _partial(), *_conversations(),
     ]  # fmt: skip
-
-
-def mutated(seed: bytes, source: random.Random) -> bytes:
-    """A few random edits: flips, cuts, repeats, and numbers that programs stumble over."""
-    content = bytearray(seed)
-    for _ in range(source.randrange(1, 8)):
-        place = source.randrange(len(content) + 1)
-        match source.randrange(6):
-            case 0 if content:
-                content[min(place, len(content) - 1)] ^= 1 << source.randrange(8)
-            case 1:
-                del content[place : place + source.randrange(1, 16)]
-            case 2:
-                content[place:place] = source.randbytes(source.randrange(1, 16))
-            case 3:
-                content[place : place + 4] = source.choice(
-                    (b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\xdd\xff\xff\xff", b"\xca\x7f\xc0\x00")
-                )
-            case 4:
-                end = source.randrange(len(content) + 1)
-                content[place:place] = content[min(place, end) : max(place, end)][:256]
-            case _:
-                del content[place:]
-    return bytes(content)
 
 
 def _group() -> Target:
@@ -221,3 +206,85 @@ def _weights() -> Target:
         return read_full(content, run_id="r", version=1, max_bytes=_MAX_BYTES, pool=pool)
 
     return Target("weights", read, (WeightsError,), (seed,))
+
+
+def _conversations() -> list[Target]:
+    return [Target(one.name, one, (LambdaPOError,), (b"",)) for one in conversations()]
+
+
+def _read_rows(chunk: bytes) -> object:
+    broker = AnsweringBroker([chunk])
+    store = RedisRunStore(broker, KEYS, Ownership(broker, KEYS), Seal(None, run_id="r"))
+    return [Row.from_map(store.row("train", index)) for index in range(3)]
+
+
+def _packed_rows() -> bytes:
+    rows = [{"prompt": f"p{index}", "answer": "é", "solution": None} for index in range(3)]
+    packed: bytes = msgpack.packb(rows)
+    return packed
+
+
+def _rows() -> Target:
+    """Rows that somebody compressed well."""
+    return Target(
+        "rows",
+        lambda content: _read_rows(zstandard.ZstdCompressor().compress(content)),
+        (LambdaPOError,),
+        (_packed_rows(),),
+    )
+
+
+def _chunk() -> Target:
+    return Target("chunk", _read_rows, (LambdaPOError,), (zstandard.ZstdCompressor().compress(_packed_rows()),))
+
+
+def _config() -> Target:
+    seed = json.dumps(test_handoff.CONFIG.published()).encode()
+    return Target("config", lambda content: parse_published(content, run_id="r"), (LambdaPOError,), (seed,))
+
+
+def _model_files() -> Target:
+    """The name of one, and its content as a config."""
+    folder = Path("/nowhere")
+
+    def read(content: bytes) -> object:
+        name, _, text = content.partition(b"\n")
+        broker = AnsweringBroker([{name: text}])
+        files = RedisRunStore(broker, KEYS, Ownership(broker, KEYS), Seal(None, run_id="r")).model_files()
+        _check_model_files(files)
+        for found in files:
+            assert (folder / found).resolve().parent == folder, found
+        return files
+
+    return Target("model_files", read, (LambdaPOError,), (b"config.json\n{}",))
+
+
+class _Left:
+    """A store in which another actor left ``payload``."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload = payload
+
+    def leave(self, lease: Lease, payload: bytes) -> bool:
+        raise NotImplementedError
+
+    def take(self, lease: Lease) -> bytes | None:
+        return self._payload
+
+    def forget(self, lease: Lease) -> None:
+        pass
+
+
+def _partial() -> Target:
+    """What is wrong with it costs its tokens, and nothing else."""
+    lease = test_handoff.LEASE
+    seed = encode_group(test_handoff.SAMPLED.unrewarded(lease, "a"))
+
+    def read(content: bytes) -> object:
+        handoff = Handoff(
+            _Left(content), Seal(None, run_id="r"), test_handoff.CONFIG,
+            actor_id="b", vocab_size=test_handoff.VOCAB, newest_version=lambda: 5,
+        )  # fmt: skip
+        return handoff.take(lease, test_handoff.PROMPT, version=3)
+
+    return Target("partial", read, (), (seed,))
