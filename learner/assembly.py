@@ -52,6 +52,7 @@ class Start:
     config: RunConfig
     folder: Path
     fence: int
+    journal: Journal
     checkpoints: CheckpointStore
     checkpoint: Checkpoint | None
     policy: Policy
@@ -66,13 +67,11 @@ def assemble(start: Start, resources: contextlib.ExitStack) -> Learner:
     """A learner that was not started; ``resources`` closes what it holds.
 
     Raises:
-        FencedError: a later learner took over.
         JournalError, ReplayError: journal and checkpoint do not belong together.
     """
     config, run, policy = start.config, start.run, start.policy
     state = start.checkpoint.state if start.checkpoint else LearnerState(step=0, version=-1)
-    journal = resources.enter_context(contextlib.closing(Journal.open(start.folder / JOURNAL_FOLDER, start.fence)))
-    receipts = Receipts(state.receipts)
+    journal, receipts = start.journal, Receipts(state.receipts)
     claimed = survey(journal.history.read(state.pool.keep_from), receipts)
     watch = FleetWatch(run.fleet_control(start.fence), run.fleet)
     screen = Screen(config, vocab_size=policy.vocab_size, seal=run.seal, doorkeeper=watch)

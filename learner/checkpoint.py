@@ -6,7 +6,7 @@ checkpoints/step-00000040.fence-3.save-2/  complete, for it got its name by a re
     optimizer/          AdamW's moments in slices, one set of files per rank (learner.moments)
     random.safetensors  random state of rank 0; the other ranks draw nothing
     state.json          counters, receipts, replay queue, the rest of the random state
-    manifest.json       file -> bytes and xxh3_128; damage of any file is found before it is used
+    manifest.json       file -> bytes and xxh3_128 (learner.manifest)
 
 With several ranks all write into the same partial folder, on storage that they share; rank 0 alone holds the fence,
 and gives the folder its name once every rank has written. Any number of ranks resumes.
@@ -14,33 +14,32 @@ and gives the folder its name once every rank has written. Any number of ranks r
 
 import logging
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-import xxhash
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lambdapo_async.errors import CheckpointError
+from lambdapo_async.journal.history import History
 from lambdapo_async.journal.receipts import ReceiptsState
 from learner.crew import Crew
 from learner.durable import sync, sync_tree
 from learner.fence import check_owner, take_fence, unless_fenced
+from learner.manifest import MANIFEST, check_manifest, write_manifest
 from learner.moments import read_moments, write_moments
 from learner.parallel import ALONE, Ranks
 from learner.pool import PoolState
 from learner.rng import RandomState
+from learner.shared_folders import delete_folder, give_name
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)\.fence-(\d+)\.save-(\d+)")
-_HASH_BYTES = 2**24
 
 
 class LearnerState(BaseModel):
@@ -54,6 +53,8 @@ class LearnerState(BaseModel):
     """Newest policy version that was claimed; -1 before the first."""
     receipts: ReceiptsState = ReceiptsState()
     """What was journaled; the journal may hold more."""
+    journaled: NonNegativeInt = 0
+    """Number of the journal's last record at that time: nothing behind it is in this state."""
     pool: PoolState = PoolState()
     """What was made of it."""
     open_rounds: tuple[NonNegativeInt, ...] = ()
@@ -93,23 +94,6 @@ class _SavedState(BaseModel):
     num_skipped: NonNegativeInt
     python_rng: list[object]
     numpy_rng: dict[str, object]
-
-
-class _SavedFile(BaseModel):
-    """One file in manifest.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_bytes: NonNegativeInt
-    xxh3_128: str
-
-
-class _Manifest(BaseModel):
-    """manifest.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    files: dict[str, _SavedFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +139,7 @@ class CheckpointStore:
         self._crew = Crew(ranks)
         self._fence: int | None = None
         self._num_saves = 0
+        self._refused: set[Path] = set()
 
     def take_fence(self) -> int:
         """Own the run; an earlier learner can neither save nor prune any more."""
@@ -179,32 +164,40 @@ class CheckpointStore:
             _write_rest(partial, state, policy)
             sync_tree(partial)
         self._owned()  # a learner that slept while it wrote must not come up with a newer checkpoint
-        os.rename(partial, final)
+        with unless_fenced(self._folder, fence):
+            give_name(partial, final, last_file=MANIFEST)
         sync(self._folder)
         return final
 
-    def load_latest(self) -> Checkpoint | None:
+    def load_latest(self, history: History | None = None) -> Checkpoint | None:
         """The newest checkpoint; None when there is none.
 
-        A damaged one is left alone and the next older one taken, with a warning: the journal leads from there to
-        the same steps.
+        Instead of a damaged one, or one that is no part of ``history``, the next older one is taken, with a warning:
+        the journal leads from there to the same steps.
+
+        Args:
+            history: of the journal, once nothing that an older learner appends counts any more; None for those who
+                want the model and do not go on.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole.
+            CheckpointError: there are checkpoints, but none can be used.
         """
         problems = []
         for folder in self._newest_first():
             try:
-                return _read(folder)
+                return _read(folder, history)
             except CheckpointError as error:
                 logger.warning("%s; looking for an older checkpoint", error)
                 problems.append(str(error))
+                self._refused.add(folder)
         if problems:
-            raise CheckpointError(f"no checkpoint in {self._folder} is whole: {'; '.join(problems)}")
+            raise CheckpointError(f"no checkpoint in {self._folder} can be used: {'; '.join(problems)}")
         return None
 
     def prune(self, keep: int) -> float:
-        """Delete all but the ``keep`` newest, and what earlier learners left half written.
+        """Delete all but the ``keep`` newest, what :meth:`load_latest` refused and what was left half written.
+
+        What cannot be deleted yet is left to the next call, with a warning.
 
         Returns:
             The first journal record that one of those left needs.
@@ -213,9 +206,10 @@ class CheckpointStore:
         found = [(_NAME.fullmatch(path.name[len("partial-") :]), path) for path in self._folder.glob("partial-*")]
         # Not a later learner's: one may have come since we looked, and be writing.
         partial = [path for match, path in found if match and int(match[2]) <= fence]
-        kept, surplus = self._newest_first()[: max(1, keep)], self._newest_first()[max(1, keep) :]
-        for folder in [*partial, *surplus]:
-            shutil.rmtree(folder)
+        found_whole = self._newest_first()
+        kept = [folder for folder in found_whole if folder not in self._refused][: max(1, keep)]
+        for folder in [*partial, *(folder for folder in found_whole if folder not in kept)]:
+            delete_folder(folder)
         return min(_keep_from(folder) for folder in kept)
 
     def check_owner(self) -> None:
@@ -273,28 +267,24 @@ def _write_rest(folder: Path, state: LearnerState, policy: Saveable) -> None:
     )
     (folder / "state.json").write_text(saved.model_dump_json())
     save_file(random_state.tensors, folder / "random.safetensors")
-    files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
-    (folder / "manifest.json").write_text(_Manifest(files=files).model_dump_json(indent=1))
+    write_manifest(folder)
 
 
-def _read(folder: Path) -> Checkpoint:
-    try:
-        manifest = _Manifest.model_validate_json((folder / "manifest.json").read_bytes())
-        for name, expected in manifest.files.items():
-            if (found := _fingerprint(folder / name)) != expected:
-                raise CheckpointError(f"{folder / name} is damaged: {found} instead of {expected}")
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {error!s:.300}") from error
-    return Checkpoint.open(folder)
+def _read(folder: Path, history: History | None) -> Checkpoint:
+    check_manifest(folder)
+    checkpoint = Checkpoint.open(folder)
+    if history is not None:
+        _check_counted(checkpoint, history)
+    return checkpoint
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _fingerprint(path: Path) -> _SavedFile:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-    return _SavedFile(num_bytes=path.stat().st_size, xxh3_128=digest.hexdigest())
+def _check_counted(checkpoint: Checkpoint, history: History) -> None:
+    """A learner that lost the run, but was shown an old listing, saves what its successors do not know of."""
+    name = _NAME.fullmatch(checkpoint.folder.name)
+    fence = int(name[2]) if name else 0
+    end, journaled = history.end_of(fence), checkpoint.state.journaled
+    if journaled >= end:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} goes up to journal record {journaled}, but of fence {fence} only those up "
+            f"to {end - 1} count: it was saved after fence {fence} had lost the run, or the journal is an older copy"
+        )

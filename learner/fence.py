@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lambdapo_async.errors import FencedError
+from lambdapo_async.fresh_listing import forget_listing
 from learner.durable import sync
 
 _FENCE = re.compile(r"fence-(\d+)")
@@ -41,6 +42,7 @@ def newest_fence(folder: Path) -> int:
 
 def check_owner(folder: Path, fence: int) -> None:
     """``FencedError`` once a later learner took over."""
+    forget_listing(folder)
     if (newest := newest_fence(folder)) != fence:
         raise FencedError(f"{folder}: this learner holds fence {fence}, but fence {newest} was taken since: stop it")
 

@@ -228,6 +228,7 @@ class Learner:
             receipts=self._resync.book.state(),
             pool=self._batcher.pool.state(),
             open_rounds=self._evaluation.open_rounds(),
+            journaled=self._parts.journal.next_number - 1,  # last: groups go on arriving
         )
         checkpoints.save(state, self._parts.policy)
         keep_from = checkpoints.prune(self._config.learner.keep_checkpoints)

@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, TaskError
+from lambdapo_async.journal.journal import Journal
 from lambdapo_async.objective.resolve import resolve_objective
 from lambdapo_async.report.run_folder import write_header
 from lambdapo_async.tasks.interface import Task
 from lambdapo_async.tasks.prompts import PromptEncoder, Tokenizer
 from lambdapo_async.tasks.registry import build_task
-from learner.assembly import Start, assemble
+from learner.assembly import JOURNAL_FOLDER, Start, assemble
 from learner.canary import canary_sequences
 from learner.checkpoint import CheckpointStore
 from learner.crew_member import Origin, load_trainees
@@ -72,19 +73,20 @@ def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume:
     checkpoints = CheckpointStore(folder / "checkpoints", ranks)
     fence = checkpoints.take_fence()
     run.run_store.take_over(fence=fence)
-    with unless_fenced(folder / "checkpoints", fence):
-        checkpoint = checkpoints.load_latest() if resume else None
-        origin = Origin(str(model_path), checkpoint)
-        origin.share(ranks)
-        policy, reference = load_trainees(config, origin, ranks)
-    _check_length(config, policy)
-    tokenizer = _load_tokenizer(policy, folder)
-    rows = fitting_rows(task, tokenizer, config)
-    encoder, splits = PromptEncoder(tokenizer, task, config), (rows.train, rows.heldout)
-    scored = canary_sequences(splits, encoder, tokenizer, max_tokens=config.sampling.max_tokens)
     with contextlib.ExitStack() as resources:
+        journal = resources.enter_context(contextlib.closing(Journal.open(folder / JOURNAL_FOLDER, fence)))
+        with unless_fenced(folder / "checkpoints", fence):
+            checkpoint = checkpoints.load_latest(journal.history) if resume else None
+            origin = Origin(str(model_path), checkpoint)
+            origin.share(ranks)
+            policy, reference = load_trainees(config, origin, ranks)
+        _check_length(config, policy)
+        tokenizer = _load_tokenizer(policy, folder)
+        rows = fitting_rows(task, tokenizer, config)
+        encoder, splits = PromptEncoder(tokenizer, task, config), (rows.train, rows.heldout)
+        scored = canary_sequences(splits, encoder, tokenizer, max_tokens=config.sampling.max_tokens)
         start = Start(
-            run, run_id, config, folder, fence, checkpoints, checkpoint, policy, reference, rows, scored, ranks
+            run, run_id, config, folder, fence, journal, checkpoints, checkpoint, policy, reference, rows, scored, ranks
         )
         learner = assemble(start, resources)
         with _stop_on_signals(learner):

@@ -14,6 +14,7 @@ import torch
 from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.config import RunConfig
 from lambdapo_async.journal.history import History
+from lambdapo_async.journal.journal import Journal
 from lambdapo_async.journal.records import GroupRecord, Record, StepRecord
 from lambdapo_async.metrics import MetricRow, read_metrics
 from lambdapo_async.report.run_folder import write_header
@@ -85,7 +86,9 @@ class Stage:
         checkpoints = CheckpointStore(folder / "checkpoints", ranks)
         fence = checkpoints.take_fence()
         run.run_store.take_over(fence=fence)
-        checkpoint = checkpoints.load_latest()
+        self.resources = contextlib.ExitStack()
+        journal = self.resources.enter_context(contextlib.closing(Journal.open(folder / JOURNAL_FOLDER, fence)))
+        checkpoint = checkpoints.load_latest(journal.history)
         torch.manual_seed(settings.seed)
         origin = Origin(str(folder / "model"), checkpoint)
         origin.share(ranks)
@@ -93,10 +96,9 @@ class Stage:
         if ranks.is_alone:  # it looks at the weights, in which other ranks would have to join
             run.canary = self.canary_store = WatchedCanary(run, self.policy)
         start = Start(
-            run, "run", settings, folder, fence, checkpoints, checkpoint, self.policy, reference, ROWS,
+            run, "run", settings, folder, fence, journal, checkpoints, checkpoint, self.policy, reference, ROWS,
             [canary_sequence([1, 2], [3, 4])], ranks,
         )  # fmt: skip
-        self.resources = contextlib.ExitStack()
         self.learner = assemble(start, self.resources)
         self.parts = self.learner._parts
         self.source = self.parts.resync.source

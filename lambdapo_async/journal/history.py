@@ -85,6 +85,11 @@ class History:
         """Number of the first record behind the history."""
         return self.links[-1].next_number if self.links else 1
 
+    def end_of(self, fence: int) -> int:
+        """Number of the first record behind what the learners up to ``fence`` wrote of it."""
+        behind = (link.opening.first_number for link in self.links if link.id.fence > fence)
+        return next(behind, self.next_number)
+
     def read(self, first: int) -> Iterator[tuple[int, Record]]:
         """(number, record) from ``first`` on, one in memory at a time.
 

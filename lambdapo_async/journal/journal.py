@@ -6,8 +6,9 @@ The order that makes a take-over exact:
 2. raise the fence in Redis: the learner before can commit nothing any more, and what it did commit it had
    journaled before;
 3. :meth:`Journal.open`: nothing that an older learner still writes counts from here on;
-4. initialise the rollout source with the watermarks of checkpoint and history;
-5. read, append, commit, and again.
+4. load the newest checkpoint that holds nothing beyond this history;
+5. initialise the rollout source with the watermarks of checkpoint and history;
+6. read, append, commit, and again.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lambdapo_async.errors import FencedError
+from lambdapo_async.fresh_listing import forget_listing
 from lambdapo_async.journal.history import History, Opening
 from lambdapo_async.journal.records import JournalError, Record, encode_record
 from lambdapo_async.journal.segment import SegmentId, SegmentWriter, list_segments, sync
@@ -47,6 +49,7 @@ class Journal:
             JournalError: a segment that counts is damaged, or none can be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        forget_listing(folder)
         newest = max(list_segments(folder), default=None)
         if newest is not None and newest.fence >= fence:
             raise FencedError(f"{folder} was taken over by fence {newest.fence}, this learner holds {fence}: stop it")

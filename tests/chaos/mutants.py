@@ -97,16 +97,16 @@ def _fence_after_loading() -> None:
 
     def late(self: CheckpointStore) -> int:
         if any(self._folder.glob("step-*")):
-            loaded.append(load_latest(self))
             journal = self._folder.parent / "journal"
             found[journal] = find(journal)
+            loaded.append(load_latest(self, found[journal]))
             deadline = time.monotonic() + _PATIENCE_S
             while _newest(self) == _folder(loaded[0]) and time.monotonic() < deadline:
                 time.sleep(0.005)
         return take_fence(self)
 
-    def early(self: CheckpointStore) -> Checkpoint | None:
-        return loaded[0] if loaded else load_latest(self)
+    def early(self: CheckpointStore, history: History | None = None) -> Checkpoint | None:
+        return loaded[0] if loaded else load_latest(self, history)
 
     CheckpointStore.take_fence, CheckpointStore.load_latest = late, early  # type: ignore[method-assign]
     History.find = classmethod(lambda _, folder: found.get(folder) or find(folder))  # type: ignore[method-assign, assignment]

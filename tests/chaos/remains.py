@@ -66,7 +66,7 @@ def look_around(run: Path, spool: Path, server: RedisControl) -> Remains:
 
 
 def _newest(run: Path) -> Checkpoint:
-    checkpoint = CheckpointStore(run / "checkpoints").load_latest()
+    checkpoint = CheckpointStore(run / "checkpoints").load_latest(History.find(run / "journal"))
     assert checkpoint is not None
     return checkpoint
 
