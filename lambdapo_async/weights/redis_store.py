@@ -3,13 +3,12 @@
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 import redis
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.descriptors import read_entries
-from lambdapo_async.broker.replies import as_bytes, as_fields, as_int, as_number, as_text, exactly
+from lambdapo_async.broker.replies import as_bytes, as_fields, as_int, as_names, as_number, as_text, exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.config.weights import REDIS, WeightsConfig
 from lambdapo_async.errors import WeightsError, WeightsGoneError
@@ -117,18 +116,19 @@ class RedisWeightStore:
         files, begun_key = self.files(), self._keys.weights_begun
         pieces = [self._chunks.names_of(file) if self._target is self._chunks else [] for file in files]
 
-        def look(client: redis.Redis) -> list[Any]:
+        def look(client: redis.Redis) -> object:
             pipeline = client.pipeline(transaction=False)
             pipeline.hkeys(begun_key)
             for names in pieces:
                 pipeline.exists(begun_key, *names)
             return pipeline.execute()
 
-        begun, *found = self._broker.call(look)
+        begun, *found = exactly(self._broker.call(look), 1 + len(files))
+        described = set(as_names(begun))
         return tuple(
             file
             for file, names, count in zip(files, pieces, found, strict=True)
-            if count <= len(names) or name_of(file).encode() not in begun
+            if as_int(count) <= len(names) or name_of(file) not in described
         )
 
     def fetch(self, file: Available) -> Payload:

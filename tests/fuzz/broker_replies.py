@@ -180,5 +180,7 @@ def _weights_written() -> Conversation:
         return store.head()
 
     manifest = Manifest.in_chunks(old).signed_for(old, SEAL).pack(SEAL)
-    room = ({b"3.full": pack_available(old.available)}, _script(b"OK", b"3.full", manifest), _script(b"OK"))
+    listed = {b"3.full": pack_available(old.available)}
+    whole = Together([[b"3.full"], 2])  # its manifest, its one piece and the list of them
+    room = (listed, whole, listed, _script(b"OK", b"3.full", manifest), _script(b"OK"))
     return Conversation("weights_written", hold, (*room, *itertools.repeat(_script(b"OK"), 3), b"4"))
