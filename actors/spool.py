@@ -116,7 +116,7 @@ class Spool:
             if num_left == 0:
                 with _explained(self.folder):
                     for path in self.folder.iterdir():
-                        path.unlink()
+                        path.unlink(missing_ok=True)  # a cancelled caller's thread may still be deleting
                     self.folder.rmdir()
         finally:
             os.close(self._lock)

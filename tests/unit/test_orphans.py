@@ -1,7 +1,7 @@
 """What dead actors left is sent by a living one, whom their trouble does not touch."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -48,9 +48,13 @@ def adopt(root: Path, sink: PartialSink, *, outage_s: float) -> tuple[Outbox, ..
     return tuple(Outbox.adopted(sink, spool, epoch="epoch", outage_s=outage_s) for spool in Spool.adopt(root))
 
 
-async def until_taken(sink: PartialSink, taken: dict[str, int]) -> None:
+def files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*.group"))
+
+
+async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(TIMEOUT_S):
-        while sink.taken != taken:
+        while not condition():
             await asyncio.sleep(0.001)
 
 
@@ -62,17 +66,15 @@ async def test_one_that_is_refused_holds_up_no_other(tmp_path: Path, status: Enq
     sink = PartialSink(("a.0", "b.0"), status)
     orphans = Orphans(adopt(tmp_path, sink, outage_s=outage_s), beat_s=0.001)
     sending = asyncio.ensure_future(orphans.send())
-    await until_taken(sink, {"c.0": 2})
+    await until(lambda: sink.taken == {"c.0": 2})
     sink.refused.discard("b.0")
-    await until_taken(sink, {"b.0": 2, "c.0": 2})
+    await until(lambda: sink.taken == {"b.0": 2, "c.0": 2})
+    await until(lambda: files(tmp_path) == ["a.0/1.group", "a.0/2.group"])
     assert not sending.done()
     sending.cancel()
     await asyncio.wait([sending])
     await orphans.close(is_run_finished=False)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.group")) == [
-        "a.0/1.group",
-        "a.0/2.group",
-    ]
+    assert files(tmp_path) == ["a.0/1.group", "a.0/2.group"]
 
 
 async def test_what_befalls_one_is_told_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,9 +88,7 @@ async def test_what_befalls_one_is_told_and_counted(tmp_path: Path, caplog: pyte
     sink = Refusal({"a.0"})
     orphans = Orphans(adopt(tmp_path, sink, outage_s=1.0), beat_s=0.001)
     sending = asyncio.ensure_future(orphans.send())
-    async with asyncio.timeout(TIMEOUT_S):
-        while orphans.failures < 2:
-            await asyncio.sleep(0.001)
+    await until(lambda: orphans.failures >= 2)
     assert "2 groups of a.0, which died, are not sent yet: group train-101 has 9 bytes" in caplog.text
     assert orphans.unconfirmed == 2
     sink.refused.clear()
@@ -102,9 +102,7 @@ async def test_a_spool_that_cannot_be_read_is_told_too(tmp_path: Path, caplog: p
     (tmp_path / "a.0" / "1.group").unlink()
     (tmp_path / "a.0" / "folder").mkdir()  # neither can its spool be given up
     sending = asyncio.ensure_future(orphans.send())
-    async with asyncio.timeout(TIMEOUT_S):
-        while not orphans.failures:
-            await asyncio.sleep(0.001)
+    await until(lambda: orphans.failures > 0)
     sending.cancel()
     await asyncio.wait([sending])
     failures = orphans.failures
@@ -131,4 +129,4 @@ async def test_a_living_actor_sees_its_own_groups_confirmed_beside_a_refused_orp
         assert stage.run.fleet.members()[0].counters["groups_adopted"] == 1
         stage.actor.drain()
         await asyncio.wait_for(task, TIMEOUT_S)
-    assert [path.name for path in (stage.spools / "dead.0").glob("*.group")] == ["1.group"]
+    assert "dead.0/1.group" in files(stage.spools)
