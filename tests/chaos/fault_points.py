@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lambdapo_async import broker
+from lambdapo_async.broker import script as script_module
 from lambdapo_async.broker.script import Script
 from tests.chaos.ledger import Ledger
 
@@ -87,7 +88,7 @@ class FaultPoints:
         setattr(owner, attribute, tapped)
 
     def tap_scripts(self) -> None:
-        """Points around every Lua script: ``lua`` for any of them, ``lua.NAME`` for one."""
+        """Points around every Lua script: ``lua`` for any of them, ``lua.NAME`` for one; the ledger counts attempts."""
         names: dict[int, str] = {}
         initialise = Script.__init__
 
@@ -109,6 +110,13 @@ class FaultPoints:
 
         Script.__init__ = named  # type: ignore[method-assign]
         Script.__call__, Script.after = tapped(Script.__call__), tapped(Script.after)  # type: ignore[method-assign]
+        round_trip = script_module.round_trip
+
+        def attempted(*args: Any) -> list[Any]:
+            self.ledger.write("attempted")
+            return round_trip(*args)
+
+        script_module.round_trip = attempted
         self.names += ["lua", *(f"lua.{path.stem}" for path in Path(*broker.__path__).glob("*.lua"))]
 
     def check(self, names: Sequence[str]) -> None:

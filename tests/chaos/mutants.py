@@ -4,24 +4,31 @@ A mutant replaces a call or a line of Lua in the forked process that it is for; 
 """
 
 import hashlib
+import inspect
 import re
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import learner.assembly as assembly
+from lambdapo_async.broker import script as script_module
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Delivery
 from lambdapo_async.broker.rollout_source import RedisRolloutSource
 from lambdapo_async.broker.script import Script
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.journal import Journal
+from lambdapo_async.journal.receipts import Receipts
+from lambdapo_async.journal.redo import redo
+from lambdapo_async.replay.queue import ReplayQueue
 from learner.arrivals import Arrival
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.learner import Learner
@@ -40,8 +47,6 @@ class Mutant:
     """What is broken, in words."""
     caught: tuple[Kind, ...]
     """Violations of which at least one must show."""
-    net: str = ""
-    """What a safety net says in a log when it catches it before the ledger has to; the faults alone are not why."""
     faults: tuple[str, ...]
     """Keys of ``faults.FAULTS``, in order."""
     profile: str = "stable"
@@ -72,6 +77,23 @@ def _edit_scripts(edits: Mapping[str, str]) -> None:
             script._source, script._hash = source, hashlib.sha1(source.encode()).hexdigest()
 
     Script.__init__ = edited  # type: ignore[method-assign]
+
+
+def _cut(function: Callable[..., object], pattern: str) -> None:
+    """Take what matches out of a product function, wherever it was imported to."""
+    target = cast(FunctionType, function)
+    source, count = re.subn(pattern, "pass\n", textwrap.dedent(inspect.getsource(target)), flags=re.DOTALL)
+    assert count == 1, f"{target.__qualname__} has not one of {pattern!r}"
+    scope: dict[str, Any] = {}
+    exec(source, target.__globals__, scope)
+    target.__code__ = scope[target.__name__].__code__
+
+
+def _forget_numbers() -> None:
+    """The learner looks at them, too: behind both of its looks nothing of a repeated offer would show."""
+    _cut(RedisRolloutSource.read, r"if seq != .*?raise LostDataError\([^\n]*\n")
+    Receipts.is_known = lambda self, descriptor: False  # type: ignore[method-assign]
+    Receipts._is_received = lambda self, index: False  # type: ignore[method-assign]
 
 
 def _commit_before_the_journal() -> None:
@@ -108,6 +130,10 @@ def _fence_after_loading() -> None:
     def early(self: CheckpointStore, history: History | None = None) -> Checkpoint | None:
         return loaded[0] if loaded else load_latest(self, history)
 
+    # What notices that the journal went on meanwhile goes, too.
+    _cut(redo, r"if record\.step != .*?raise [^\n]*\n")
+    _cut(History.read, r"if first < .*?\n        \)\n")
+    _cut(ReplayQueue.offer, r"if entry\.number <= .*?raise [^\n]*\n")
     CheckpointStore.take_fence, CheckpointStore.load_latest = late, early  # type: ignore[method-assign]
     History.find = classmethod(lambda _, folder: found.get(folder) or find(folder))  # type: ignore[method-assign, assignment]
 
@@ -158,6 +184,17 @@ def _number_from_the_journal_alone() -> None:
     Pool.offer = offered  # type: ignore[method-assign]
 
 
+def _retry_round_trips() -> None:
+    """redis-py's retries, around our own round trips, which they would not reach otherwise."""
+    once = script_module.round_trip
+
+    def retried(client: redis.Redis, *commands: Any) -> list[Any]:
+        replies: list[Any] = Retry(NoBackoff(), 10).call_with_retry(lambda: once(client, *commands), lambda _: None)
+        return replies
+
+    script_module.round_trip = retried
+
+
 def retry_inside_redis_py(client: redis.Redis) -> None:
     """The library's own default, which we turn off."""
     retry = Retry(NoBackoff(), 10)
@@ -177,7 +214,7 @@ MUTANTS = {
         caught=("lost", "twice", "skipped", "miscounted"),
         profile="cut",
         faults=("lose_offer_reply",) * 12,
-        net=r"group \d+ of \S+ follows \d+: Redis lost data",
+        install=_forget_numbers,
         # The memory of answered leases is cut out, too: it is a second net, behind which nothing of this one shows.
         scripts={
             "enqueue": r"if seq <= last then\n.*?\nend\n|if seq ~= last \+ 1 then.*?end\n"
@@ -188,7 +225,6 @@ MUTANTS = {
         promise="what a learner loads cannot be added to by the one before",
         caught=("lost", "twice", "skipped", "rewritten"),
         faults=("replace_running_learner",) * 3,
-        net=r"record \d+ is offered after \d+: it was dealt with before|but step \d+ comes next|begins at record \d+",
         install=_fence_after_loading,
     ),
     "version_reused": Mutant(
@@ -215,5 +251,11 @@ MUTANTS = {
         num_steps=120,
         scripts={"lease": r"put_in_front\([^\n]*expired\[i\]\)"},
     ),
+    "retries_inside_the_client": Mutant(
+        promise="each call is repeated by our loop alone, which has the deadline",
+        caught=("retried",),
+        profile="cut",
+        faults=("lose_offer_reply",) * 12,
+        install=_retry_round_trips,
+    ),
 }
-"""By name; the seventh, ``retry_inside_redis_py``, needs no run to be caught in."""

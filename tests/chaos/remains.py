@@ -1,5 +1,6 @@
 """What a run under faults leaves: the final checkpoint, and what its Redis holds."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,10 @@ def read_remains(folder: Path, server: RedisControl, problems: Sequence[str], *,
     pool = checkpoint.state.pool
     consumed = pool.replay.consumed + pool.num_discarded if max_uses == 1 else None
     found = look_around(run, spool_dir(folder), server)
-    return replace(found, history=read_history(checkpoint.model_dir), consumed=consumed, problems=problems)
+    with contextlib.closing(server.client()) as client:
+        executed = client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]  # of this server's life
+    history = read_history(checkpoint.model_dir)
+    return replace(found, history=history, consumed=consumed, executed=executed, problems=problems)
 
 
 def look_around(run: Path, spool: Path, server: RedisControl) -> Remains:

@@ -227,8 +227,10 @@ class Scene:
         )
         role = process.who.partition("-")[0]
         if process.returncode == -signal.SIGKILL and not process.was_killed:
-            last = (self.folder / f"{process.who}{SUFFIX}").read_bytes().splitlines()[-1]
-            self.points[f"{role} {Entry(*json.loads(last)).fields['point']}"] += 1
+            lines = (self.folder / f"{process.who}{SUFFIX}").read_bytes().splitlines()
+            # Its other threads may have written until the signal came.
+            dying = next(line for line in reversed(lines) if b'"dying"' in line)
+            self.points[f"{role} {Entry(*json.loads(dying)).fields['point']}"] += 1
         if process.returncode == -signal.SIGKILL or process.returncode == 0 or is_expected:
             return
         self.exits[f"{role} {process.returncode}: {said[:160]}"] += 1

@@ -96,6 +96,7 @@ VARIANTS = (
     Variant(max_uses=2),
     Variant(record=True, queue_bytes=60_000),
     Variant(max_tokens=120, max_uses=2, handoff=True, hmac_key="a key of the run's own"),
+    Variant(drop_above=MAX_STALENESS + 1),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.chaos.campaign import run_under_faults
 from tests.chaos.folders import scene_folder, sockets
 from tests.chaos.profiles import PROFILES
-from tests.chaos.spec import VARIANTS
+from tests.chaos.spec import MAX_STALENESS, VARIANTS
 
 FAULTS_PER_PROFILE = 20
 
@@ -37,3 +37,9 @@ def test_a_run_under_faults_keeps_its_promises(folder: Path, number: int, name: 
     assert outcome.violations == (), outcome
     assert outcome.num_faults >= FAULTS_PER_PROFILE
     assert outcome.num_groups > 0
+    if variant.drop_above == MAX_STALENESS + 1:
+        assert outcome.num_stale > 0, "that nothing too old is trained on was not put to the test"
+
+
+def test_some_profile_has_the_least_staleness() -> None:
+    assert any(each.drop_above == MAX_STALENESS + 1 for each in VARIANTS[: len(PROFILES)])

@@ -1,7 +1,6 @@
 """Each way of breaking the protocol is seen: a mutant that nobody catches is a hole in the ledger."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,20 +22,18 @@ def folder() -> Iterator[Path]:
         yield path
 
 
-def shown(folder: Path, name: str, *, is_broken: bool) -> tuple[set[str], bool]:
-    """Violations in the ledger, and whether the safety net before it spoke."""
+def shown(folder: Path, name: str, *, is_broken: bool) -> set[str]:
+    """Violations in the ledger."""
     outcome = run_mutant(folder, name, seed=1, is_broken=is_broken)
-    logs = "".join(path.read_text(errors="replace") for path in folder.glob("*.log"))
-    net = MUTANTS[name].net
-    return {violation.kind for violation in outcome.violations}, bool(net and re.search(net, logs))
+    return {violation.kind for violation in outcome.violations}
 
 
 @pytest.mark.system
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_promise_is_noticed(folder: Path, name: str) -> None:
-    kinds, is_in_net = shown(folder, name, is_broken=True)
-    assert is_in_net or kinds & set(MUTANTS[name].caught), f"not caught; the ledger shows {kinds}"
+    kinds = shown(folder, name, is_broken=True)
+    assert kinds & set(MUTANTS[name].caught), f"not caught; the ledger shows {kinds}"
 
 
 @pytest.mark.system
@@ -44,12 +41,16 @@ def test_a_broken_promise_is_noticed(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_same_faults_alone_are_no_reason(folder: Path, name: str) -> None:
     """Or it would not be the mutant that was noticed."""
-    assert shown(folder, name, is_broken=False) == (set(), False)
+    assert shown(folder, name, is_broken=False) == set()
 
 
 @pytest.mark.parametrize("is_mutant", [False, True])
 def test_a_client_that_retries_by_itself_shows_in_the_ledger(folder: Path, is_mutant: bool) -> None:
-    """One call with three lost replies is four attempts of our loop, or one that redis-py makes four of."""
+    """One plain call with three lost replies is four attempts of our loop, or one that redis-py makes four of.
+
+    No run: our scripts go through round trips of our own, which redis-py does not repeat. What a client that does would
+    do to a run is the mutant ``retries_inside_the_client``.
+    """
     server, ledger = RedisControl(folder / "r", "none"), Ledger(folder, "actor-1")
     server.start()
     proxy = Proxy(folder / "p", server.socket, hides_run_id=False)
