@@ -57,7 +57,12 @@ def as_fields(reply: object) -> Mapping[bytes, bytes]:
 
 def as_values(reply: object, count: int) -> list[bytes | None]:
     """``count`` strings, None where there is none."""
-    return [None if value is None else as_bytes(value) for value in exactly(reply, count)]
+    return [as_value(value) for value in exactly(reply, count)]
+
+
+def as_value(value: object) -> bytes | None:
+    """A string, or None where there is none."""
+    return None if value is None else as_bytes(value)
 
 
 def exactly(reply: object, count: int) -> list[object]:

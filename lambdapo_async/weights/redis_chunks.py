@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from lambdapo_async.broker.bulk import get_into
 from lambdapo_async.broker.client import Broker
+from lambdapo_async.broker.replies import as_value
 from lambdapo_async.broker.script import Script
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.weights.catch_up import Available
@@ -73,5 +74,4 @@ class RedisChunks:
         return num_read
 
     def _get(self, name: bytes) -> bytes | None:
-        value: bytes | None = self._broker.call(lambda client: client.get(name))
-        return value
+        return as_value(self._broker.call(lambda client: client.get(name)))
