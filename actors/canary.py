@@ -57,7 +57,9 @@ class ActorCanary:
         """
         self._store, self._engine, self._identity = store, engine, identity
         self._checksum_of = checksum_of
-        self._every_s, self._timeout_s = every_s, timeout_s
+        self._timeout_s = timeout_s
+        self.every_s = every_s
+        """Seconds between two comparisons."""
         self._verdict: CanaryVerdict | None = None
         self._doubted = asyncio.Event()
         self._checks = self._failures = 0
@@ -84,10 +86,10 @@ class ActorCanary:
         """
         while True:
             await self.compare()
-            pause_s = min(_SOONEST_S, self._every_s)
+            pause_s = min(_SOONEST_S, self.every_s)
             await asyncio.sleep(pause_s)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._doubted.wait(), self._every_s - pause_s)
+                await asyncio.wait_for(self._doubted.wait(), self.every_s - pause_s)
             self._doubted.clear()
 
     def doubt(self) -> None:

@@ -1,4 +1,4 @@
-"""Waits for a run that its learner has yet to publish; a mistyped run id is not waited for."""
+"""Waits for a run that its learner has yet to publish, and names the runs that a mistyped run id may have meant."""
 
 import difflib
 import logging
@@ -20,7 +20,7 @@ def published_config(run: RedisRun, *, timeout_s: float) -> bytes:
     """The run's config, as soon as Redis holds all that an actor joins with.
 
     Raises:
-        RunNotPublishedError: not within ``timeout_s``; at once when this Redis holds other runs, but not this one.
+        RunNotPublishedError: not within ``timeout_s``.
         RunNotFoundError: the run is there, in a schema that is not ours.
     """
     deadline, is_told = time.monotonic() + timeout_s, False
@@ -30,23 +30,22 @@ def published_config(run: RedisRun, *, timeout_s: float) -> bytes:
             for split in SPLITS:
                 run.run_store.num_rows(split)
         except RunNotPublishedError as error:
-            _refuse_if_mistyped(run)
             if time.monotonic() >= deadline:
-                raise
+                raise RunNotPublishedError(f"{error}{_other_runs(run)}") from error
             if not is_told:
-                logger.warning("%s; waiting up to %g s for its learner to publish it", error, timeout_s)
+                logger.warning(
+                    "%s%s; waiting up to %g s for its learner to publish it", error, _other_runs(run), timeout_s
+                )
                 is_told = True
             time.sleep(_POLL_S)
         else:
             return config_json
 
 
-def _refuse_if_mistyped(run: RedisRun) -> None:
+def _other_runs(run: RedisRun) -> str:
+    """For a person who may have mistyped the run id: the nearest of those that are here; empty where it is one."""
     wanted, others = run.keys.run_id, run.run_ids()
     if not others or wanted in others:
-        return
+        return ""
     nearest = difflib.get_close_matches(wanted, others, n=_NAMES_SHOWN, cutoff=0.0)
-    raise RunNotPublishedError(
-        f"this Redis holds no run {wanted!r}, but {', '.join(map(repr, nearest))}"
-        f"{' and others' if len(others) > len(nearest) else ''}: check the run id, or start its learner first"
-    )
+    return f" (it holds {', '.join(map(repr, nearest))}{' and others' if len(others) > len(nearest) else ''})"

@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from actors.actor import Actor
 from actors.between_groups import updating_as
-from actors.canary import ActorCanary
+from actors.canary import ActorCanary, ScoringEngine
 from actors.engine import CUT_OFF_S, InferenceEngine
 from actors.follower import WeightFollower
 from actors.handoff import Handoff
@@ -30,6 +30,7 @@ from lambdapo_async.errors import BrokerError, ConfigError
 from lambdapo_async.tasks.prompts import PromptEncoder
 from lambdapo_async.tasks.registry import build_task
 from lambdapo_async.weights.canary import ModelIdentity
+from lambdapo_async.weights.canary_store import CanaryStore
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def read_run(
 
     Raises:
         BrokerUnreachableError: no Redis there.
-        RunNotFoundError: no such run there, at the deadline or while there are others; one of a schema we do not know.
+        RunNotFoundError: no such run there at the deadline; one of a schema we do not know.
         ConfigError: an override of something that is not the actor's to choose, or LAMBDAPO_HMAC_KEY is not the run's.
         TaskError: a reward function that this machine does not have.
     """
@@ -105,20 +106,12 @@ def _assemble(
     encoder = PromptEncoder(tokenizer, build_task(config), config)
     follower = WeightFollower(run.weights, engine, run_id=run_id, folder=scratch, config=config)
     outbox, orphans = _outboxes(run, config, run_id, actor_id)
-    canary = ActorCanary(
-        run.canary,
-        engine,
-        ModelIdentity.of({file.name: file.read_bytes() for file in (scratch / "model").iterdir()}),
-        checksum_of=follower.checksum_of,
-        every_s=60 * config.actor.canary_minutes,
-        timeout_s=config.learner.data_timeout_s,
-    )
     return ActorParts(
         actor_id=actor_id,
         config=config,
         engine=engine,
         follower=follower,
-        canary=canary,
+        canary=_canary(run.canary, engine, config, model_folder=scratch / "model", checksum_of=follower.checksum_of),
         prompts=LeasedPrompts(run.run_store, encoder, tokenizer, config),
         scorer=scorer,
         handoff=Handoff(
@@ -135,6 +128,24 @@ def _assemble(
         fleet=run.fleet,
         run_store=run.run_store,
         hurry=lambda: run.wait_at_most(max(config.actor.drain_s, CUT_OFF_S)),
+    )
+
+
+def _canary(
+    store: CanaryStore,
+    engine: ScoringEngine,
+    config: RunConfig,
+    *,
+    model_folder: Path,
+    checksum_of: Callable[[int], str | None],
+) -> ActorCanary:
+    return ActorCanary(
+        store,
+        engine,
+        ModelIdentity.of({file.name: file.read_bytes() for file in model_folder.iterdir()}),
+        checksum_of=checksum_of,
+        every_s=60 * config.actor.canary_minutes,
+        timeout_s=config.learner.data_timeout_s,
     )
 
 

@@ -1,10 +1,11 @@
 """Whether a learner may have the run id it was given: a run is one config, one Redis and one folder."""
 
+import contextlib
 from pathlib import Path
 
 from lambdapo_async.broker.interface import RunStore
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import ConfigError, RunNotFoundError
+from lambdapo_async.errors import ConfigError, RunNotPublishedError
 from lambdapo_async.report.run_folder import recorded_config
 
 # What actors and the journal depend on; everything else may change from one life of a learner to the next.
@@ -12,14 +13,24 @@ _FIXED = ("seed", "model", "task", "density", "sampling", "rollout", "replay")
 
 
 def refuse_taken_id(run_store: RunStore, run_id: str) -> None:
-    """``ConfigError`` when Redis holds a run of this id: a fresh start would mix with its groups and weights."""
+    """``ConfigError`` when Redis holds a run of this id: a fresh start would mix with its groups and weights.
+
+    Raises:
+        RunNotFoundError: it holds one in a schema that is not ours.
+    """
     try:
         run_store.state()
-    except RunNotFoundError:
+    except RunNotPublishedError:
         return
     raise ConfigError(
         f"this Redis already holds run {run_id}: add --resume to go on with it, or choose another --run-id"
     )
+
+
+def refuse_other_schema(run_store: RunStore) -> None:
+    """``RunNotFoundError`` when Redis holds the run in a schema that is not ours; it may hold none of it."""
+    with contextlib.suppress(RunNotPublishedError):
+        run_store.state()
 
 
 def check_same_config(folder: Path, config: RunConfig) -> None:

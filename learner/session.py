@@ -30,7 +30,7 @@ from learner.parallel import Ranks
 from learner.policy import Policy
 from learner.publication import Rows
 from learner.rank_process import run_rank
-from learner.run_identity import check_same_config, refuse_taken_id
+from learner.run_identity import check_same_config, refuse_other_schema, refuse_taken_id
 from learner.starter import ensure_starter
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume:
     run.check_reachable()  # a wrong URL or password ends it here, before minutes of work
     if resume:
         check_same_config(folder, config)
+        refuse_other_schema(run.run_store)
     else:
         refuse_taken_id(run.run_store, run_id)
     _warn_of_biased_sampling(config)

@@ -1,4 +1,4 @@
-"""A learner that publishes, a store in memory whose link can fail, and an actor that follows."""
+"""Tensors in training, a learner that publishes them into a store whose link can fail, and an actor that follows."""
 
 import asyncio
 import contextlib
@@ -6,6 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from actors.follower import WeightFollower
 from actors.scripted_engine import ScriptedEngine, bigram_script
+from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import WeightsGoneError
 from lambdapo_async.weights.catch_up import Available
@@ -47,26 +49,37 @@ def config_of(*, max_staleness: int, data_timeout_s: float = 600.0) -> RunConfig
     )
 
 
-class Learner:
-    """Makes versions and publishes them as a store would: a keyframe, steps that are pruned, unions."""
+class Trainee:
+    """Tensors that are trained, and the newest state of them that was published."""
 
     def __init__(self, *, seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES) -> None:
         self.rng = torch.Generator().manual_seed(seed)
         self.tensors = {name: torch.randn(shape, generator=self.rng) for name, shape in shapes.items()}
         self.state = self.cast(0)
-        self.union = Union(self.state, POOL)
-        self.store = MemoryWeights()
-        self.store.add(Available(version=0, num_bytes=0), compress(write_full(self.state, run_id=RUN, pool=POOL)))
 
     def cast(self, version: int) -> State:
         return State.of_torch(version, {name: tensor.bfloat16() for name, tensor in self.tensors.items()})
 
+    def train(self) -> None:
+        """One element in fifty changes."""
+        for tensor in self.tensors.values():
+            touched = torch.rand(tensor.shape, generator=self.rng) < 0.02
+            tensor += touched * 0.05 * torch.randn(tensor.shape, generator=self.rng)
+
+
+class Learner(Trainee):
+    """Makes versions and publishes them as a store would: a keyframe, steps that are pruned, unions."""
+
+    def __init__(self, *, seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES) -> None:
+        super().__init__(seed=seed, shapes=shapes)
+        self.union = Union(self.state, POOL)
+        self.store = MemoryWeights()
+        self.store.add(Available(version=0, num_bytes=0), compress(write_full(self.state, run_id=RUN, pool=POOL)))
+
     def step(self, change: Callable[[dict[str, Tensor]], None] | None = None) -> None:
-        """The next version: by default one element in fifty changes."""
+        """The next version."""
         if change is None:
-            for tensor in self.tensors.values():
-                touched = torch.rand(tensor.shape, generator=self.rng) < 0.02
-                tensor += touched * 0.05 * torch.randn(tensor.shape, generator=self.rng)
+            self.train()
         else:
             change(self.tensors)
         old, self.state = self.state, self.cast(self.state.version + 1)
@@ -84,10 +97,6 @@ class Learner:
         self.union = Union(self.state, POOL)
         payload = compress(write_full(self.state, run_id=RUN, pool=POOL))
         self.store.add(Available(version=self.state.version, num_bytes=0), payload)
-
-    @property
-    def full_bytes(self) -> int:
-        return min(file.num_bytes for file in self.store.payloads if file.base_version is None)
 
 
 class MemoryWeights:
@@ -192,9 +201,18 @@ class HoldingEngine(ScriptedEngine):
         return State.of_torch(self.policy_version, self.tensors).checksum(POOL)
 
 
+class Followed(Protocol):
+    """What an actor is held to: the newest published state, and where it lies."""
+
+    state: State
+
+    @property
+    def store(self) -> WeightStore: ...
+
+
 class FollowingActor:
     def __init__(
-        self, learner: Learner, folder: Path, *, max_staleness: int = 2, data_timeout_s: float = 600.0
+        self, learner: Followed, folder: Path, *, max_staleness: int = 2, data_timeout_s: float = 600.0
     ) -> None:
         self.learner = learner
         self.engine = HoldingEngine()
@@ -206,13 +224,6 @@ class FollowingActor:
             folder=folder,
             config=config_of(max_staleness=max_staleness, data_timeout_s=data_timeout_s),
         )
-
-    def publish_over_a_dead_link(self) -> None:
-        """A new version, of which the fetch begins and hangs."""
-        self.learner.store.link.clear()
-        self.learner.store.fetching.clear()
-        self.follower.changed.clear()
-        self.learner.step()
 
     async def catch_up(self) -> None:
         """Follow until the head is reached."""

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from lambdapo_async.cli.errors import RUN_ERROR_STATUS, USER_ERROR_STATUS, run_main
-from lambdapo_async.cli.options import ConfigPath, DryRun, Overrides, RunId
+from lambdapo_async.cli.options import ConfigPath, DryRun, Overrides, RedisUrl, RunId, RunName
 from lambdapo_async.config import load_config
 
 DEMO_CONFIG = Path("configs/arithmetic_demo.toml")
@@ -52,6 +52,16 @@ def replay(context: typer.Context) -> None:
 def weights(context: typer.Context) -> None:
     """Look into the weight versions of a run, prove or export them (= python -m lambdapo_async.cli.weights)."""
     _become("lambdapo_async.cli.weights", context.args)
+
+
+@app.command()
+def actors(run_id: RunName, redis_url: RedisUrl = None) -> None:
+    """Show who takes part in a run: state, device, engine, version, speed, and what each has counted."""
+    from lambdapo_async.cli.actors import print_actors
+    from lambdapo_async.cli.open_run import open_run
+
+    with open_run(run_id, redis_url) as run:
+        print_actors(run.fleet.members(), Console())
 
 
 @app.command()

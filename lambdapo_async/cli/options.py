@@ -13,6 +13,7 @@ RunId = Annotated[
     str | None,
     typer.Option("--run-id", metavar="ID", help="Name of the run in Redis and of its folder; default: name and time."),
 ]
+RunName = Annotated[str, typer.Option("--run-id", metavar="ID", help="The run, as its learner names it.")]
 RedisUrl = Annotated[
     str | None,
     typer.Option("--redis-url", metavar="URL", help="redis://, rediss:// or unix://; default: REDIS_URL."),

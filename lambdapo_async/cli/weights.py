@@ -1,7 +1,6 @@
 """``lambdapo weights``: what a run has published, what changed, and any kept version as a Hugging Face checkpoint."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +12,10 @@ from rich.table import Column, Table
 
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.cli.errors import run_main
-from lambdapo_async.cli.options import RedisUrl
-from lambdapo_async.config.load import HMAC_KEY_VARIABLE, REDIS_URL_VARIABLE, parse_published
-from lambdapo_async.errors import ConfigError, WeightsError
+from lambdapo_async.cli.open_run import open_run
+from lambdapo_async.cli.options import RedisUrl, RunName
+from lambdapo_async.config.load import parse_published
+from lambdapo_async.errors import WeightsError
 from lambdapo_async.weights.adapter import is_adapter, merged_state
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import DeltaMetadata
@@ -31,10 +31,8 @@ from lambdapo_async.weights.inspect import (
 )
 from lambdapo_async.weights.state import State
 
-_TIMEOUT_S = 30.0
 _THREADS = 4
 
-RunName = Annotated[str, typer.Option("--run-id", metavar="ID", help="The run, as its learner names it.")]
 Version = Annotated[int, typer.Argument(metavar="V", min=0, help="Policy version.")]
 ByTensor = Annotated[bool, typer.Option("--tensors", help="A line per tensor instead of one per layer.")]
 
@@ -49,7 +47,7 @@ app = typer.Typer(
 @app.command()
 def ls(run_id: RunName, redis_url: RedisUrl = None) -> None:
     """Every file that can be fetched: kind, where it leads from and to, size."""
-    with _open_run(run_id, redis_url) as (run, history):
+    with _open_history(run_id, redis_url) as (run, history):
         head = run.weights.head()
     whole = max((file.num_bytes for file in history.files if file.base_version is None), default=0)
     table = Table("version", "kind", "from", _right("bytes"), _right("of a full file"), "")
@@ -66,7 +64,7 @@ def ls(run_id: RunName, redis_url: RedisUrl = None) -> None:
 def show(version: Version, run_id: RunName, redis_url: RedisUrl = None, tensors: ByTensor = False) -> None:
     """One version: its files, and what it changed of the version before, by layer."""
     console = Console()
-    with _open_run(run_id, redis_url) as (_, history):
+    with _open_history(run_id, redis_url) as (_, history):
         state = reconstruct(history, version)
         console.print(f"version {version}: {len(state.tensors)} tensors, {state.numel:,} elements")
         metadata = {file: history.delta(file).metadata for file in history.files if _is_delta_to(file, version)}
@@ -91,7 +89,7 @@ def diff(
     tensors: ByTensor = False,
 ) -> None:
     """Share of changed elements and largest change between two versions, by layer."""
-    with _open_run(run_id, redis_url) as (_, history):
+    with _open_history(run_id, redis_url) as (_, history):
         layers = compare_states(
             reconstruct(history, old), reconstruct(history, new), part_of=str if tensors else layer_of
         )
@@ -107,7 +105,7 @@ def export(
 ) -> None:
     """Write one version as a Hugging Face checkpoint, adapters merged."""
     check_target(target)
-    with _open_run(run_id, redis_url) as (run, history):
+    with _open_history(run_id, redis_url) as (run, history):
         state = _model_of(reconstruct(history, version), run, run_id)
         write_hf_folder(target, state, run.run_store.model_files())
     typer.echo(f"version {version} of {run_id} exported to {target}")
@@ -116,7 +114,7 @@ def export(
 @app.command("verify")
 def verify_all(run_id: RunName, redis_url: RedisUrl = None) -> None:
     """Fetch every file and prove that all ways to a version end in the same bits; status 1 if they do not."""
-    with _open_run(run_id, redis_url) as (_, history):
+    with _open_history(run_id, redis_url) as (_, history):
         found = verify(history)
     versions = ", ".join(map(str, found.versions)) or "none"
     typer.echo(f"{found.num_files} files, {found.num_bytes:,} bytes, {found.num_steps} steps; versions {versions}")
@@ -138,18 +136,8 @@ def _model_of(state: State, run: RedisRun, run_id: str) -> State:
 
 
 @contextlib.contextmanager
-def _open_run(run_id: str, redis_url: str | None) -> Iterator[tuple[RedisRun, WeightHistory]]:
-    url = redis_url or os.environ.get(REDIS_URL_VARIABLE)
-    if not url:
-        raise ConfigError(f"no Redis: give --redis-url redis://host:6379 or set {REDIS_URL_VARIABLE}")
-    with (
-        contextlib.closing(
-            RedisRun(url, run_id, timeout_s=_TIMEOUT_S, hmac_key=os.environ.get(HMAC_KEY_VARIABLE))
-        ) as run,
-        ThreadPoolExecutor(_THREADS) as pool,
-    ):
-        run.check_reachable()
-        run.run_store.state()  # a run that is not there is told from one without weights
+def _open_history(run_id: str, redis_url: str | None) -> Iterator[tuple[RedisRun, WeightHistory]]:
+    with open_run(run_id, redis_url) as run, ThreadPoolExecutor(_THREADS) as pool:
         yield run, WeightHistory(run.weights, run_id=run_id, pool=pool)
 
 

@@ -180,7 +180,8 @@ class ActorConfig(Section):
     weights made. Recorded log-probabilities stay those of the sampling; no later group sees the old context."""
     mirror: Literal["ram", "disk"] = "ram"
     """Where an actor keeps its copy of the newest weights, as large as the published ones: ``ram`` is /dev/shm,
-    ``disk`` the folder that TMPDIR names."""
+    ``disk`` the folder that TMPDIR names, else /tmp. Where that is a tmpfs, ``disk`` is memory too: let TMPDIR name a
+    folder on a disk."""
     canary_minutes: PositiveFloat = 10.0
     """Minutes between two comparisons of an actor's log-probabilities with the learner's; the first comes before it
     samples anything."""

@@ -15,7 +15,7 @@ from learner.attention_kernels import (
     sdpa_attention,
     varlen_attention,
 )
-from tests.unit.test_attention import naive_attention
+from tests.reference.attention import naive_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

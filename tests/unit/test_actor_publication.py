@@ -1,4 +1,4 @@
-"""An actor that comes before its run is published waits for it; one with a mistyped run id does not."""
+"""An actor that comes before its run is published waits for it, and says which other runs there are."""
 
 import contextlib
 import json
@@ -106,14 +106,29 @@ def test_the_wait_ends_with_the_same_error(server: RedisServer) -> None:
         read_run(server.url, RUN_ID, [], publication_s=0.01)
 
 
+def test_an_actor_waits_for_the_second_run_of_a_redis(server: RedisServer) -> None:
+    with learner_of(server, "spring-70b") as other, learner_of(server) as learner:
+        publish(other)
+        with once_told(lambda: publish(learner)) as told:
+            assert join(server).model.path == "some/model"
+    assert told == [
+        "this Redis holds no run 'spring-7b': check the run id and the URL (it holds 'spring-70b'); "
+        f"waiting up to {TIMEOUT_S:g} s for its learner to publish it"
+    ]
+
+
 def test_a_mistyped_run_id_is_told_at_once_with_the_nearest_names(server: RedisServer) -> None:
     for run_id in ("spring-70b", "autumn-1", "spring-8b", "winter-2", "spring-7b-long"):
         with learner_of(server, run_id) as run:
             publish(run)
     with once_told(lambda: None) as told, pytest.raises(RunNotPublishedError) as caught:
-        join(server)
-    assert "but 'spring-70b', 'spring-8b', 'spring-7b-long' and others: check the run id" in str(caught.value)
-    assert told == []
+        read_run(server.url, RUN_ID, [], publication_s=0.01)
+    said = (
+        "this Redis holds no run 'spring-7b': check the run id and the URL "
+        "(it holds 'spring-70b', 'spring-8b', 'spring-7b-long' and others)"
+    )
+    assert str(caught.value) == said
+    assert told == [f"{said}; waiting up to 0.01 s for its learner to publish it"]
 
 
 def test_a_run_of_another_schema_is_not_waited_for(server: RedisServer) -> None:
@@ -123,6 +138,17 @@ def test_a_run_of_another_schema_is_not_waited_for(server: RedisServer) -> None:
     with once_told(lambda: None) as told, pytest.raises(RunNotFoundError, match="speaks schema 99"):
         join(server)
     assert told == []
+
+
+def test_another_schema_is_one_line_and_exit_code_2(server: RedisServer, capsys: pytest.CaptureFixture[str]) -> None:
+    with learner_of(server) as learner:
+        publish(learner)
+        server.client.hset(learner.keys.state, "schema", 1)
+    with pytest.raises(SystemExit) as exited:
+        run_main(app, ["--run-id", RUN_ID, "--redis-url", server.url, "--dry-run"])
+    assert exited.value.code == USER_ERROR_STATUS
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run spring-7b speaks schema 1, this version speaks 2" in line
 
 
 def test_a_dry_run_waits_for_nothing(server: RedisServer, capsys: pytest.CaptureFixture[str]) -> None:

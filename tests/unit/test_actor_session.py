@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -166,24 +166,46 @@ sys.modules["actors.vllm_engine"] = types.SimpleNamespace(VllmEngine=SlowEngine)
 from actors.session import join_run
 
 run = types.SimpleNamespace(run_store=types.SimpleNamespace(model_files=lambda: {"config.json": b"{}"}))
-config = RunConfig.model_validate({"model": {"path": "m"}, "task": {"kind": "arithmetic"}})
+actor = {"mirror": sys.argv[1]}
+config = RunConfig.model_validate({"model": {"path": "m"}, "task": {"kind": "arithmetic"}, "actor": actor})
 join_run(run, config, run_id="r", actor_id="a")
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
-def test_a_signal_during_the_start_ends_the_actor_and_leaves_nothing(number: signal.Signals, status: int) -> None:
-    actor = subprocess.Popen([sys.executable, "-c", STARTING_ACTOR], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@contextlib.contextmanager
+def starting_actor(
+    mirror: str = "ram", *, tmpdir: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """An actor whose engine never comes up, and its folder."""
+    actor = subprocess.Popen(
+        [sys.executable, "-c", STARTING_ACTOR, mirror],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | ({} if tmpdir is None else {"TMPDIR": str(tmpdir)}),
+    )
     try:
         assert actor.stdout is not None
-        scratch = Path(actor.stdout.readline().decode().strip())
+        yield actor, Path(actor.stdout.readline().decode().strip())
+    finally:
+        actor.kill()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_during_the_start_ends_the_actor_and_leaves_nothing(number: signal.Signals, status: int) -> None:
+    with starting_actor() as (actor, scratch):
         assert (scratch / "model" / "config.json").is_file()
         actor.send_signal(number)
         _, errors = actor.communicate(timeout=30)
-    finally:
-        actor.kill()
     assert actor.returncode == status, errors.decode()
     assert not scratch.exists()
+
+
+@pytest.mark.parametrize("mirror", ["ram", "disk"])
+def test_the_mirror_lies_in_memory_or_where_tmpdir_says(mirror: str, tmp_path: Path) -> None:
+    with starting_actor(mirror, tmpdir=tmp_path) as (actor, scratch):
+        assert scratch.parent == {"ram": Path("/dev/shm"), "disk": tmp_path}[mirror]
+        actor.terminate()
+        actor.communicate(timeout=30)
 
 
 class PlainTokenizer:

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from actors.canary import ActorCanary
 from actors.engine import EngineInfo
+from actors.session import _canary
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.ownership import Ownership
+from lambdapo_async.config import RunConfig
 from lambdapo_async.config.load import load_config
 from lambdapo_async.errors import ConfigError, FencedError, WeightsError
 from lambdapo_async.keys import RunKeys
@@ -175,13 +177,13 @@ class Engine:
         dtype: str = "float32",
         on_score: Callable[[], None] = lambda: None,
     ) -> None:
-        self.policy_version, self._off_by, self._on_score = version, off_by, on_score
+        self.policy_version, self.off_by, self._on_score = version, off_by, on_score
         self.info = EngineInfo(name="known", device="cpu", dtype=dtype)
 
     async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> np.ndarray:
         self._on_score()
         known = {row.prompt_ids: row.logprobs for row in ROWS}
-        return np.array(known[tuple(prompt_ids)], np.float32) - np.float32(self._off_by)
+        return np.array(known[tuple(prompt_ids)], np.float32) - np.float32(self.off_by)
 
 
 def actor_canary(
@@ -190,9 +192,12 @@ def actor_canary(
     *,
     checksum: str | None = CHECKSUM,
     identity: ModelIdentity = IDENTITY,
+    every_s: float = 3600,
     timeout_s: float = 5.0,
 ) -> ActorCanary:
-    return ActorCanary(store, engine, identity, checksum_of=lambda version: checksum, every_s=3600, timeout_s=timeout_s)
+    return ActorCanary(
+        store, engine, identity, checksum_of=lambda version: checksum, every_s=every_s, timeout_s=timeout_s
+    )
 
 
 async def test_an_actor_that_agrees_is_admitted() -> None:
@@ -225,6 +230,31 @@ async def test_an_actor_that_differs_stops(difference: dict[str, Any], message: 
         await canary.watch()
     assert not canary.is_admitted
     assert canary.counters()["canary_failures"] == 1
+
+
+async def test_an_admitted_actor_that_drifts_is_found_by_the_next_comparison() -> None:
+    store, engine = FakeCanaryStore(), Engine()
+    store.put_canary(canary_of().to_bytes(), fence=1)
+    canary = actor_canary(store, engine, every_s=1e-3)
+    async with asyncio.timeout(30):
+        watching = asyncio.create_task(canary.watch())
+        while canary.counters()["canary_checks"] < 2:  # nobody doubts it
+            await asyncio.sleep(0)
+        assert canary.is_admitted
+        engine.off_by = 1.9
+        with pytest.raises(CanaryError, match="differs from the learner by"):
+            await watching
+    assert not canary.is_admitted
+    assert canary.counters()["canary_failures"] == 1
+
+
+def test_an_actor_is_compared_every_canary_minutes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = RunConfig.model_validate(
+        {"model": {"path": "m"}, "task": {"kind": "arithmetic"}, "actor": {"canary_minutes": 2.5}}
+    )
+    canary = _canary(FakeCanaryStore(), Engine(), config, model_folder=tmp_path, checksum_of=lambda version: CHECKSUM)
+    assert canary.every_s == 150
 
 
 async def test_a_quantised_actor_has_its_own_tolerance() -> None:

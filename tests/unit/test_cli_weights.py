@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+import redis
 import torch
 from safetensors.torch import load_file
 
@@ -10,6 +11,7 @@ from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.weights import app
 from lambdapo_async.config import RunConfig
+from lambdapo_async.keys import RunKeys
 from lambdapo_async.weights.adapter import PREFIX
 from lambdapo_async.weights.state import State
 from tests.redis_fixtures import next_run_id
@@ -99,6 +101,20 @@ def test_export_merges_adapters(redis_url: str, run_id: str, tmp_path: Path) -> 
 def test_verify_is_silent_about_whole_weights(run_id: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert weights("verify", "--run-id", run_id) == 0
     assert "the same by every way" in capsys.readouterr().out
+
+
+def test_verify_names_damaged_weights(redis_url: str, run_id: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(redis.Redis.from_url(redis_url)) as server:
+        chunk = RunKeys(run_id).weights_chunk("2.step", 0)
+        middle = server.strlen(chunk) // 2
+        flipped = server.getrange(chunk, middle, middle)[0] ^ 1
+        server.setrange(chunk, middle, bytes([flipped]))
+    assert weights("verify", "--run-id", run_id) == 1
+    output, error = capsys.readouterr()
+    assert "the same by every way" not in output
+    assert "chunk 0 of 2.step" in error
+    assert error.endswith(f"problems in the weights of run {run_id}\n")
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import asyncio
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,44 +24,15 @@ from tests.following_actor import (
     TIMEOUT_S,
     FollowingActor,
     Learner,
-    flip_one_bit,
 )
 
 
-async def test_forty_versions_reach_every_kind_of_actor_to_the_bit(
-    learner: Learner, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
-    names = ("follower", "skipper", "sleeper", "struck", "late")
-    actors = {name: FollowingActor(learner, tmp_path / name) for name in names}
-    awake = {name: actor for name, actor in actors.items() if name != "late"}
-    for actor in awake.values():
-        await actor.catch_up()
-    for version in range(1, 41):
-        learner.step()
-        await actors["follower"].catch_up()
-        if version % 3 == 0:
-            await actors["skipper"].catch_up()
-        if version == 20:
-            learner.store.damage[20] = flip_one_bit
-        await actors["struck"].catch_up()
-    for actor in actors.values():
-        await actor.catch_up()
-        actor.assert_has_the_learners_bits()
-    full = learner.full_bytes
-    pulled = {name: int(actor.counter("weight_bytes")) for name, actor in actors.items()}
-    for name, num_bytes in pulled.items():
-        record_property(f"bytes pulled by the {name}, a full version being {full}", num_bytes)
-        print(f"{name:8} pulled {num_bytes:7,} bytes, {num_bytes / full:.2f} full versions")  # noqa: T201 - to be looked at
-    assert actors["follower"].counter("weight_updates") == 41
-    assert actors["follower"].counter("weight_keyframes") == 1
-    assert pulled["follower"] < 0.2 * 41 * full
-    assert actors["skipper"].counter("weight_keyframes") == 1
-    assert actors["sleeper"].counter("weight_chain") == 1  # the union: its steps are long gone
-    assert actors["sleeper"].counter("weight_keyframes") == 1
-    assert pulled["sleeper"] < 2 * full
-    assert actors["late"].counter("weight_chain") == 2  # keyframe and union
-    assert actors["struck"].counter("weight_failures") == 1
-    assert actors["struck"].counter("weight_keyframes") == 2
+def publish_over_a_dead_link(learner: Learner, actor: FollowingActor) -> None:
+    """A new version, of which the fetch begins and hangs."""
+    learner.store.link.clear()
+    learner.store.fetching.clear()
+    actor.follower.changed.clear()
+    learner.step()
 
 
 async def test_the_engine_is_told_what_changed_since_it_last_loaded(learner: Learner, actor: FollowingActor) -> None:
@@ -96,7 +67,7 @@ async def test_many_small_updates_leave_one_file(learner: Learner, actor: Follow
 
 async def test_sampling_goes_on_while_a_fetch_hangs(learner: Learner, actor: FollowingActor) -> None:
     await actor.catch_up()
-    actor.publish_over_a_dead_link()
+    publish_over_a_dead_link(learner, actor)
     async with actor.following():
         assert await asyncio.to_thread(learner.store.fetching.wait, TIMEOUT_S)
         (completion,) = await actor.engine.sample_group([1], size=1, sampling=SamplingConfig(max_tokens=30))
@@ -115,7 +86,7 @@ async def test_leases_wait_for_weights_that_are_on_their_way(
     assert actor.follower.is_behind, "without weights nothing can be sampled"
     await actor.catch_up()
     assert not actor.follower.is_behind
-    actor.publish_over_a_dead_link()
+    publish_over_a_dead_link(learner, actor)
     async with actor.following():
         assert await asyncio.to_thread(learner.store.fetching.wait, TIMEOUT_S)
         monkeypatch.setattr("actors.follower._HOLD_S", 3600.0)
@@ -131,7 +102,7 @@ async def test_without_staleness_leases_wait_for_as_long_as_it_takes(
     actor = FollowingActor(learner, tmp_path / "strict", max_staleness=0)
     await actor.catch_up()
     monkeypatch.setattr("actors.follower._HOLD_S", 0.0)
-    actor.publish_over_a_dead_link()
+    publish_over_a_dead_link(learner, actor)
     async with actor.following():
         assert await asyncio.to_thread(learner.store.fetching.wait, TIMEOUT_S)
         assert actor.follower.is_behind

@@ -1,5 +1,7 @@
 """Mixtures of experts of transformers train like any model."""
 
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,20 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig, se
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
+from lambdapo_async.weights.delta import difference
+from lambdapo_async.weights.state import State
 from learner.attention import select_attention
 from learner.flops import ModelFlops
 from learner.memory_plan import plan_memory, read_shape
 from learner.policy import Policy
 from learner.router_loss import balance_loss
-from tests.tiny_models import SIZES, tiny_model_folder
+from tests.tiny_models import SIZES, micro_batch, tiny_model_folder
 from tests.unit.test_activations import BATCH, saved_bytes
+from tests.weight_states import POOL
 
 CPU = torch.device("cpu")
 NUM_EXPERTS, TOP_K = 4, 2
+EXPERT = re.compile(r"(layers\.\d+\.\w+\.experts\.\d+)\.")
 CONFIGS = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES, num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, moe_intermediate_size=24
@@ -72,6 +78,17 @@ def test_published_names_and_values_are_those_of_the_file(folder: Path) -> None:
     published = dict(load(folder).named_weights())
     assert any("experts.3." in name for name in published)
     torch.testing.assert_close(published, saved, rtol=0, atol=0)
+
+
+def test_experts_without_tokens_are_not_in_the_delta(folder: Path) -> None:
+    policy = load(folder)
+    old = State.of_torch(0, dict(policy.published()))
+    policy.backward(micro_batch((2,), prompt=1), lambda logprobs_T, _: -logprobs_T.sum())  # one token predicts
+    policy.step()
+    delta = difference(old, State.of_torch(1, dict(policy.published())), POOL)
+    tensors = Counter(expert[1] for name in delta.changes if (expert := EXPERT.search(name)))
+    assert list(tensors.values()) == [3] * 2 * TOP_K, "three matrices of each expert asked, in two layers"
+    assert sum("experts" in name for name in old.tensors) == 3 * 2 * NUM_EXPERTS
 
 
 def test_experts_count_by_the_tokens_they_see(folder: Path) -> None:

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import redis
 
+from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import ConfigError
+from lambdapo_async.errors import ConfigError, RunNotFoundError, UserError
 from lambdapo_async.report.run_folder import write_header
-from learner.run_identity import check_same_config, refuse_taken_id
+from learner.run_identity import check_same_config, refuse_other_schema, refuse_taken_id
 from tests.fakes_broker import FakeRun
 
 TREE = {"model": {"path": "starter"}, "task": {"kind": "arithmetic"}}
@@ -23,6 +25,21 @@ def test_a_fresh_start_may_not_take_an_id_that_redis_knows() -> None:
     run.run_store.create(b"{}", {}, fence=1)
     with pytest.raises(ConfigError, match="already holds run x: add --resume"):
         refuse_taken_id(run.run_store, "x")
+
+
+def test_a_run_of_another_schema_is_neither_taken_nor_resumed(redis_run: RedisRun, redis_url: str) -> None:
+    store, run_id = redis_run.run_store, redis_run.keys.run_id
+    refuse_other_schema(store)  # not in this Redis, or not any more: a resumed learner brings it back
+    store.create(b"{}", {}, fence=1)
+    refuse_other_schema(store)
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(redis_run.keys.state, "schema", 1)
+    said = f"run {run_id} speaks schema 1, this version speaks 2: install"
+    with pytest.raises(RunNotFoundError, match=said):
+        refuse_taken_id(store, run_id)
+    with pytest.raises(RunNotFoundError, match=said) as caught:
+        refuse_other_schema(store)
+    assert isinstance(caught.value, UserError), "one line, exit code 2"
 
 
 def test_the_optimizer_may_change_on_resume(tmp_path: Path) -> None:
