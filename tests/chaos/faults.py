@@ -13,7 +13,7 @@ from tests.chaos.zygote import Forked
 Fault = Callable[[Scene, random.Random], str]
 """Does it; returns what exactly was done, for the ledger."""
 
-_OFFER = b"\r\nNX\r\n"
+_OFFER = b"\r\nEX\r\n"
 """In no other request: the payload of an offer never replaces an accepted one."""
 
 
