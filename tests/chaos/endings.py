@@ -15,7 +15,7 @@ _FINE = {
         r"|error: \S+: this learner holds fence \d+, but fence \d+ was taken since"
         r"|error: \S+ was taken over by fence \d+"
         r"|error: \S+ is gone: another learner took the journal over"
-        r"|error: \S+ did not answer for"
+        r"|error: \S+ did not answer (in time .*)?for"
     ),
     "actor": re.compile(
         # It was started while Redis had nothing of the run.
