@@ -58,9 +58,13 @@ class RunKeys:
         """String: the group itself, beside its descriptor."""
         return self._key(f"g:{producer}:{seq}")
 
+    def offered(self, producer: str, seq: int, offer_id: str) -> bytes:
+        """String, expiring: a group on its way in; no other has this name, not even one that held the number before."""
+        return self._key(f"g:{producer}:{seq}:{offer_id}")
+
     @property
     def all_payloads(self) -> bytes:
-        """Pattern of every :meth:`payload` of this run (run ids hold no wildcard)."""
+        """Pattern of every :meth:`payload` and every :meth:`offered` group of this run (run ids hold no wildcard)."""
         return self._key("g:*")
 
     @property

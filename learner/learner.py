@@ -161,12 +161,14 @@ class Learner:
 
     def _publish_next(self) -> None:
         self._publisher.flush()  # what became of the version before must not cost a number
+        self._resync.check()
         consumed = self._batcher.pool.consumed
         self._publisher.publish(self._versions.claim(), self._parts.policy, consumed=consumed)
         self._batcher.released = consumed
 
     def _serve_fleet(self) -> None:
         """What actors may wait for before they sample."""
+        self._resync.check()
         self._serve_canary()
         self._parts.watch.tend_if_needed()
 
@@ -274,5 +276,6 @@ class Learner:
                 self._parts.reporter.event(step, text)
                 break
             self._surely(self._batcher.serve_evaluation)
+            self._surely(self._resync.check)
             self._surely(self._serve_canary)
         self._take_evaluations()

@@ -91,15 +91,22 @@ class Publisher:
         with contextlib.suppress(BrokerError, WeightsError):  # what it died of comes back if it is sent again
             self.flush()
 
+    @property
+    def is_publishing(self) -> bool:
+        """Whether a publish still runs."""
+        return self._running is not None and not self._running.done()
+
     def is_out(self) -> bool:
         """Whether readers can have the newest state; to be asked after :meth:`flush` or :meth:`settle`.
 
-        A delta may have reached a store that had just lost its base: then nothing leads there. And one whose reply was
-        lost is out, but not known to be: the checksum would be another version's.
+        A delta may have reached a store that had just lost its base, or the store lost a part since: then nothing leads
+        there. And one whose reply was lost is out, but not known to be: the checksum would be another version's.
         """
         if self._newest is None:
             return True
         if not self._mirror.version == self._store.head() == self._newest.version:
+            return False
+        if self._store.lost():
             return False
         try:
             plan_catch_up(self._store.files(), at=None, head=self._newest.version)

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lambdapo_async.broker.interface import Phase, RolloutSource, RunStore
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 _LONGEST_PAUSE_S = 5.0
+_CHECKED_EVERY_S = 10.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +49,7 @@ class Resync:
     outage_s: float
     phase: Phase = "starting"
     """As the actors are to see it."""
+    _next_check: float = field(default=0.0, init=False)
 
     def initialise(self, *, consumed: int) -> None:
         """Make run, queue, leases and counters agree with what is durable here.
@@ -63,6 +65,21 @@ class Resync:
         if not self.publication.is_there():
             self.publication.write()
         self.source.initialise(self.book.durable(consumed=consumed))
+
+    def check(self) -> None:
+        """Notice the loss of what actors read and neither a read nor a commit touches: at most every ten seconds, and
+        not beside a publish, which changes it.
+
+        Raises:
+            LostDataError: a part of the publication or of the weights is gone.
+        """
+        if time.monotonic() < self._next_check or self.publisher.is_publishing:
+            return
+        self._next_check = time.monotonic() + _CHECKED_EVERY_S
+        if not self.publication.looks_whole():
+            raise LostDataError("config, model files or rows are gone from Redis, or a part of them")
+        if not self.publisher.is_out():
+            raise LostDataError("the newest weights are gone from Redis, or a part of them")
 
     def show_life(self) -> None:
         """Let the actors know that a learner is at work, though it reads nothing; an outage is dealt with later."""

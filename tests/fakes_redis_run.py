@@ -53,6 +53,8 @@ class FakeRedisRun:
     set_aside: set[str] = field(default_factory=set)
     beats: dict[str, tuple[Heartbeat, float]] = field(default_factory=dict)
     weight_files: dict[Available, bytes] = field(default_factory=dict)
+    lost_files: set[Available] = field(default_factory=set)
+    """Listed, but a part of them is gone."""
     head: int | None = None
     canary: FakeCanaryStore = field(init=False)
 

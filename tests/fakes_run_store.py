@@ -50,6 +50,12 @@ class FakeRunStore:
                 raise RunNotPublishedError(f"run {self._run_id} has no {split} rows yet")
             return len(self._state.rows[split])
 
+    def is_published(self, *, num_files: int, num_rows: Mapping[Split, int]) -> bool:
+        state = self._state
+        with state.lock:
+            found = {split: len(state.rows[split]) if split in state.rows else None for split in num_rows}
+            return state.config is not None and len(state.files) == num_files and found == num_rows
+
     def row(self, split: Split, index: int) -> Mapping[str, str | None]:
         with self._state.lock:
             rows = self._state.rows.get(split)

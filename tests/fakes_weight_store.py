@@ -24,6 +24,9 @@ class FakeWeightStore:
         with state.lock:
             state.check_fence(fence)
             incoming_bytes = sum(len(file.payload) for file in files)
+            for lost in self.lost():
+                del state.weight_files[lost]
+            state.lost_files.clear()
             for dropped in self._retention.to_drop(self.files(), incoming_bytes=incoming_bytes):
                 del state.weight_files[dropped]
             if state.head is not None and version <= state.head:
@@ -53,8 +56,12 @@ class FakeWeightStore:
         with self._state.lock:
             return tuple(sorted(self._state.weight_files, key=lambda file: (file.version, name_of(file))))
 
+    def lost(self) -> tuple[Available, ...]:
+        with self._state.lock:
+            return tuple(file for file in self.files() if file in self._state.lost_files)
+
     def fetch(self, file: Available) -> bytes:
         with self._state.lock:
-            if file not in self._state.weight_files:
+            if file not in self._state.weight_files or file in self._state.lost_files:
                 raise WeightsGoneError(f"{name_of(file)} is gone: the head is {self._state.head}")
             return self._state.weight_files[file]

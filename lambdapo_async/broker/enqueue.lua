@@ -1,6 +1,8 @@
--- Accept one group whose payload was put down a moment ago, with an expiry: descriptor, number and bytes, all or nothing.
+-- Accept one group that was put down a moment ago, under a name of its own and with an expiry: descriptor, number and
+-- bytes, all or nothing.
 -- KEYS[1] = state, KEYS[2] = queue, KEYS[3] = accepted, KEYS[4] = committed, KEYS[5] = leases, KEYS[6] = holders,
--- KEYS[7] = todo, KEYS[8] = heldout, KEYS[9] = answered, KEYS[10] = payload
+-- KEYS[7] = todo, KEYS[8] = heldout, KEYS[9] = answered, KEYS[10] = payload,
+-- KEYS[11] = the group as it was put down
 -- ARGV[1] = epoch, ARGV[2] = producer, ARGV[3] = seq, ARGV[4] = lease id, ARGV[5] = min version,
 -- ARGV[6] = mean reward, ARGV[7] = payload's bytes, ARGV[8] = answered ids kept
 local producer, seq, lease, size = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[7])
@@ -10,15 +12,12 @@ local committed = tonumber(redis.call('HGET', KEYS[4], producer) or '0')
 local epoch = state[1] or ''
 local function answer(status) return {status, last, committed, epoch} end
 local function refuse(status)
-  redis.call('UNLINK', KEYS[10])
+  redis.call('UNLINK', KEYS[11])
   return answer(status)
 end
 
-if seq <= last then
-  -- A repeated offer; its payload belongs to the entry in the queue, and a repeated one may replace a lost one.
-  if seq > committed then redis.call('PERSIST', KEYS[10]) else redis.call('UNLINK', KEYS[10]) end
-  return answer('DUP')
-end
+-- Not even a lost payload is replaced: this may be a late group that had the number before.
+if seq <= last then return refuse('DUP') end
 if state[5] ~= server_id() then return refuse('WAIT') end
 if epoch ~= ARGV[1] then return refuse('EPOCH') end
 if seq ~= last + 1 then return refuse('GAP') end
@@ -42,8 +41,8 @@ if redis.call('XLEN', KEYS[2]) >= tonumber(state[3]) or tonumber(state[2] or '0'
   redis.call('HINCRBY', KEYS[1], 'full', 1)
   return refuse('FULL')
 end
--- It expired on its way, or is another group's that was never accepted.
-if redis.call('STRLEN', KEYS[10]) ~= size then return refuse('AGAIN') end
+-- It expired on its way, or the learner swept it.
+if redis.call('STRLEN', KEYS[11]) ~= size then return refuse('AGAIN') end
 
 if ours then
   redis.call('ZREM', KEYS[5], lease)
@@ -54,6 +53,7 @@ elseif is_training(lease) then
   -- Redis forgot this lease: it counts for the gate like any other.
   redis.call('HINCRBY', KEYS[1], 'admitted', 1)
 end
+redis.call('RENAME', KEYS[11], KEYS[10])
 redis.call('PERSIST', KEYS[10])
 redis.call('XADD', KEYS[2], '*', 'p', producer, 's', seq, 'l', lease, 'v', ARGV[5], 'n', size, 'r', ARGV[6])
 redis.call('HSET', KEYS[3], producer, seq)

@@ -248,6 +248,9 @@ class RunStore(Protocol):
     def row(self, split: Split, index: int) -> Mapping[str, str | None]:
         """One row; chunks are cached. ``RunNotFoundError`` when Redis lost the rows."""
 
+    def is_published(self, *, num_files: int, num_rows: Mapping[Split, int]) -> bool:
+        """Whether config, so many model files and so many rows are there: by their numbers alone, in one round trip."""
+
     def state(self) -> RunState:
         """Phase, epoch and version; ``RunNotFoundError`` when the run is not in this Redis."""
 
@@ -278,6 +281,12 @@ class WeightStore(Protocol):
 
     def files(self) -> tuple[Available, ...]:
         """Every file that can be fetched now, by version: steps, unions and keyframes; none before the first."""
+
+    def lost(self) -> tuple[Available, ...]:
+        """Those of :meth:`files` of which Redis lost a part; to be asked by the publisher, while it publishes nothing.
+
+        The next :meth:`publish` takes them off the list.
+        """
 
     def fetch(self, file: Available) -> Payload:
         """One file's bytes as published, verified; ``WeightsGoneError`` when gone, ``WeightsError`` when damaged."""

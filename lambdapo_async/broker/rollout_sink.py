@@ -1,8 +1,10 @@
 """The actor's end of the rollout queue over Redis."""
 
+import uuid
+
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
-from lambdapo_async.broker.replies import as_int, as_text, exactly
+from lambdapo_async.broker.replies import as_number, as_text, exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
@@ -28,22 +30,23 @@ class RedisRolloutSink:
     def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
         """Offer one group.
 
-        The payload travels outside the script, which would copy it; it expires unless the script accepts it, and it
-        never replaces an accepted one. ``LATE`` does not use the number up: the next group takes it. Whether a lease
-        was answered before is known for the last 65,536 answers.
+        The payload travels outside the script, which would copy it, under a name of its own: it expires unless the
+        script accepts it, and only then takes its number's place. So bytes that come late from a cut connection are
+        never taken for the group that has their number now. ``LATE`` does not use the number up: the next group takes
+        it. Whether a lease was answered before is known for the last 65,536 answers.
 
         Raises:
             BrokerError: the group alone is larger than ``broker.max_bytes``.
         """
         keys, lease_id = self._keys, descriptor.lease.id
         payload = self._seal.close(payload, purpose=GROUP)
-        payload_key = keys.payload(descriptor.producer, descriptor.seq)
+        offered = keys.offered(descriptor.producer, descriptor.seq, uuid.uuid4().hex)
         while True:
             _, reply = self._enqueue.after(
-                [("SET", payload_key, payload, "NX", "EX", _OFFER_EXPIRY_S)],
+                [("SET", offered, payload, "EX", _OFFER_EXPIRY_S)],
                 [
                     keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
-                    keys.todo, keys.heldout, keys.answered, payload_key,
+                    keys.todo, keys.heldout, keys.answered, keys.payload(descriptor.producer, descriptor.seq), offered,
                 ],
                 [
                     epoch, descriptor.producer, descriptor.seq, lease_id, descriptor.min_version,
@@ -55,14 +58,16 @@ class RedisRolloutSink:
                 break
         if status == b"TOO_BIG":
             raise BrokerError(f"group {lease_id} has {len(payload)} bytes, more than all of broker.max_bytes: raise it")
-        return EnqueueReply(_status(status), as_int(last), as_int(committed), as_text(current_epoch))
+        return EnqueueReply(
+            _status(status), as_number(last, "last"), as_number(committed, "committed"), as_text(current_epoch)
+        )
 
     def marks(self, producer: str) -> Marks:
         """What the queue knows of a producer."""
         keys = self._keys
         reply = self._marks([keys.state, keys.accepted, keys.committed], [producer])
         status, last, committed, epoch = exactly(reply, 4)
-        return Marks(status == b"OK", as_int(last), as_int(committed), as_text(epoch))
+        return Marks(status == b"OK", as_number(last, "last"), as_number(committed, "committed"), as_text(epoch))
 
 
 def _status(found: object) -> EnqueueStatus:

@@ -15,7 +15,7 @@ from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read
 from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.replies import as_int, as_values, exactly
+from lambdapo_async.broker.replies import as_number, as_values, exactly
 from lambdapo_async.broker.round_trip import Argument
 from lambdapo_async.broker.script import Script, fence_error
 from lambdapo_async.broker.settlement import Settlement
@@ -32,7 +32,7 @@ MAX_QUARANTINED_BYTES = 1024**2
 _FETCH_BYTES = 4 * 1024**2  # of one reply: larger ones cost Redis more memory and no less time
 _REMOVED_AT_ONCE = 512
 _FROM_THE_START = b"0-0"
-_COUNTERS = ("quarantined", "full", "late", "expired")  # as QueueStats has them
+_COUNTERS = ("bytes", "admitted", "consumed", "quarantined", "full", "late", "expired")
 
 
 class RedisRolloutSource:
@@ -131,22 +131,30 @@ class RedisRolloutSource:
         )
 
     def stats(self) -> QueueStats:
-        """Depths right now, and what happened so far."""
+        """Depths right now, and what happened so far.
+
+        Raises:
+            FencedError: another learner came.
+            LostDataError: the run is gone.
+            BrokerError: a counter is damaged.
+        """
         keys = self._keys
 
         def look(client: redis.Redis) -> object:
             pipeline = client.pipeline(transaction=True)
-            pipeline.hmget(
-                keys.state, ["fence", "bytes", "admitted", "consumed", "quarantined", "full", "late", "expired"]
-            )
+            pipeline.hmget(keys.state, ["fence", *_COUNTERS])
             pipeline.xlen(keys.queue)
             pipeline.zcard(keys.leases)
             pipeline.llen(keys.todo)
             return pipeline.execute()
 
-        (fence, *counters), queued, leased, returned = self._broker.call(look)
+        found, *sizes = self._broker.call(look)
+        fence, *counters = exactly(found, 1 + len(_COUNTERS))
+        queued, leased, returned = (as_number(size, "size") for size in sizes)
         self._check_fence(fence)
-        num_bytes, admitted, consumed, *so_far = (int(value or 0) for value in counters)
+        num_bytes, admitted, consumed, *so_far = (
+            as_number(value or 0, name) for name, value in zip(_COUNTERS, counters, strict=True)
+        )
         return QueueStats(queued, num_bytes, leased, returned, admitted - consumed, *so_far)
 
     def _forget(
@@ -160,7 +168,7 @@ class RedisRolloutSource:
         )
         _, ticks = exactly(reply, 2)
         with self._lock:
-            self._ticks = max(self._ticks, as_int(ticks))
+            self._ticks = max(self._ticks, as_number(ticks, "ticks"))
 
     def _known(self) -> tuple[Argument, ...]:
         """What every synced script compares Redis with."""
@@ -223,11 +231,10 @@ class RedisRolloutSource:
         names = [self._keys.payload(one.producer, one.seq) for one in descriptors]
         return as_values(self._broker.call(lambda client: client.mget(names)), len(names))
 
-    def _check_fence(self, stored: bytes | None) -> None:
-        if stored is None or int(stored) < self._fence:
-            raise fence_error([])
-        if int(stored) != self._fence:
-            raise fence_error([stored])
+    def _check_fence(self, stored: object) -> None:
+        fence = as_number(-1 if stored is None else stored, "fence")
+        if fence != self._fence:
+            raise fence_error([fence] if fence > self._fence else [])
 
 
 def _described(fields: Mapping[bytes, bytes]) -> Descriptor | None:

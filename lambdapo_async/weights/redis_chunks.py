@@ -7,7 +7,8 @@ from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.replies import as_value
 from lambdapo_async.broker.script import Script
 from lambdapo_async.keys import RunKeys
-from lambdapo_async.weights.manifest import Manifest, NewFile, cut
+from lambdapo_async.weights.catch_up import Available
+from lambdapo_async.weights.manifest import CHUNK_BYTES, Manifest, NewFile, cut, name_of
 
 _CHUNKS_AT_ONCE = 8  # 16 MB of replies: below the server's output buffer limit
 
@@ -62,6 +63,11 @@ class RedisChunks:
     def names(self, manifest: Manifest) -> list[bytes]:
         """The keys of all pieces."""
         return [self._keys.weights_chunk(manifest.name, index) for index in range(len(manifest.chunk_bytes))]
+
+    def names_of(self, file: Available) -> list[bytes]:
+        """The same, of a file whose manifest may be lost."""
+        num_chunks = -(-file.num_bytes // CHUNK_BYTES)
+        return [self._keys.weights_chunk(name_of(file), index) for index in range(num_chunks)]
 
     def _get_into(self, names: list[bytes], views: list[memoryview]) -> int:
         num_read: int = self._broker.call(lambda client: get_into(client, names, views))

@@ -3,10 +3,13 @@
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
+
+import redis
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.descriptors import read_entries
-from lambdapo_async.broker.replies import as_bytes, as_fields, as_int, as_text, exactly
+from lambdapo_async.broker.replies import as_bytes, as_fields, as_names, as_number, as_text, exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.config.weights import REDIS, WeightsConfig
 from lambdapo_async.errors import WeightsError, WeightsGoneError
@@ -85,7 +88,7 @@ class RedisWeightStore:
     def head(self) -> int | None:
         """Newest whole version; None before the first."""
         head = self._broker.call(lambda client: client.get(self._keys.weights_head))
-        return None if head is None else as_int(head)
+        return None if head is None else as_number(head, "newest weight version")
 
     def wait_newer(self, than: int, *, timeout_s: float) -> int | None:
         """The head as soon as it is above ``than``; None after ``timeout_s``."""
@@ -105,6 +108,28 @@ class RedisWeightStore:
         """Every file that can be fetched now, by version."""
         listed = as_fields(self._broker.call(lambda client: client.hgetall(self._keys.weights_files)))
         return tuple(sorted(map(unpack_available, listed.values()), key=lambda file: (file.version, name_of(file))))
+
+    def lost(self) -> tuple[Available, ...]:
+        """Those of :meth:`files` whose manifest or pieces are gone; two round trips.
+
+        What lies elsewhere is not looked at. To be asked by the publisher, while it publishes nothing.
+        """
+        files, begun_key = self.files(), self._keys.weights_begun
+        pieces = [self._chunks.names_of(file) if self._target is self._chunks else [] for file in files]
+
+        def look(client: redis.Redis) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.hkeys(begun_key)
+            for names in pieces:
+                pipeline.exists(begun_key, *names)
+            return pipeline.execute()
+
+        begun, *found = self._broker.call(look)
+        return tuple(
+            file
+            for file, names, count in zip(files, pieces, found, strict=True)
+            if as_number(count, "pieces") <= len(names) or name_of(file) not in as_names(begun)
+        )
 
     def fetch(self, file: Available) -> Payload:
         """The file as it was published, verified; while it is fetched it is not deleted.
@@ -126,7 +151,7 @@ class RedisWeightStore:
         milliseconds = int(READER_LEASE_S * 1000)
         reply = self._hold([self._keys.weights_readers], [name, reader, milliseconds, self._keys.weights_files])
         (kept,) = exactly(reply, 1)
-        if not as_int(kept):
+        if not as_number(kept, "hold"):
             raise WeightsGoneError(f"{name} is gone: the head is {self.head()}")
 
     def _manifest(self, name: str) -> Manifest:
@@ -136,9 +161,14 @@ class RedisWeightStore:
         return Manifest.unpack(packed, name=name, seal=self._seal)
 
     def _make_room(self, incoming_bytes: int, *, fence: int) -> None:
-        """Take files off the list, then delete what is on no list and nobody reads, a crash's leftovers included."""
+        """Take files off the list, those first that lost a part; then delete what is on no list and nobody reads.
+
+        That includes a crash's leftovers.
+        """
         keys = self._keys
-        dropped = [name_of(file) for file in self._retention.to_drop(self.files(), incoming_bytes=incoming_bytes)]
+        lost = self.lost()
+        whole = [file for file in self.files() if file not in lost]
+        dropped = map(name_of, (*lost, *self._retention.to_drop(whole, incoming_bytes=incoming_bytes)))
         reply = self._retire(
             [keys.state, keys.weights_files, keys.weights_begun, keys.weights_readers], [fence, *dropped]
         )

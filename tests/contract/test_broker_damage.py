@@ -25,6 +25,32 @@ def test_an_actor_refuses_another_schema(redis_run: RedisRun, server: redis.Redi
         redis_run.run_store.config_json()
 
 
+@pytest.mark.parametrize("field", ["fence", "bytes", "admitted", "consumed", "late"])
+def test_a_damaged_counter_is_named(redis_run: RedisRun, server: redis.Redis, field: str) -> None:
+    source = start(redis_run)
+    server.hset(redis_run.keys.state, field, b"12x")
+    with pytest.raises(BrokerError, match=f"{field} of the run is damaged in Redis: b'12x' is no number"):
+        source.stats()
+
+
+@pytest.mark.parametrize("field", ["schema", "version", "seen"])
+def test_a_damaged_state_is_named(redis_run: RedisRun, server: redis.Redis, field: str) -> None:
+    start(redis_run)
+    server.hset(redis_run.keys.state, field, b"x")
+    with pytest.raises(BrokerError, match=f"{field} of the run is damaged"):
+        redis_run.run_store.state()
+
+
+def test_a_damaged_head_or_number_of_rows_is_named(redis_run: RedisRun, server: redis.Redis) -> None:
+    start(redis_run)
+    server.set(redis_run.keys.weights_head, b"new")
+    server.hset(redis_run.keys.state, "rows_train", b"many")
+    with pytest.raises(BrokerError, match="newest weight version of the run is damaged"):
+        redis_run.weights.head()
+    with pytest.raises(BrokerError, match="rows_train of the run is damaged"):
+        redis_run.run_store.num_rows("train")
+
+
 def test_too_many_rows_are_refused(redis_run: RedisRun) -> None:
     store = redis_run.run_store
     small = type(store)(store._broker, redis_run.keys, store._ownership, store._seal, max_split_bytes=100)

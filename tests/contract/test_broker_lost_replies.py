@@ -11,6 +11,7 @@ import redis
 
 from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
 from lambdapo_async.broker.redis_run import RedisRun
+from lambdapo_async.errors import LostDataError
 from tests.contract.broker_world import FOREVER_S, LIMITS, durable, offer, start, train, until
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S
@@ -43,6 +44,35 @@ def test_an_offer_whose_reply_is_lost_makes_one_entry(
     assert offer(shaky_run, 2, *train(1), epoch=epoch).status is EnqueueStatus.OK
     assert [one.descriptor.seq for one in source.read(9, timeout_s=FOREVER_S)] == [1, 2]
     assert (source.stats().queued, source.stats().admitted) == (2, 2)
+
+
+def test_bytes_that_were_left_at_a_number_are_not_taken_for_its_group(redis_run: RedisRun, server: redis.Redis) -> None:
+    """Of a group that was late, from a connection that was cut before the script; as long as the one that comes now."""
+    source = start(redis_run)
+    server.set(redis_run.keys.payload("a.0", 1), b"another")
+    assert offer(redis_run, 1, *train(0), payload=b"payload").status is EnqueueStatus.OK
+    (delivery,) = source.read(1, timeout_s=FOREVER_S)
+    assert delivery.payload == b"payload"
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_late_group_that_comes_again_does_not_become_the_payload_of_the_next(
+    redis_run: RedisRun, server: redis.Redis, is_lost: bool
+) -> None:
+    source, payload_key = start(redis_run), redis_run.keys.payload("a.0", 1)
+    redis_run.admission("b").lease(1)
+    assert offer(redis_run, 1, *train(0), payload=b"late").status is EnqueueStatus.LATE
+    assert offer(redis_run, 1, *train(1), payload=b"next").status is EnqueueStatus.OK
+    if is_lost:
+        server.delete(payload_key)
+    assert offer(redis_run, 1, *train(0), payload=b"late").status is EnqueueStatus.DUP
+    if is_lost:
+        with pytest.raises(LostDataError, match="payload of group 1"):
+            source.read(1, timeout_s=FOREVER_S)
+    else:
+        assert [one.payload for one in source.read(1, timeout_s=FOREVER_S)] == [b"next"]
+    assert server.keys(payload_key.replace(b"{", b"[{]") + b"*") == ([] if is_lost else [payload_key])
+    assert server.ttl(payload_key) == (-2 if is_lost else -1)
 
 
 def test_a_grant_whose_reply_is_lost_is_granted_once(

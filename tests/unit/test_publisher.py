@@ -58,6 +58,9 @@ class Store:
     def files(self) -> tuple[Available, ...]:
         return tuple(file.available for _, files, _, _ in self.published for file in files)
 
+    def lost(self) -> tuple[Available, ...]:
+        return ()
+
     def fetch(self, file: Available) -> bytes:
         raise NotImplementedError
 
