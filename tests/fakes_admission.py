@@ -56,7 +56,8 @@ class FakeAdmission:
     def hand_back(self, leases: Sequence[Lease]) -> None:
         with self._state.lock:
             ours = [lease for lease in leases if self._state.held.get(lease, ("",))[0] == self._actor_id]
-            self._state.put_in_front(ours)
+            # One named twice is put back once, where it is named last.
+            self._state.put_in_front([*dict.fromkeys(reversed(ours))][::-1])
 
 
 class FakePartials:

@@ -16,8 +16,10 @@ local function refuse(status)
   return answer(status)
 end
 
--- Not even a lost payload is replaced: this may be a late group that had the number before.
-if seq <= last then return refuse('DUP') end
+if seq <= last then
+  -- Not even a lost payload is replaced: this may be a late group that had the number before.
+  return refuse('DUP')
+end
 if state[5] ~= server_id() then return refuse('WAIT') end
 if epoch ~= ARGV[1] then return refuse('EPOCH') end
 if seq ~= last + 1 then return refuse('GAP') end
