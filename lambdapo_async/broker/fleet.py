@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.heartbeat import Heartbeat
-from lambdapo_async.broker.replies import as_int, exactly
+from lambdapo_async.broker.replies import as_number, exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
@@ -37,7 +37,7 @@ class RedisFleet:
         keys = self._keys
         reply = self._beat([keys.state, keys.fleet, keys.fleet_expiry], [heartbeat.actor_id, record, keys.quarantined])
         (is_set_aside,) = exactly(reply, 1)
-        return bool(as_int(is_set_aside))
+        return bool(as_number(is_set_aside, "place in the fleet"))
 
     def members(self) -> tuple[Heartbeat, ...]:
         """Actors whose last heartbeat is younger than ``broker.lease_s``; unreadable records are left out, counted."""

@@ -18,19 +18,11 @@ def as_text(value: object) -> str:
         raise _unexpected(value, "a text") from error
 
 
-def as_int(value: object) -> int:
-    """A number; Redis keeps them as text."""
+def as_number(value: object, name: str) -> int:
+    """A number, which Redis keeps as text; ``name`` is what it has in the run's keys."""
     try:
         return int(value if isinstance(value, int) else as_bytes(value))
     except ValueError as error:
-        raise _unexpected(value, "a number") from error
-
-
-def as_number(value: object, name: str) -> int:
-    """A number that the run keeps under ``name``, which the error names."""
-    try:
-        return as_int(value)
-    except BrokerError as error:
         raise BrokerError(f"{name} of the run is damaged in Redis: {value!r:.80} is no number") from error
 
 

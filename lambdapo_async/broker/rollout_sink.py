@@ -4,7 +4,7 @@ import logging
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
-from lambdapo_async.broker.replies import as_int, as_text, exactly
+from lambdapo_async.broker.replies import as_number, as_text, exactly
 from lambdapo_async.broker.script import Reply, Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
@@ -52,7 +52,9 @@ class RedisRolloutSink:
             status = b"FULL"
         if status == b"TOO_BIG":
             raise BrokerError(f"group {lease_id} has {len(payload)} bytes, more than all of broker.max_bytes: raise it")
-        return EnqueueReply(_status(status), as_int(last), as_int(committed), as_text(current_epoch))
+        return EnqueueReply(
+            _status(status), as_number(last, "last"), as_number(committed, "committed"), as_text(current_epoch)
+        )
 
     def _upload(self, descriptor: Descriptor, payload: bytes, epoch: str) -> Reply:
         keys, producer, seq, lease_id = self._keys, descriptor.producer, descriptor.seq, descriptor.lease.id
@@ -75,7 +77,7 @@ class RedisRolloutSink:
         keys = self._keys
         reply = self._marks([keys.state, keys.accepted, keys.committed], [producer])
         status, last, committed, epoch = exactly(reply, 4)
-        return Marks(status == b"OK", as_int(last), as_int(committed), as_text(epoch))
+        return Marks(status == b"OK", as_number(last, "last"), as_number(committed, "committed"), as_text(epoch))
 
 
 def _status(found: object) -> EnqueueStatus:

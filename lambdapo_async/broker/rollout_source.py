@@ -15,7 +15,7 @@ from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read
 from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, QueueStats
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.replies import as_int, as_number, as_values, exactly
+from lambdapo_async.broker.replies import as_number, as_values, exactly
 from lambdapo_async.broker.round_trip import Argument
 from lambdapo_async.broker.script import Script, fence_error
 from lambdapo_async.broker.settlement import Settlement
@@ -150,7 +150,9 @@ class RedisRolloutSource:
             pipeline.llen(keys.todo)
             return pipeline.execute()
 
-        (fence, *counters), queued, leased, returned = self._broker.call(look)
+        found, *sizes = self._broker.call(look)
+        fence, *counters = exactly(found, 1 + len(_COUNTERS))
+        queued, leased, returned = (as_number(size, "size") for size in sizes)
         self._check_fence(fence)
         num_bytes, admitted, consumed, *so_far = (
             as_number(value or 0, name) for name, value in zip(_COUNTERS, counters, strict=True)
@@ -168,7 +170,7 @@ class RedisRolloutSource:
         )
         _, ticks = exactly(reply, 2)
         with self._lock:
-            self._ticks = max(self._ticks, as_int(ticks))
+            self._ticks = max(self._ticks, as_number(ticks, "ticks"))
 
     def _known(self) -> tuple[Argument, ...]:
         """What every synced script compares Redis with."""
@@ -231,7 +233,7 @@ class RedisRolloutSource:
         names = [self._keys.payload(one.producer, one.seq) for one in descriptors]
         return as_values(self._broker.call(lambda client: client.mget(names)), len(names))
 
-    def _check_fence(self, stored: bytes | None) -> None:
+    def _check_fence(self, stored: object) -> None:
         fence = as_number(-1 if stored is None else stored, "fence")
         if fence != self._fence:
             raise fence_error([fence] if fence > self._fence else [])

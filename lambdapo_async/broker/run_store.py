@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import get_args
 
 import msgpack
 import redis
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.interface import Phase, RunState
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.replies import as_fields, as_number
+from lambdapo_async.broker.replies import as_fields, as_number, as_text, exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import BrokerError, ConfigError, RunNotFoundError, RunNotPublishedError, TaskError
 from lambdapo_async.keys import RunKeys
@@ -25,6 +26,7 @@ MAX_SPLIT_BYTES = 1024**3
 """Compressed rows of one split; they share Redis' memory with the queue."""
 _CHUNKS_CACHED = 128
 _CONFIG = "config"
+_PHASES: tuple[Phase, ...] = get_args(Phase)
 _MAX_CHUNK_BYTES = 512 * 1024**2  # decompressed: 2 MB per row; more is damage or a bomb
 
 FoundRow = dict[str, str | None]
@@ -165,7 +167,8 @@ class RedisRunStore:
             pipeline.time()
             return pipeline.execute()
 
-        (schema, phase, epoch, version, seen_ms), (now_s, now_us) = self._broker.call(look)
+        found, (now_s, now_us) = self._broker.call(look)
+        schema, phase, epoch, version, seen_ms = exactly(found, 5)
         if schema is None or phase is None or epoch is None:
             raise RunNotPublishedError(f"this Redis holds no run {self._keys.run_id!r}: check the run id and the URL")
         found_schema = as_number(schema, "schema")
@@ -176,7 +179,7 @@ class RedisRunStore:
             )
         newest = -1 if version is None else as_number(version, "version")
         silent_s = now_s + now_us / 1e6 - as_number(seen_ms or 0, "seen") / 1000
-        return RunState(phase.decode(), epoch.decode(), newest, found_schema, silent_s)
+        return RunState(_phase(phase), as_text(epoch), newest, found_schema, silent_s)
 
     def set_phase(self, phase: Phase, *, fence: int) -> None:
         """``running`` once the first weights are out; ``finished`` tells the actors to drain and exit 0."""
@@ -203,6 +206,13 @@ class RedisRunStore:
             return _unpacked(chunk)
         except (zstandard.ZstdError, ValueError, msgpack.UnpackException) as error:
             raise BrokerError(f"chunk {number} of the {split} rows is damaged: {error!s:.200}") from error
+
+
+def _phase(found: object) -> Phase:
+    for phase in _PHASES:
+        if phase == as_text(found):
+            return phase
+    raise BrokerError(f"phase of the run is damaged in Redis: {found!r:.80}")
 
 
 def _unpacked(chunk: bytes) -> list[FoundRow]:

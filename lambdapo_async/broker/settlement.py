@@ -10,7 +10,7 @@ from lambdapo_async.broker.descriptors import StreamEntry, read_descriptor, read
 from lambdapo_async.broker.interface import Descriptor, Durable
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.broker.replies import as_int, as_names, exactly
+from lambdapo_async.broker.replies import as_names, as_number, exactly
 from lambdapo_async.broker.round_trip import Argument
 from lambdapo_async.broker.script import Script
 from lambdapo_async.errors import WireFormatError
@@ -63,7 +63,7 @@ class Settlement:
             [self._fence, durable.consumed, durable.waiting, durable.next_index, *durable.holes],
         )
         _, ticks = exactly(self._open([keys.state], [self._fence]), 2)
-        return as_int(ticks)
+        return as_number(ticks, "ticks")
 
     def _sort_out(self, watermarks: Mapping[str, int]) -> dict[str, int]:
         """Keep entries that follow their producer's mark without a gap and have their payload; delete all others.

@@ -8,7 +8,7 @@ import redis
 
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.descriptors import read_entries
-from lambdapo_async.broker.replies import as_bytes, as_fields, as_int, as_names, as_number, as_text, exactly
+from lambdapo_async.broker.replies import as_bytes, as_fields, as_names, as_number, as_text, exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.config.weights import REDIS, WeightsConfig
 from lambdapo_async.errors import WeightsError, WeightsGoneError
@@ -128,7 +128,7 @@ class RedisWeightStore:
         return tuple(
             file
             for file, names, count in zip(files, pieces, found, strict=True)
-            if as_int(count) <= len(names) or name_of(file) not in described
+            if as_number(count, "pieces") <= len(names) or name_of(file) not in described
         )
 
     def fetch(self, file: Available) -> Payload:
@@ -151,7 +151,7 @@ class RedisWeightStore:
         milliseconds = int(READER_LEASE_S * 1000)
         reply = self._hold([self._keys.weights_readers], [name, reader, milliseconds, self._keys.weights_files])
         (kept,) = exactly(reply, 1)
-        if not as_int(kept):
+        if not as_number(kept, "hold"):
             raise WeightsGoneError(f"{name} is gone: the head is {self.head()}")
 
     def _manifest(self, name: str) -> Manifest:

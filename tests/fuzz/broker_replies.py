@@ -114,14 +114,15 @@ def _source() -> Conversation:
         source.commit({"a.0": 1})
         source.quarantine(DESCRIPTOR, b"payload", "a reason")
         source.request_evaluation([Lease("heldout", 2, 5)])
-        return delivery or "nothing came"
+        return delivery, source.stats()
 
     settled = (
         _script(b"OK", b"e"), [b"a.0"], [ENTRY], Together([7]), [], Ours(None), Ours(0),
         _script(b"OK"), _script(b"OK"), _script(b"OK", 1),
     )  # fmt: skip
     read = ([[b"q", [ENTRY]]], Together([[b"payload"], [b"OK"]]))
-    return Conversation("source", hold, (*settled, *read, _script(b"OK", 2), _script(b"OK"), _script(b"OK")))
+    after = (_script(b"OK", 2), _script(b"OK"), _script(b"OK"), Together([[b"1", b"0", None, *5 * [b"2"]], 0, 1, 0]))
+    return Conversation("source", hold, (*settled, *read, *after))
 
 
 def _run_store() -> Conversation:
@@ -131,9 +132,9 @@ def _run_store() -> Conversation:
         store.set_phase("running", fence=1)
         return store.config_json(), store.model_files(), store.num_rows("train")
 
-    seen = Together([Ours([b"%d" % PROTOCOL_SCHEMA, b"running", b"e", b"3", b"1000"]), Ours((2, 5))])
+    seen = Together([[b"%d" % PROTOCOL_SCHEMA, b"running", b"e", b"3", b"1000"], Ours((2, 5))])
     config = SEAL.close(b"{}", purpose="config")
-    answers = (_script(b"OK", b"e"), Ours(None), _script(b"OK"), seen, config, {b"config.json": b"{}"}, Ours(b"600"))
+    answers = (_script(b"OK", b"e"), Ours(None), _script(b"OK"), seen, config, {b"config.json": b"{}"}, b"600")
     return Conversation("run_store", hold, answers)
 
 
@@ -181,6 +182,5 @@ def _weights_written() -> Conversation:
 
     manifest = Manifest.in_chunks(old).signed_for(old, SEAL).pack(SEAL)
     listed = {b"3.full": pack_available(old.available)}
-    whole = Together([[b"3.full"], 2])  # its manifest, its one piece and the list of them
-    room = (listed, whole, listed, _script(b"OK", b"3.full", manifest), _script(b"OK"))
+    room = (Ours(listed), Together([[b"3.full"], 2]), listed, _script(b"OK", b"3.full", manifest), _script(b"OK"))
     return Conversation("weights_written", hold, (*room, *itertools.repeat(_script(b"OK"), 3), b"4"))
