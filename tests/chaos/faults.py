@@ -14,7 +14,7 @@ Fault = Callable[[Scene, random.Random], str]
 """Does it; returns what exactly was done, for the ledger."""
 
 _OFFER = b"\r\nEX\r\n"
-"""In no other request: the payload of an offer never replaces an accepted one."""
+"""In no other request: an offer alone is put down with an expiry."""
 
 
 def kill_actor(scene: Scene, source: random.Random) -> str:
