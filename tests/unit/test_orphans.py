@@ -1,6 +1,7 @@
 """What dead actors left is sent by a living one, whom their trouble does not touch."""
 
 import asyncio
+import glob
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def adopt(root: Path, sink: PartialSink, *, outage_s: float) -> tuple[Outbox, ..
 
 
 def files(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*.group"))
+    """What is left; a folder may go while it is listed, which ``Path.rglob`` does not take."""
+    return sorted(glob.glob("*/*.group", root_dir=root))
 
 
 async def until(condition: Callable[[], bool]) -> None:
