@@ -1,17 +1,20 @@
 """SIGTERM while Redis is away: everybody ends in time, says why, and nothing is lost once it is back."""
 
+import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lambdapo_async.keys import RunKeys
 from tests.chaos.folders import scene_folder
 from tests.chaos.ledger import check, read_ledger
 from tests.chaos.profiles import PROFILES
 from tests.chaos.redis_control import RedisControl
 from tests.chaos.remains import read_remains
 from tests.chaos.scene import Scene
+from tests.chaos.spec import RUN_ID
 from tests.chaos.zygote import Forked
 from tests.processes import wait_until
 
@@ -40,6 +43,8 @@ def test_sigterm_during_an_outage_ends_everybody_and_loses_nothing(folder: Path,
         scene.wait_for_step(6)
         assert scene.learner is not None
         learner, actors = scene.learner, list(scene.actors)
+        # Who has not joined yet has nothing to drain, and ends with 0.
+        wait_until(lambda: num_members(scene.redis) >= len(actors), "every actor beats", timeout_s=EXIT_S)
         scene.redis_is_up = False
         begin(scene.redis)
         wait_until(lambda: "did not answer" in log_of(learner), "the learner notices", timeout_s=EXIT_S)
@@ -59,6 +64,11 @@ def test_sigterm_during_an_outage_ends_everybody_and_loses_nothing(folder: Path,
         remains = read_remains(folder, scene.redis, [], max_uses=scene.variant.max_uses)
     assert check(read_ledger(folder), remains, scene.variant.bounds) == []
     assert scene.exits == {}
+
+
+def num_members(server: RedisControl) -> int:
+    with contextlib.closing(server.client()) as client:
+        return int(client.hlen(RunKeys(RUN_ID).fleet))
 
 
 def log_of(process: Forked) -> str:
