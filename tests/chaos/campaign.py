@@ -79,6 +79,7 @@ def run_mutant(folder: Path, name: str, *, seed: int, is_broken: bool = True) ->
         seed=seed,
         num_steps=mutant.num_steps,
         mutant=broken,
+        variant=mutant.variant,
         stuck_s=_MUTANT_STUCK_S if is_broken else STUCK_S,
     )
     faults = iter(mutant.faults)

@@ -35,6 +35,7 @@ from learner.learner import Learner
 from learner.pool import Pool
 from learner.versions import VersionCounter
 from tests.chaos.ledger import Kind
+from tests.chaos.spec import VARIANTS, Variant
 
 _PATIENCE_S = 5.0
 
@@ -50,6 +51,7 @@ class Mutant:
     faults: tuple[str, ...]
     """Keys of ``faults.FAULTS``, in order."""
     profile: str = "stable"
+    variant: Variant = VARIANTS[0]
     num_steps: int | None = None
     """Where the run ends by itself; None lets the last fault decide."""
     install: Callable[[], None] = lambda: None
@@ -250,6 +252,14 @@ MUTANTS = {
         faults=("kill_actor",) * 6,
         num_steps=120,
         scripts={"lease": r"put_in_front\([^\n]*expired\[i\]\)"},
+    ),
+    "payloads_kept": Mutant(
+        promise="a server holds no more than the run's budget, whatever its counter says",
+        caught=("over_budget",),
+        faults=("kill_actor",) * 2,
+        variant=Variant(max_tokens=600),
+        num_steps=150,
+        scripts={"commit": r"redis\.call\('UNLINK'[^\n]*"},
     ),
     "retries_inside_the_client": Mutant(
         promise="each call is repeated by our loop alone, which has the deadline",

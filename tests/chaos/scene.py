@@ -162,6 +162,8 @@ class Scene:
         if trouble is not None:
             trouble()
         self._wait_for_the_learner()
+        while self._later:  # the others need a Redis that is well to come to their end
+            self.tend(_TEND_S)
         self._wait_for_the_others()
 
     def _wait_for_the_learner(self) -> None:
@@ -255,6 +257,8 @@ class Scene:
         with contextlib.suppress(redis.RedisError), contextlib.closing(self.redis.client(timeout_s=0.5)) as client:
             counted = client.hget(RunKeys(RUN_ID).state, "bytes")
             self.ledger.write("sampled", place="queue", bytes=int(counted or 0))
+            # What it really holds, whatever its scripts count.
+            self.ledger.write("sampled", place="server", bytes=client.info("memory")["used_memory_dataset"])
 
     def _show_stacks(self) -> None:
         """Every living process writes its stacks into its log."""
