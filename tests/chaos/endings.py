@@ -16,6 +16,7 @@ _FINE = {
         r"|error: \S+ was taken over by fence \d+"
         r"|error: \S+ is gone: another learner took the journal over"
         r"|error: \S+ did not answer (in time .*)?for"
+        r"|error: \S+ was out of memory .* for"  # when it began: a running one waits for broker.outage_s
     ),
     "actor": re.compile(
         # It was started while Redis had nothing of the run.

@@ -128,6 +128,15 @@ def redis_freeze_long(scene: Scene, source: random.Random) -> str:
     return _freeze(scene, source.uniform(1.1, 1.6) * TIMEOUT_S)
 
 
+def redis_full(scene: Scene, source: random.Random) -> str:
+    """Somebody else fills it: nothing that needs memory is written, or a little is and then nothing more."""
+    beyond = source.choice((-200_000, source.randrange(0, 40_000)))
+    full_s = source.uniform(0.2, 1.5) * TIMEOUT_S
+    scene.redis.limit_memory(beyond)
+    scene.later(full_s, scene.redis.lift_limit)
+    return f"{beyond} bytes beyond what it holds, for {full_s:.2f} s"
+
+
 def promote_replica(scene: Scene, source: random.Random) -> str:
     """The primary dies with what it had not sent yet; now and then the replica is far behind."""
     assert scene.proxy is not None
@@ -251,7 +260,7 @@ REDIS_FAULTS: dict[str, Fault] = {
     each.__name__: each
     for each in (
         promote_replica, redis_restart, redis_power_loss, redis_empty, redis_snapshot, redis_freeze, redis_freeze_long,
-        cut_connections, lose_replies, slow_link,
+        redis_full, cut_connections, lose_replies, slow_link,
     )
 }  # fmt: skip
 COMBINED_FAULTS: dict[str, Fault] = {each.__name__: each for each in (suspend_and_lose, resume_and_lose, lose_twice)}

@@ -16,12 +16,13 @@ from lambdapo_async.broker.connection import connect, redis_executable
 from lambdapo_async.parent_death import prepare_to_die_with
 
 _READY_S, _POLL_S = 10.0, 0.005
+_MAX_MEMORY = 512 * 1024**2
 _COMMON = (
     "bind 127.0.0.1",
     "unixsocketperm 700",
     "repl-diskless-sync yes",
     "repl-diskless-sync-delay 0",
-    "maxmemory 512mb",
+    f"maxmemory {_MAX_MEMORY}",
     "maxmemory-policy noeviction",
     "daemonize no",
 )
@@ -96,6 +97,16 @@ class RedisControl:
         client = self.client()
         client.save()
         client.close()
+
+    def limit_memory(self, beyond: int) -> None:
+        """Refuse whatever would let it hold ``beyond`` more bytes than now (negative: anything that needs memory)."""
+        with contextlib.closing(self.client()) as client:
+            client.config_set("maxmemory", client.info("memory")["used_memory"] + beyond)
+
+    def lift_limit(self) -> None:
+        """As much as in the beginning."""
+        with contextlib.closing(self.client()) as client:
+            client.config_set("maxmemory", _MAX_MEMORY)
 
     def cut_log(self, source: random.Random, *, most_bytes: int) -> int:
         """Power loss: of the append-only file, the last 0 to ``most_bytes`` bytes never reached the disk."""

@@ -93,6 +93,21 @@ def test_a_frozen_server_answers_once_it_is_thawed(folder: Path) -> None:
         assert client.ping()
 
 
+@pytest.mark.parametrize("beyond", [-200_000, 10_000])
+def test_a_full_server_takes_nothing_that_needs_memory_until_the_limit_is_lifted(folder: Path, beyond: int) -> None:
+    with server(folder, "none") as control, contextlib.closing(control.client()) as client:
+        put(control, "before")
+        control.limit_memory(beyond)
+        with pytest.raises(redis.OutOfMemoryError):
+            for number in range(100):
+                client.set(str(number), bytes(1000))
+        assert client.get("before") == b"x"
+        client.delete("before")
+        control.lift_limit()
+        client.set("after", bytes(1000))
+        assert b"before" not in keys(control)
+
+
 def test_a_frozen_replica_lacks_what_came_meanwhile_once_it_is_promoted(folder: Path) -> None:
     with server(folder, "none") as primary:
         put(primary, "before")
