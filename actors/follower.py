@@ -10,7 +10,7 @@ from actors.engine import InferenceEngine
 from actors.mirror import Mirror
 from lambdapo_async.broker.interface import WeightStore
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import WeightsError, WeightsGoneError
+from lambdapo_async.errors import WeightsError, WeightsGoneError, WeightsLostError
 from lambdapo_async.weights.catch_up import Available, plan_catch_up
 from lambdapo_async.weights.tensor_file import Payload
 
@@ -89,20 +89,16 @@ class WeightFollower:
         consumes: weight heads    waits for: a head above the engine's version    unblocks: sampling
 
         Raises:
-            WeightsError: twice in a row the weights were not to be had, the run's were gone for too long, or newer ones
-                replaced each file for as long; the last beats have said so.
+            WeightsError: twice in a row the weights were damaged or not to be reached, Redis had lost the run's for too
+                long, or newer ones replaced each file for as long; the last beats have said so.
             EngineError: a swap failed; the engine is dead.
         """
         while True:
             head = await asyncio.to_thread(self._store.wait_newer, self._engine.policy_version, timeout_s=_WAIT_S)
             if head is not None:
                 await self._adopt_or_count(head)
-            elif self._gone_since is not None and time.monotonic() - self._gone_since > self._outage_s:
-                await self._give_up()
-                raise WeightsError(
-                    f"the run's weights went, and did not come back within learner.data_timeout_s = {self._outage_s:g} "
-                    "s: is the learner alive, and does Redis keep what it is given (maxmemory-policy noeviction)?"
-                )
+            else:
+                await self._check_gone()
 
     async def _adopt_or_count(self, head: int) -> None:
         try:
@@ -114,9 +110,8 @@ class WeightFollower:
                 return
             self.mirror.drop()
             self._failures += 1
-            if known is None or known < head:  # a Redis that lost everything, or its newest second
-                self._gone_since = self._gone_since or time.monotonic()
-                logger.warning("the run's weights are gone: waiting for the learner to publish again (%s)", error)
+            if known is None or known < head or isinstance(error, WeightsLostError):
+                await self._note_gone(head, error, is_listed=known == head)
                 return
             # One failure may be a file deleted under our hands; twice in a row the weights are not to be had.
             self._failures_in_a_row += 1
@@ -126,6 +121,29 @@ class WeightFollower:
                 raise
         else:
             self._failures_in_a_row, self._gone_since, self._overtaken_since = 0, None, None
+
+    async def _note_gone(self, head: int, error: WeightsError, *, is_listed: bool) -> None:
+        """Redis lost everything, its newest second, or a part of ``head``, which the learner finds when it looks next:
+        what it publishes again gets a number of its own.
+
+        The first time another way may lead there, from a keyframe; the second time none does before that number.
+        """
+        is_first = self._gone_since is None
+        self._gone_since = self._gone_since or time.monotonic()
+        logger.warning("the run's weights are gone: waiting for the learner to publish again (%s)", error)
+        if is_first or not is_listed:
+            return
+        while await asyncio.to_thread(self._store.wait_newer, head, timeout_s=_WAIT_S) is None:
+            await self._check_gone()
+
+    async def _check_gone(self) -> None:
+        """Give up if the weights are gone for longer than an outage may last."""
+        if self._gone_since is not None and time.monotonic() - self._gone_since > self._outage_s:
+            await self._give_up()
+            raise WeightsError(
+                f"the run's weights went, and did not come back within learner.data_timeout_s = {self._outage_s:g} s: "
+                "is the learner alive, and does Redis keep what it is given (maxmemory-policy noeviction)?"
+            )
 
     async def _note_overtaken(self, head: int, error: WeightsGoneError) -> None:
         """A newer version took a file off the store's list, which is nobody's fault; what the mirror has is whole, and

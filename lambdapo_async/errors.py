@@ -15,6 +15,7 @@ LambdaPOError
 ├── NoGroupsError         no rollout group came before the learner's deadline
 ├── WeightsError          a weight version that is missing, damaged or of another model
 │   └── WeightsGoneError  one that was there: deleted, or replaced by a newer file
+│       └── WeightsLostError  Redis lost a part of it, which its learner notices
 ├── CheckpointError       a checkpoint that is missing or damaged
 ├── RankLostError         another process of the same learner died or does not answer
 └── EngineError           the inference engine died or refused a request
@@ -79,6 +80,10 @@ class WeightsError(LambdaPOError):
 
 class WeightsGoneError(WeightsError):
     """A weight file was deleted, or replaced by a newer one, before a reader had it; no word of damage."""
+
+
+class WeightsLostError(WeightsGoneError):
+    """Redis lost a part of what it was given of the weights; the learner notices, and publishes them again."""
 
 
 class CheckpointError(UserError):

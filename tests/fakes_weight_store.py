@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import LostDataError, WeightsError, WeightsGoneError
+from lambdapo_async.errors import LostDataError, WeightsError, WeightsGoneError, WeightsLostError
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.manifest import NewFile, base_of, check_version, name_of
 from lambdapo_async.weights.retention import Retention
@@ -62,6 +62,8 @@ class FakeWeightStore:
 
     def fetch(self, file: Available) -> bytes:
         with self._state.lock:
-            if file not in self._state.weight_files or file in self._state.lost_files:
+            if file not in self._state.weight_files:
                 raise WeightsGoneError(f"{name_of(file)} is gone: the head is {self._state.head}")
+            if file in self._state.lost_files:
+                raise WeightsLostError(f"a part of {name_of(file)} is gone")
             return self._state.weight_files[file]

@@ -290,4 +290,10 @@ class WeightStore(Protocol):
         """
 
     def fetch(self, file: Available) -> Payload:
-        """One file's bytes as published, verified; ``WeightsGoneError`` when gone, ``WeightsError`` when damaged."""
+        """One file's bytes as published, verified.
+
+        Raises:
+            WeightsGoneError: it is not there any more.
+            WeightsLostError: it is on the list, and Redis lost a part of it: the publisher will notice.
+            WeightsError: it is damaged.
+        """

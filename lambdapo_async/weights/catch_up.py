@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lambdapo_async.errors import WeightsError, WeightsGoneError
+from lambdapo_async.errors import WeightsError, WeightsLostError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -61,7 +61,7 @@ def plan_catch_up(files: Iterable[Available], *, at: int | None, head: int) -> P
 
     Raises:
         WeightsError: the head is older than the mirror.
-        WeightsGoneError: nothing leads there: a file that did is not among ``files`` any more.
+        WeightsLostError: nothing leads there: a file that did is not among ``files`` any more.
     """
     if at is not None and head < at:
         raise WeightsError(f"the head is version {head}, older than the mirror's {at}: another learner's run?")
@@ -77,5 +77,5 @@ def plan_catch_up(files: Iterable[Available], *, at: int | None, head: int) -> P
         if candidates or known:
             best[file.version] = min([*known, *candidates], key=lambda plan: plan.cost)
     if head not in best:
-        raise WeightsGoneError(f"nothing published leads from {at} to version {head}: a keyframe is missing")
+        raise WeightsLostError(f"nothing published leads from {at} to version {head}: a keyframe is missing")
     return best[head]

@@ -9,7 +9,7 @@ import msgpack
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lambdapo_async.errors import WeightsError, WeightsGoneError
+from lambdapo_async.errors import WeightsError, WeightsLostError
 from lambdapo_async.seal import Seal, SealError
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.tensor_file import Payload
@@ -140,9 +140,9 @@ class Manifest(BaseModel):
             raise WeightsError(f"the manifest of {self.name} is damaged: its chunks are not those of its length")
 
     def check_chunk(self, index: int, chunk: bytes | memoryview | None) -> bytes | memoryview:
-        """``chunk`` if it is the one that was published; ``WeightsError`` otherwise, ``WeightsGoneError`` for none."""
+        """``chunk`` if it is the one that was published; ``WeightsError`` otherwise, ``WeightsLostError`` for none."""
         if chunk is None:
-            raise WeightsGoneError(f"chunk {index} of {self.name} is gone")
+            raise WeightsLostError(f"chunk {index} of {self.name} is gone")
         if len(chunk) != self.chunk_bytes[index] or xxhash.xxh3_64_intdigest(chunk) != self.chunk_digests[index]:
             raise WeightsError(f"chunk {index} of {self.name} is damaged: its checksum differs")
         return chunk

@@ -40,7 +40,7 @@ class RedisChunks:
         A connection that breaks costs what is on its way: those pieces are asked for again.
 
         Raises:
-            WeightsGoneError: a piece is not there any more.
+            WeightsLostError: a piece is not there any more.
             WeightsError: a piece is damaged.
             BrokerUnavailable: Redis did not answer before the deadline.
         """

@@ -11,7 +11,7 @@ from lambdapo_async.broker.descriptors import read_entries
 from lambdapo_async.broker.replies import as_bytes, as_fields, as_names, as_number, as_text, exactly
 from lambdapo_async.broker.script import Script
 from lambdapo_async.config.weights import REDIS, WeightsConfig
-from lambdapo_async.errors import WeightsError, WeightsGoneError
+from lambdapo_async.errors import WeightsError, WeightsGoneError, WeightsLostError
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.seal import Seal
 from lambdapo_async.weights.catch_up import Available
@@ -136,6 +136,7 @@ class RedisWeightStore:
 
         Raises:
             WeightsGoneError: it is not there any more.
+            WeightsLostError: it is on the list, and Redis lost a part of it.
             WeightsError: it is damaged.
         """
         name, reader = name_of(file), uuid.uuid4().hex
@@ -157,7 +158,7 @@ class RedisWeightStore:
     def _manifest(self, name: str) -> Manifest:
         packed = self._broker.call(lambda client: client.hget(self._keys.weights_begun, name))
         if not isinstance(packed, bytes):
-            raise WeightsError(f"{name} has no manifest: this Redis lost it")
+            raise WeightsLostError(f"{name} has no manifest: this Redis lost it")
         return Manifest.unpack(packed, name=name, seal=self._seal)
 
     def _make_room(self, incoming_bytes: int, *, fence: int) -> None:

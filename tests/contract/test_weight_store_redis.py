@@ -9,7 +9,7 @@ import redis
 
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import WeightsError, WeightsGoneError
+from lambdapo_async.errors import WeightsError, WeightsGoneError, WeightsLostError
 from lambdapo_async.weights.manifest import CHUNK_BYTES, NewFile
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.redis_fixtures import TIMEOUT_S
@@ -63,7 +63,14 @@ def test_a_damaged_chunk_is_named(started: RedisRun, server: redis.Redis, damage
             server.delete(chunk)
     with pytest.raises(WeightsError, match=r"chunk 1 of 1\.full is") as caught:
         started.weights.fetch(file.available)
-    assert isinstance(caught.value, WeightsGoneError) == (damage == "lose")
+    assert isinstance(caught.value, WeightsLostError) == (damage == "lose")
+
+
+def test_a_lost_manifest_is_named(started: RedisRun, server: redis.Redis) -> None:
+    publish(started.weights, full(1))
+    server.hdel(started.keys.weights_begun, "1.full")
+    with pytest.raises(WeightsLostError, match=r"1\.full has no manifest"):
+        started.weights.fetch(full(1).available)
 
 
 @pytest.mark.parametrize("content", [b"garbage", b"\xc1", b"\x80"])
