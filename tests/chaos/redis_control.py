@@ -12,7 +12,7 @@ from pathlib import Path
 
 import redis
 
-from lambdapo_async.broker.connection import connect, redis_executable
+from lambdapo_async.broker.connection import _version, connect, redis_executable
 from lambdapo_async.parent_death import prepare_to_die_with
 
 _READY_S, _POLL_S = 10.0, 0.005
@@ -26,6 +26,8 @@ _COMMON = (
     "maxmemory-policy noeviction",
     "daemonize no",
 )
+# Its histograms of every command weigh 1.2 MB, many times what a run under faults keeps there.
+_SINCE_7 = ("latency-tracking no",)
 PERSISTENCE = {
     "none": ('save ""', "appendonly no"),
     "everysec": ('save ""', "appendonly yes", "appendfsync everysec"),
@@ -57,10 +59,11 @@ class RedisControl:
         assert self._process is None
         self.socket.unlink(missing_ok=True)
         lines = (*_COMMON, *PERSISTENCE[self._persistence], f"port {self._port}", f"unixsocket {self.socket}")
-        lines = (*lines, f'dir "{self._folder}"')
+        executable = redis_executable()
+        lines = (*lines, f'dir "{self._folder}"', *(_SINCE_7 if _version(executable) >= (7, 0) else ()))
         with (self._folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [redis_executable(), "-"],
+                [executable, "-"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

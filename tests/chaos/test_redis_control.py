@@ -99,8 +99,7 @@ def test_a_full_server_takes_nothing_that_needs_memory_until_the_limit_is_lifted
         put(control, "before")
         control.limit_memory(beyond)
         with pytest.raises(redis.OutOfMemoryError):
-            for number in range(100):
-                client.set(str(number), bytes(1000))
+            put(control, *map(str, range(1000)))
         assert client.get("before") == b"x"
         client.delete("before")
         control.lift_limit()
