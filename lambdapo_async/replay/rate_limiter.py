@@ -6,13 +6,9 @@ While the queue holds fewer than ``min_size`` groups, inserts are free and sampl
 where they would bring the error above ``error_buffer``, and samples where they would bring it below
 ``-error_buffer``. As in Reverb ``inserts`` and ``samples`` count from the beginning, whatever became of the groups.
 
-The limiter answers; its caller waits, on a condition variable and with a deadline::
-
-    with condition:
-        if not condition.wait_for(limiter.can_sample, timeout=deadline_s):
-            raise BrokerUnavailable(f"{limiter.missing_inserts()} more groups are needed for a step")
-        limiter.sampled()
-        condition.notify_all()
+The limiter answers; who waits is its caller's affair. In the learner nobody polls it: a step that may not sample waits
+for the next arrival, with a deadline (``learner.batcher``), and a group that may not go in fills the bounded hand-over
+behind it, where the thread that reads the queue waits for room (``learner.hand_over``).
 """
 
 import math

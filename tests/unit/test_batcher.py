@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ CONFIG = RunConfig.model_validate(
 
 
 NEVER = threading.Event()
+WAIT_S = 20.0
 
 
 def do_nothing() -> None:
@@ -86,9 +88,15 @@ def delivery(seq: int, group: RolloutGroup, *, payload: bytes | None = None, pro
 class Bench:
     """A batcher on a list."""
 
-    def __init__(self, folder: Path, *deliveries: Delivery | Exception, config: RunConfig = CONFIG) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *deliveries: Delivery | Exception,
+        config: RunConfig = CONFIG,
+        source: ListSource | None = None,
+    ) -> None:
         self.config, self.folder = config, folder
-        self.source = ListSource(*deliveries)
+        self.source = source or ListSource(*deliveries)
         self.journal = Journal.open(folder, 1)
         self.book = ReceiptBook(self.journal, Receipts())
         self.screen = Screen(config, vocab_size=VOCAB_SIZE)
@@ -244,6 +252,73 @@ def test_reuse_draws_from_everything_that_is_here(bench: Callable[..., Bench]) -
     assert len(uses) > 4
     # Consumed when they went in: the gate does not wait for their last use.
     assert on.source.released[-1] == on.pool.consumed >= len(uses)
+
+
+class MeteredSource(ListSource):
+    """Delivers as many as it was allowed to."""
+
+    def __init__(self, *deliveries: Delivery | Exception) -> None:
+        super().__init__(*deliveries)
+        self.allowed = threading.Semaphore(0)
+
+    def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
+        return super().read(max_groups, timeout_s=timeout_s) if self.allowed.acquire(timeout=timeout_s) else []
+
+
+HAND_OVER_GROUPS = 3
+
+
+@pytest.fixture
+def metered(tmp_path: Path) -> Iterator[tuple[Bench, MeteredSource]]:
+    """Each of 100 groups is to be sampled twice, give or take four samples; the first step needs four groups."""
+    size = len(encode_group(make_group(0)))
+    replay = CONFIG.replay.model_copy(
+        update={
+            "max_uses": 5,
+            "min_size": 4,
+            "samples_per_insert": 2.0,
+            "error_buffer": 4.0,
+            "max_bytes": 4 * HAND_OVER_GROUPS * (size + 1),
+        }
+    )
+    source = MeteredSource(*(delivery(i + 1, make_group(i)) for i in range(100)))
+    on = Bench(tmp_path, config=CONFIG.model_copy(update={"replay": replay}), source=source)
+    yield on, source
+    on.close()
+
+
+@pytest.mark.parametrize(("allowed", "steps_before"), [(3, 0), (4, 2), (5, 3)])
+def test_a_ratio_lets_the_learner_wait(metered: tuple[Bench, MeteredSource], allowed: int, steps_before: int) -> None:
+    """For the smallest size; then before it has sampled more than four times ahead of the groups that came."""
+    on, source = metered
+    source.allowed.release(allowed)
+    for _ in range(steps_before):
+        assert on.next_batch(0) is not None
+    idle = threading.Event()
+
+    def be_idle() -> None:
+        if on.pool.num_groups == allowed:
+            idle.set()
+
+    with ThreadPoolExecutor(1) as learner:
+        batch = learner.submit(on.batcher.next_batch, on.steps + 1, 0, stopping=NEVER, while_idle=be_idle)
+        assert idle.wait(WAIT_S), "it did not wait for the last group that it needs"
+        assert (batch.done(), on.pool.missing_inserts()) == (False, 1)
+        source.allowed.release()
+        assert batch.result(WAIT_S) is not None
+
+
+def test_a_ratio_lets_the_groups_wait(metered: tuple[Bench, MeteredSource]) -> None:
+    on, source = metered
+    source.allowed.release(100)
+    for step in range(1, 31):
+        assert on.next_batch(0) is not None
+        counts = on.pool.state().replay.limiter
+        assert counts.samples == 2 * step
+        assert abs((counts.inserts - 4) * 2.0 - counts.samples) <= 4.0
+        # Besides what went in: one that found no place, what the hand-over holds, and one that waits for room there.
+        assert source.committed["p"] <= counts.inserts + 1 + HAND_OVER_GROUPS + 1
+    assert source.committed["p"] < 50, "more than half of the groups are where actors see that nobody takes them"
 
 
 def test_held_out_answers_go_to_the_evaluation(bench: Callable[..., Bench]) -> None:

@@ -1,6 +1,5 @@
-"""The rate limiter against Reverb's definition, and what it promises to both sides."""
+"""The rate limiter against Reverb's definition; that both sides really wait is in ``test_batcher``."""
 
-import threading
 from fractions import Fraction
 
 import pytest
@@ -9,8 +8,6 @@ from hypothesis import strategies as st
 
 from lambdapo_async.replay.rate_limiter import LimiterCounts, RateLimit, RateLimiter
 from tests.reference.replay import SampleToInsertRatio
-
-WAIT_S = 20.0
 
 
 @st.composite
@@ -131,31 +128,3 @@ def test_counts_restore_it() -> None:
 def test_limits_that_would_lock_both_sides_are_refused(kwargs: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         RateLimit(**kwargs)  # type: ignore[arg-type]
-
-
-def test_both_sides_wait_on_a_condition_and_neither_is_left() -> None:
-    """The seam: the limiter answers, the caller waits with a deadline."""
-    limiter = RateLimiter(RateLimit(groups_per_sample=4, min_size=6, samples_per_insert=2.0, error_buffer=5.0))
-    condition = threading.Condition()
-    errors: list[float] = []
-
-    def insert() -> None:
-        for _ in range(100):
-            with condition:
-                assert condition.wait_for(limiter.can_insert, timeout=WAIT_S)
-                limiter.inserted()
-                errors.append(limiter.error)
-                condition.notify_all()
-
-    inserter = threading.Thread(target=insert)
-    inserter.start()
-    for _ in range(46):
-        with condition:
-            assert condition.wait_for(limiter.can_sample, timeout=WAIT_S)
-            limiter.sampled()
-            errors.append(limiter.error)
-            condition.notify_all()
-    inserter.join(timeout=WAIT_S)
-    assert not inserter.is_alive()
-    assert max(errors) <= 5.0
-    assert limiter.counts() == LimiterCounts(inserts=100, samples=184)
