@@ -19,7 +19,7 @@ from tests.chaos.learner_process import run_learner_process, write_model_files
 from tests.chaos.ledger import SUFFIX, Entry, Ledger
 from tests.chaos.profiles import Profile
 from tests.chaos.proxy import Proxy
-from tests.chaos.redis_control import RedisControl
+from tests.chaos.redis_control import RedisControl, held_bytes
 from tests.chaos.spec import RUN_ID, VARIANTS, ProcessSpec, Variant, output_dir, spool_dir, write_config
 from tests.chaos.zygote import Forked
 
@@ -257,8 +257,7 @@ class Scene:
         with contextlib.suppress(redis.RedisError), contextlib.closing(self.redis.client(timeout_s=0.5)) as client:
             counted = client.hget(RunKeys(RUN_ID).state, "bytes")
             self.ledger.write("sampled", place="queue", bytes=int(counted or 0))
-            # What it really holds, whatever its scripts count.
-            self.ledger.write("sampled", place="server", bytes=client.info("memory")["used_memory_dataset"])
+            self.ledger.write("sampled", place="server", bytes=held_bytes(client))
 
     def _show_stacks(self) -> None:
         """Every living process writes its stacks into its log."""

@@ -12,7 +12,7 @@ import redis
 from lambdapo_async.broker.connection import connect
 from tests.chaos.folders import scene_folder
 from tests.chaos.proxy import Proxy
-from tests.chaos.redis_control import RedisControl
+from tests.chaos.redis_control import RedisControl, held_bytes
 
 
 @pytest.fixture
@@ -105,6 +105,16 @@ def test_a_full_server_takes_nothing_that_needs_memory_until_the_limit_is_lifted
         control.lift_limit()
         client.set("after", bytes(1000))
         assert b"before" not in keys(control)
+
+
+def test_what_a_server_holds_is_what_lies_there(folder: Path) -> None:
+    with server(folder, "none") as control, contextlib.closing(control.client()) as client:
+        before, names = held_bytes(client), [str(number) for number in range(100)]
+        for name in names:
+            client.set(name, bytes(10_000))
+        assert 10**6 <= held_bytes(client) - before < 1.5 * 10**6
+        client.delete(*names)
+        assert held_bytes(client) - before < 0.5 * 10**6
 
 
 def test_a_frozen_replica_lacks_what_came_meanwhile_once_it_is_promoted(folder: Path) -> None:
