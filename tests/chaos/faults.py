@@ -137,6 +137,11 @@ def redis_full(scene: Scene, source: random.Random) -> str:
     return f"{beyond} bytes beyond what it holds, for {full_s:.2f} s"
 
 
+def redis_evicts(scene: Scene, source: random.Random) -> str:
+    """Its policy is another than ``noeviction``: some keys go."""
+    return ", ".join(scene.redis.evict(source) for _ in range(source.randrange(1, 4)))
+
+
 def promote_replica(scene: Scene, source: random.Random) -> str:
     """The primary dies with what it had not sent yet; now and then the replica is far behind."""
     assert scene.proxy is not None
@@ -260,7 +265,7 @@ REDIS_FAULTS: dict[str, Fault] = {
     each.__name__: each
     for each in (
         promote_replica, redis_restart, redis_power_loss, redis_empty, redis_snapshot, redis_freeze, redis_freeze_long,
-        redis_full, cut_connections, lose_replies, slow_link,
+        redis_full, redis_evicts, cut_connections, lose_replies, slow_link,
     )
 }  # fmt: skip
 COMBINED_FAULTS: dict[str, Fault] = {each.__name__: each for each in (suspend_and_lose, resume_and_lose, lose_twice)}

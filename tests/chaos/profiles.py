@@ -26,7 +26,6 @@ PROFILES = {
         Profile(name="rdb", persistence="rdb", redis_faults=("redis_snapshot", "redis_restart")),
         Profile(name="empty", redis_faults=("redis_empty",)),
         Profile(name="frozen", redis_faults=("redis_freeze", "redis_freeze_long")),
-        Profile(name="full", redis_faults=("redis_full",)),
         Profile(name="cut", proxy=True, redis_faults=("cut_connections", "lose_replies")),
         Profile(
             name="hidden",
@@ -37,5 +36,7 @@ PROFILES = {
         ),
         Profile(name="promotion", proxy=True, redis_faults=("promote_replica",)),
         Profile(name="slow", proxy=True, redis_faults=("slow_link",)),
+        Profile(name="full", redis_faults=("redis_full",)),
+        Profile(name="evicted", redis_faults=("redis_evicts",)),
     )
 }

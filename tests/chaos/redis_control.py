@@ -111,6 +111,14 @@ class RedisControl:
         with contextlib.closing(self.client()) as client:
             client.config_set("maxmemory", _MAX_MEMORY)
 
+    def evict(self, source: random.Random) -> str:
+        """One key goes, whichever: its name."""
+        with contextlib.closing(self.client()) as client:
+            names = sorted(client.keys())
+            name: bytes = source.choice(names) if names else b""
+            client.delete(name)
+        return name.decode(errors="replace")
+
     def cut_log(self, source: random.Random, *, most_bytes: int) -> int:
         """Power loss: of the append-only file, the last 0 to ``most_bytes`` bytes never reached the disk."""
         path = self._append_only_file()

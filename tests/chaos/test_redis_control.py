@@ -107,6 +107,15 @@ def test_a_full_server_takes_nothing_that_needs_memory_until_the_limit_is_lifted
         assert b"before" not in keys(control)
 
 
+def test_what_is_evicted_is_one_key_and_nothing_of_an_empty_server(folder: Path) -> None:
+    with server(folder, "none") as control:
+        put(control, "a", "b")
+        name = control.evict(random.Random(0))
+        assert keys(control) == {b"a", b"b"} - {name.encode()}
+        control.evict(random.Random(0))
+        assert control.evict(random.Random(0)) == ""
+
+
 def test_what_a_server_holds_is_what_lies_there(folder: Path) -> None:
     with server(folder, "none") as control, contextlib.closing(control.client()) as client:
         before, names = held_bytes(client), [str(number) for number in range(100)]
