@@ -1,18 +1,16 @@
 """What every engine promises, asked of the scripted one and of the real one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import pytest_asyncio
 import torch
 from safetensors.torch import save_file
 
 from actors.continuation import continue_group
 from actors.engine import InferenceEngine
-from actors.scripted_engine import ScriptedEngine, bigram_script
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError, WeightsError
 from tests.contract.engine_world import (
@@ -26,49 +24,10 @@ from tests.contract.engine_world import (
     with_nan,
     with_tensor,
 )
-from tests.engine_fixtures import MAX_LENGTH, published_weights, tiny_config, write_weights
+from tests.engine_fixtures import MAX_LENGTH, published_weights, write_weights
 
 # vLLM warns a lot, in this process and in the one that it forks with our filters.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.filterwarnings("default")]
-VOCAB_SIZE = 50
-
-
-@pytest_asyncio.fixture(
-    scope="module", loop_scope="module", params=["scripted", pytest.param("vllm", marks=pytest.mark.engine)]
-)
-async def bare_engine(
-    request: pytest.FixtureRequest, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[InferenceEngine]:
-    """An engine as it starts: without weights (until another test of the module gives it some)."""
-    engine: InferenceEngine
-    if request.param == "scripted":
-        engine = ScriptedEngine(bigram_script(VOCAB_SIZE), eos_token_id=0, max_length=MAX_LENGTH)
-    else:
-        from actors.vllm_engine import VllmEngine
-
-        scratch = tmp_path_factory.mktemp("s")
-        engine = await VllmEngine.start(tiny_model_folder, config=tiny_config(tiny_model_folder), scratch=scratch)
-    yield engine
-    await engine.shutdown()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def engine(bare_engine: InferenceEngine, weights: Callable[[int], Path]) -> InferenceEngine:
-    """The module's engine under version 1."""
-    if bare_engine.policy_version != 1:
-        await bare_engine.load_weights(1, weights(1))
-    return bare_engine
-
-
-@pytest.fixture(scope="module")
-def weights(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    folder = tmp_path_factory.mktemp("weights")
-
-    def file_of(version: int) -> Path:
-        path = folder / f"{version}.safetensors"
-        return path if path.exists() else write_weights(path, published_weights(tiny_model_folder, version))
-
-    return file_of
 
 
 async def test_no_weights_no_samples_and_no_scores(bare_engine: InferenceEngine) -> None:

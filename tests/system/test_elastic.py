@@ -18,10 +18,12 @@ from tests.system.test_run import DEMO, RUN_S, Scene, learner, rows
 
 pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(400)]
 
-# An engine of one group at a time is slower than the learner: whoever is drained has begun something.
+# Slow engines, and a gate that a whole run does not close: whoever is drained has begun something.
+NUM_STEPS = 12
 OVERRIDES = (
-    "learner.num_steps=10", "evaluation.every_steps=0", "evaluation.target=2.0",
-    "actor.handoff=true", "actor.drain_s=0.05", "actor.max_num_seqs=8",
+    f"learner.num_steps={NUM_STEPS}", f"staleness.max_staleness={NUM_STEPS}",
+    "evaluation.every_steps=0", "evaluation.target=2.0",
+    "actor.handoff=true", "actor.drain_s=0.05", "actor.max_num_seqs=16",
 )  # fmt: skip
 
 
@@ -67,6 +69,6 @@ def test_another_actor_continues_what_a_drained_one_had_begun(
     run.close()
 
     last = rows(scene.folder, STEP)[-1]
-    assert last.step == 10
+    assert last.step == NUM_STEPS
     assert (last.values["groups/malformed"], last.values["groups/quarantined"]) == (0, 0)
     assert last.values["actors/mismatch_max"] < 0.02

@@ -24,7 +24,7 @@ from tests.learner_stage import acting as acting_in_memory
 from tests.processes import Process, wait_until
 from tests.ranks import run_ranks
 from tests.resumed_run import assert_same_bits, losses
-from tests.system.test_ranks import CONFIG_FILE, acting, settings
+from tests.scripted_run import CONFIG_FILE, acting, settings
 from tests.tiny_models import tiny_model, tiny_model_folder
 
 LIFE_S = 120.0

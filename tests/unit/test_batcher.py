@@ -2,122 +2,20 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lambdapo_async.broker.interface import Delivery, Descriptor, Durable
+from lambdapo_async.broker.interface import Delivery, Durable
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import BrokerError, LostDataError, NoGroupsError, TaskError
-from lambdapo_async.journal.history import History
-from lambdapo_async.journal.journal import Journal
-from lambdapo_async.journal.receipts import Receipts
-from lambdapo_async.journal.records import GroupRecord, Record, StepRecord
+from lambdapo_async.journal.records import GroupRecord, StepRecord
 from lambdapo_async.rollout import Lease, RolloutGroup
 from lambdapo_async.wire import encode_group
-from learner.arrivals import Screen
-from learner.batcher import Batcher
 from learner.evaluation import Evaluation
-from learner.ingest import Ingest
-from learner.pool import Pool, StepBatch
-from learner.receipt_book import ReceiptBook
-from tests.groups import VOCAB_SIZE, make_group
-
-CONFIG = RunConfig.model_validate(
-    {
-        "model": {"path": "starter"},
-        "task": {"kind": "arithmetic"},
-        "rollout": {"group_size": 2, "groups_per_step": 2},
-        "staleness": {"max_staleness": 1, "drop_above": 3},
-        "learner": {"data_timeout_s": 5.0},
-        "evaluation": {"every_steps": 5, "num_prompts": 2},
-    }
-)
-
-
-NEVER = threading.Event()
-WAIT_S = 20.0
-
-
-def do_nothing() -> None:
-    """While idle."""
-
-
-class ListSource:
-    """Delivers what it was given, then nothing."""
-
-    def __init__(self, *deliveries: Delivery | Exception) -> None:
-        self._deliveries = list(deliveries)
-        self.released: list[int] = []
-        self.quarantined: list[str] = []
-        self.asked: list[Lease] = []
-        self.committed: dict[str, int] = {}
-        self.duplicates: set[tuple[str, int]] = set()
-        self.empty = threading.Event()
-
-    def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
-        if not self._deliveries:
-            self.empty.set()
-            return []
-        head = self._deliveries.pop(0)
-        if isinstance(head, Exception):
-            raise head
-        return [head]
-
-    def commit(self, watermarks: Mapping[str, int], *, duplicates: Collection[tuple[str, int]] = ()) -> None:
-        self.committed.update(watermarks)
-        self.duplicates |= set(duplicates)
-
-    def release(self, consumed: int) -> None:
-        self.released.append(consumed)
-
-    def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
-        self.quarantined.append(reason)
-
-    def request_evaluation(self, leases: Sequence[Lease]) -> None:
-        self.asked.extend(leases)
-
-
-def delivery(seq: int, group: RolloutGroup, *, payload: bytes | None = None, producer: str = "p") -> Delivery:
-    content = encode_group(group) if payload is None else payload
-    return Delivery(Descriptor(producer, seq, group.lease, group.min_version, len(content), 0.5), content)
-
-
-class Bench:
-    """A batcher on a list."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *deliveries: Delivery | Exception,
-        config: RunConfig = CONFIG,
-        source: ListSource | None = None,
-    ) -> None:
-        self.config, self.folder = config, folder
-        self.source = source or ListSource(*deliveries)
-        self.journal = Journal.open(folder, 1)
-        self.book = ReceiptBook(self.journal, Receipts())
-        self.screen = Screen(config, vocab_size=VOCAB_SIZE)
-        self.pool = Pool(config, self.screen)
-        self.evaluation = Evaluation(self.source, config.evaluation, num_rows=10)  # type: ignore[arg-type]
-        self.ingest = Ingest(self.source, self.book, self.screen, config, newest_version=lambda: 50)  # type: ignore[arg-type]
-        self.batcher = Batcher(self.ingest, self.source, self.evaluation, self.pool, self.journal, config)  # type: ignore[arg-type]
-        self.steps = 0
-        self.ingest.start()
-
-    def next_batch(self, version: int, stopping: threading.Event = NEVER) -> StepBatch | None:
-        batch = self.batcher.next_batch(self.steps + 1, version, stopping=stopping, while_idle=do_nothing)
-        self.steps += batch is not None
-        return batch
-
-    def records(self) -> list[Record]:
-        return [record for _, record in History.find(self.folder).read(1)]
-
-    def close(self) -> None:
-        self.ingest.close()
-        self.journal.close()
+from tests.batcher_bench import CONFIG, Bench, ListSource, delivery, indices
+from tests.groups import make_group
 
 
 @pytest.fixture
@@ -131,11 +29,6 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     yield made
     for each in benches:
         each.close()
-
-
-def indices(batch: StepBatch | None) -> list[int]:
-    assert batch is not None
-    return [received.group.lease.index for received in batch.groups]
 
 
 def test_a_batch_is_the_first_groups_with_a_signal(bench: Callable[..., Bench]) -> None:
@@ -252,73 +145,6 @@ def test_reuse_draws_from_everything_that_is_here(bench: Callable[..., Bench]) -
     assert len(uses) > 4
     # Consumed when they went in: the gate does not wait for their last use.
     assert on.source.released[-1] == on.pool.consumed >= len(uses)
-
-
-class MeteredSource(ListSource):
-    """Delivers as many as it was allowed to."""
-
-    def __init__(self, *deliveries: Delivery | Exception) -> None:
-        super().__init__(*deliveries)
-        self.allowed = threading.Semaphore(0)
-
-    def read(self, max_groups: int, *, timeout_s: float) -> list[Delivery]:
-        return super().read(max_groups, timeout_s=timeout_s) if self.allowed.acquire(timeout=timeout_s) else []
-
-
-HAND_OVER_GROUPS = 3
-
-
-@pytest.fixture
-def metered(tmp_path: Path) -> Iterator[tuple[Bench, MeteredSource]]:
-    """Each of 100 groups is to be sampled twice, give or take four samples; the first step needs four groups."""
-    size = len(encode_group(make_group(0)))
-    replay = CONFIG.replay.model_copy(
-        update={
-            "max_uses": 5,
-            "min_size": 4,
-            "samples_per_insert": 2.0,
-            "error_buffer": 4.0,
-            "max_bytes": 4 * HAND_OVER_GROUPS * (size + 1),
-        }
-    )
-    source = MeteredSource(*(delivery(i + 1, make_group(i)) for i in range(100)))
-    on = Bench(tmp_path, config=CONFIG.model_copy(update={"replay": replay}), source=source)
-    yield on, source
-    on.close()
-
-
-@pytest.mark.parametrize(("allowed", "steps_before"), [(3, 0), (4, 2), (5, 3)])
-def test_a_ratio_lets_the_learner_wait(metered: tuple[Bench, MeteredSource], allowed: int, steps_before: int) -> None:
-    """For the smallest size; then before it has sampled more than four times ahead of the groups that came."""
-    on, source = metered
-    source.allowed.release(allowed)
-    for _ in range(steps_before):
-        assert on.next_batch(0) is not None
-    idle = threading.Event()
-
-    def be_idle() -> None:
-        if on.pool.num_groups == allowed:
-            idle.set()
-
-    with ThreadPoolExecutor(1) as learner:
-        batch = learner.submit(on.batcher.next_batch, on.steps + 1, 0, stopping=NEVER, while_idle=be_idle)
-        assert idle.wait(WAIT_S), "it did not wait for the last group that it needs"
-        assert (batch.done(), on.pool.missing_inserts()) == (False, 1)
-        source.allowed.release()
-        assert batch.result(WAIT_S) is not None
-
-
-def test_a_ratio_lets_the_groups_wait(metered: tuple[Bench, MeteredSource]) -> None:
-    on, source = metered
-    source.allowed.release(100)
-    for step in range(1, 31):
-        assert on.next_batch(0) is not None
-        counts = on.pool.state().replay.limiter
-        assert counts.samples == 2 * step
-        assert abs((counts.inserts - 4) * 2.0 - counts.samples) <= 4.0
-        # Besides what went in: one that found no place, what the hand-over holds, and one that waits for room there.
-        assert source.committed["p"] <= counts.inserts + 1 + HAND_OVER_GROUPS + 1
-    assert source.committed["p"] < 50, "more than half of the groups are where actors see that nobody takes them"
 
 
 def test_held_out_answers_go_to_the_evaluation(bench: Callable[..., Bench]) -> None:

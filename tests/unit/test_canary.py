@@ -1,56 +1,23 @@
-import asyncio
+"""The canary: its record, what counts as the same policy, and where it is kept."""
+
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import msgpack
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.canary import ActorCanary
-from actors.engine import EngineInfo
-from actors.session import _canary
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.ownership import Ownership
-from lambdapo_async.config import RunConfig
-from lambdapo_async.config.load import load_config
-from lambdapo_async.errors import ConfigError, FencedError, WeightsError
+from lambdapo_async.errors import FencedError, WeightsError
 from lambdapo_async.keys import RunKeys
-from lambdapo_async.packing import MicroBatch
-from lambdapo_async.tasks.interface import Row
-from lambdapo_async.tasks.prompts import PromptEncoder
-from lambdapo_async.tasks.registry import build_task
-from lambdapo_async.weights.canary import TOLERANCES, Canary, CanaryError, CanaryRow, ModelIdentity, compare
+from lambdapo_async.weights.canary import TOLERANCES, Canary, CanaryError, ModelIdentity, compare
 from lambdapo_async.weights.canary_store import CanaryStore, RedisCanaryStore
-from learner.canary import LearnerCanary, canary_sequences
-from learner.character_tokenizer import build_tokenizer
-from learner.logprobs import packed_logprobs
+from tests.canaries import CHECKSUM, FILES, IDENTITY, ROWS, canary_of
 from tests.fakes_canary import FakeCanaryStore
-from tests.tiny_models import tiny_model
-
-FILES = {"config.json": b"{}", "tokenizer.json": b"t", "generation_config.json": b"g"}
-IDENTITY = ModelIdentity.of(FILES)
-CHECKSUM = "xxh3_128:" + "0" * 32
-ROWS = (
-    CanaryRow(prompt_ids=(1, 2), completion_ids=(3, 4, 5), logprobs=(-0.5, -1.0, -2.0)),
-    CanaryRow(prompt_ids=(7,), completion_ids=(8,), logprobs=(0.0,)),
-)
-
-
-def canary_of(version: int = 3, *, dtype: str = "float32", checksum: str = CHECKSUM) -> Canary:
-    return Canary(
-        version=version,
-        checksum=checksum,
-        config_hash=IDENTITY.config_hash,
-        tokenizer_hash=IDENTITY.tokenizer_hash,
-        dtype=dtype,
-        rows=ROWS,
-    )
 
 
 def scores(*, off_by: float = 0.0) -> list[np.ndarray]:
@@ -164,198 +131,3 @@ def test_a_learner_that_was_replaced_publishes_no_canary(store: CanaryStore) -> 
     with pytest.raises(FencedError):
         store.put_canary(b"late", fence=0)
     assert store.canary() == b"record"
-
-
-class Engine:
-    """Knows the learner's numbers, shifted; ``on_score`` happens while it scores."""
-
-    def __init__(
-        self,
-        version: int = 3,
-        *,
-        off_by: float = 0.0,
-        dtype: str = "float32",
-        on_score: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.policy_version, self.off_by, self._on_score = version, off_by, on_score
-        self.info = EngineInfo(name="known", device="cpu", dtype=dtype)
-
-    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> np.ndarray:
-        self._on_score()
-        known = {row.prompt_ids: row.logprobs for row in ROWS}
-        return np.array(known[tuple(prompt_ids)], np.float32) - np.float32(self.off_by)
-
-
-def actor_canary(
-    store: CanaryStore,
-    engine: Engine,
-    *,
-    checksum: str | None = CHECKSUM,
-    identity: ModelIdentity = IDENTITY,
-    every_s: float = 3600,
-    timeout_s: float = 5.0,
-) -> ActorCanary:
-    return ActorCanary(
-        store, engine, identity, checksum_of=lambda version: checksum, every_s=every_s, timeout_s=timeout_s
-    )
-
-
-async def test_an_actor_that_agrees_is_admitted() -> None:
-    store = FakeCanaryStore()
-    store.put_canary(canary_of().to_bytes(), fence=1)
-    canary = actor_canary(store, Engine(off_by=1e-5))
-    assert not canary.is_admitted
-    await canary.compare()
-    assert canary.is_admitted
-    counters = canary.counters()
-    assert counters["canary_mean_gap"] == pytest.approx(1e-5, rel=0.1)
-    assert (counters["canary_checks"], counters["canary_failures"], store.wishes) == (1, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("difference", "message"),
-    [
-        ({"engine": Engine(off_by=1.9)}, r"differs from the learner by 1\.9 nats"),
-        ({"checksum": CHECKSUM[:-1] + "1"}, "this actor's weights is"),
-        ({"identity": ModelIdentity.of({**FILES, "config.json": b"other"})}, "this actor's model config is"),
-        ({"identity": ModelIdentity.of({**FILES, "tokenizer.json": b"other"})}, "this actor's tokenizer is"),
-    ],
-    ids=["numbers", "weights", "config", "tokenizer"],
-)
-async def test_an_actor_that_differs_stops(difference: dict[str, Any], message: str) -> None:
-    store = FakeCanaryStore()
-    store.put_canary(canary_of().to_bytes(), fence=1)
-    canary = actor_canary(store, **({"engine": Engine()} | difference))
-    with pytest.raises(CanaryError, match=message):
-        await canary.watch()
-    assert not canary.is_admitted
-    assert canary.counters()["canary_failures"] == 1
-
-
-async def test_an_admitted_actor_that_drifts_is_found_by_the_next_comparison() -> None:
-    store, engine = FakeCanaryStore(), Engine()
-    store.put_canary(canary_of().to_bytes(), fence=1)
-    canary = actor_canary(store, engine, every_s=1e-3)
-    async with asyncio.timeout(30):
-        watching = asyncio.create_task(canary.watch())
-        while canary.counters()["canary_checks"] < 2:  # nobody doubts it
-            await asyncio.sleep(0)
-        assert canary.is_admitted
-        engine.off_by = 1.9
-        with pytest.raises(CanaryError, match="differs from the learner by"):
-            await watching
-    assert not canary.is_admitted
-    assert canary.counters()["canary_failures"] == 1
-
-
-def test_an_actor_is_compared_every_canary_minutes(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    config = RunConfig.model_validate(
-        {"model": {"path": "m"}, "task": {"kind": "arithmetic"}, "actor": {"canary_minutes": 2.5}}
-    )
-    canary = _canary(FakeCanaryStore(), Engine(), config, model_folder=tmp_path, checksum_of=lambda version: CHECKSUM)
-    assert canary.every_s == 150
-
-
-async def test_a_quantised_actor_has_its_own_tolerance() -> None:
-    store = FakeCanaryStore()
-    store.put_canary(canary_of(dtype="bfloat16").to_bytes(), fence=1)
-    for dtype, is_admitted in {"bfloat16": False, "fp8": True}.items():
-        canary = actor_canary(store, Engine(off_by=0.1, dtype=dtype))
-        refused = pytest.raises(CanaryError, match=r"0\.05 and 0\.5 are allowed")
-        with contextlib.nullcontext() if is_admitted else refused:
-            await canary.compare()
-        assert canary.is_admitted == is_admitted
-
-
-async def test_an_actor_beyond_the_canary_asks_for_a_newer_one() -> None:
-    store = FakeCanaryStore()
-    store.put_canary(canary_of(3).to_bytes(), fence=1)
-    comparing = asyncio.create_task(actor_canary(store, Engine(5)).compare())
-    while not store.is_canary_asked():
-        await asyncio.sleep(0)
-    store.put_canary(canary_of(5).to_bytes(), fence=1)
-    assert (await comparing).version == 5
-
-
-async def test_scores_of_two_versions_are_not_compared() -> None:
-    store, versions = FakeCanaryStore(), iter([4])
-    store.put_canary(canary_of(3).to_bytes(), fence=1)
-
-    def move_on() -> None:  # once, while the first row is scored; the numbers are wrong for both versions until then
-        for version in versions:
-            engine.policy_version = version
-            store.put_canary(canary_of(4).to_bytes(), fence=1)
-
-    engine = Engine(3, on_score=move_on)
-    assert (await actor_canary(store, engine).compare()).version == 4
-
-
-async def test_no_canary_in_time_is_an_error() -> None:
-    with pytest.raises(CanaryError, match="is the learner alive"):
-        await actor_canary(FakeCanaryStore(), Engine(), timeout_s=0.01).compare()
-
-
-class TinyPolicy:
-    """``ScoringPolicy`` on a real model."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self.model = tiny_model(seed=seed, vocab_size=200)
-
-    @torch.no_grad()
-    def logprobs(self, micro_batch: MicroBatch, *, temperature: float) -> torch.Tensor:
-        return packed_logprobs(self.model, micro_batch, temperature=temperature)[0]
-
-
-@pytest.fixture
-def encoder(tmp_path: Path) -> PromptEncoder:
-    path = tmp_path / "c.toml"
-    path.write_text(
-        '[model]\npath = "starter"\nmax_length = 128\n[task]\nkind = "arithmetic"\n[sampling]\nmax_tokens = 64'
-    )
-    config = load_config(path, (), environ={})
-    return PromptEncoder(build_tokenizer(128), build_task(config), config)
-
-
-ROWS_OF_TASK = [
-    Row(prompt="1+2=", answer="3", solution="1+2=3"),
-    Row(prompt="2+2=", answer="4"),
-    Row(prompt="x", answer="5"),
-]
-
-
-def test_the_learner_scores_prompt_and_solution_as_the_model_alone_does(encoder: PromptEncoder) -> None:
-    sequences = canary_sequences([ROWS_OF_TASK, ROWS_OF_TASK[1:]], encoder, build_tokenizer(128), max_tokens=3)
-    assert [int(sequence.loss_mask.sum()) for sequence in sequences] == [3, 1, 1, 1]
-    store, policy = FakeCanaryStore(), TinyPolicy()
-    learner = LearnerCanary(store, policy, sequences, identity=IDENTITY, fence=1)
-    assert learner.is_due(0)
-    learner.publish(0, CHECKSUM, keyframe_version=0)
-    assert not learner.is_due(7)  # dense updates: every version is a keyframe
-    assert learner.is_due(8)
-    store.ask_canary()
-    assert learner.is_due(0)
-    record = store.canary()
-    assert record is not None
-    for row in Canary.from_bytes(record).rows:
-        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
-        logprobs = torch.log_softmax(plain_logits(policy, ids), -1)
-        expected = [float(logprobs[len(row.prompt_ids) + i - 1, token]) for i, token in enumerate(row.completion_ids)]
-        assert list(row.logprobs) == pytest.approx(expected, abs=1e-4)
-
-
-@torch.no_grad()
-def plain_logits(policy: TinyPolicy, ids: torch.Tensor) -> torch.Tensor:
-    """[L, V] of transformers' own attention."""
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_config(policy.model.config, attn_implementation="eager").eval()
-    plain.load_state_dict(policy.model.state_dict())
-    return plain(ids).logits[0]
-
-
-def test_rows_without_a_reference_are_left_out(encoder: PromptEncoder) -> None:
-    with pytest.raises(ConfigError, match="solution or answer"):
-        canary_sequences([[Row(prompt="1+1=", answer="")]], encoder, build_tokenizer(128), max_tokens=8)

@@ -1,7 +1,8 @@
+"""The checkpoint: complete, verified and resumed bit for bit, or none at all."""
+
 import logging
 import random
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,38 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lambdapo_async.config.learner import LearnerConfig
-from lambdapo_async.errors import CheckpointError, FencedError
-from lambdapo_async.journal.receipts import ReceiptsState
-from lambdapo_async.replay.bias import BiasState
-from lambdapo_async.replay.queue import ReplaySnapshot
-from learner.checkpoint import CheckpointStore, LearnerState
-from learner.fence import check_owner
+from lambdapo_async.errors import CheckpointError
+from learner.checkpoint import CheckpointStore
 from learner.policy import Policy
-from learner.pool import PoolState
+from tests.checkpoints import load, owner, state, steps_in
 from tests.tiny_models import micro_batch, tiny_model_folder
-
-CONFIG = LearnerConfig(lr=1e-2, warmup_steps=5, weight_decay=0.1, max_grad_norm=0.5)
-
-
-def load(folder: Path) -> Policy:
-    return Policy.load(folder, revision=None, config=CONFIG, temperature=0.9, device=torch.device("cpu"))
-
-
-def state(step: int) -> LearnerState:
-    return LearnerState(
-        step=step,
-        version=step + 1,
-        receipts=ReceiptsState(watermarks={"actor-1": 7, "b": 0}, next_index=99, holes=(4, 98)),
-        pool=PoolState(
-            taken=10 * step + 5,
-            keep_from=10 * step + 1,
-            totals={"trained": 3},
-            replay=ReplaySnapshot(uses={10 * step + 2: 1}, last_number=10 * step + 2),
-            bias=BiasState(dropped={"stale": {8: 1}}),
-        ),
-        open_rounds=(0, 5),
-    )
 
 
 def train(policy: Policy, steps: range) -> list[float]:
@@ -73,16 +47,6 @@ def policy(start: Path) -> Policy:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
-
-
-def owner(folder: Path) -> CheckpointStore:
-    store = CheckpointStore(folder)
-    store.take_fence()
-    return store
-
-
-def steps_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("step-*"))
 
 
 def test_resume_continues_bit_for_bit(policy: Policy, folder: Path) -> None:
@@ -194,96 +158,6 @@ def test_a_save_that_was_killed_leaves_no_checkpoint(policy: Policy, folder: Pat
     assert [path.name for path in folder.iterdir() if path.name.startswith("partial")] == []
 
 
-def test_fences_only_grow(folder: Path) -> None:
-    assert [CheckpointStore(folder).take_fence() for _ in range(3)] == [1, 2, 3]
-
-
-def test_racing_learners_win_different_fences(folder: Path) -> None:
-    barrier = threading.Barrier(8)
-    won: list[int] = []
-
-    def race() -> None:
-        barrier.wait(30)
-        won.append(CheckpointStore(folder).take_fence())
-
-    threads = [threading.Thread(target=race) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sorted(won) == [1, 2, 3, 4, 5, 6, 7, 8]
-
-
-def test_a_woken_old_learner_can_neither_save_nor_prune(policy: Policy, folder: Path) -> None:
-    old = owner(folder)
-    old.save(state(1), policy)
-    owner(folder)
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(FencedError, match="fence 1, but fence 2"):
-        old.save(state(9), policy)
-    with pytest.raises(FencedError):
-        old.prune(keep=1)
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_a_learner_that_sleeps_while_it_prunes_leaves_its_successors_checkpoint_alone(
-    policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = owner(folder)
-    old.save(state(1), policy)
-    (folder / "partial-step-00000002.fence-1.save-2").mkdir()
-    begun = folder / "partial-step-00000003.fence-2.save-1"
-
-    def sleep_after_looking(store: Path, fence: int) -> None:
-        check_owner(store, fence)
-        owner(folder)
-        begun.mkdir()
-
-    monkeypatch.setattr("learner.checkpoint.check_owner", sleep_after_looking)
-    old.prune(keep=1)
-    assert [path for path in folder.iterdir() if path.name.startswith("partial-")] == [begun]
-
-
-class SlowPolicy:
-    """Saves like a policy, and lets something happen meanwhile."""
-
-    def __init__(self, policy: Policy, meanwhile: Callable[[], object]) -> None:
-        self._policy, self._meanwhile = policy, meanwhile
-        self.num_updates, self.num_skipped = 0, 0
-
-    def save_model(self, folder: Path) -> None:
-        self._policy.save_model(folder)
-        self._meanwhile()
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        return self._policy.optimizer_state()
-
-
-def test_a_learner_fenced_off_while_it_writes_does_not_come_up_with_a_checkpoint(policy: Policy, folder: Path) -> None:
-    old = owner(folder)
-    with pytest.raises(FencedError):
-        old.save(state(9), SlowPolicy(policy, lambda: owner(folder)))
-    assert steps_in(folder) == []
-
-
-def test_a_learner_whose_half_written_checkpoint_a_successor_deleted_is_told_so(policy: Policy, folder: Path) -> None:
-    old = owner(folder)
-    old.save(state(8), policy)
-    with pytest.raises(FencedError):
-        old.save(state(9), SlowPolicy(policy, lambda: owner(folder).prune(keep=1)))
-    assert [name.split(".")[0] for name in steps_in(folder)] == ["step-00000008"]
-
-
-def test_a_successors_checkpoint_is_newer_than_anything_its_predecessor_wrote(policy: Policy, folder: Path) -> None:
-    old = owner(folder)
-    late = old.save(state(50), policy)
-    owner(folder).save(state(40), policy)
-    assert late.exists()
-    checkpoint = CheckpointStore(folder).load_latest()
-    assert checkpoint is not None
-    assert checkpoint.state.step == 40
-
-
 def test_the_same_step_saved_again_overwrites_nothing_and_is_newer(policy: Policy, folder: Path) -> None:
     store = owner(folder)
     first = store.save(state(5), policy)
@@ -309,8 +183,3 @@ def test_a_damaged_checkpoint_does_not_keep_the_journal(policy: Policy, folder: 
     (damaged / "state.json").write_text("{")
     store.save(state(9), policy)
     assert store.prune(keep=2) == state(9).pool.keep_from
-
-
-def test_writing_without_a_fence_is_refused(policy: Policy, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="take_fence"):
-        CheckpointStore(folder).save(state(1), policy)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lambdapo_async.config.objective import RatioWeight, Rejection, Surrogate
-from lambdapo_async.objective.anchor import anchor_of, version_alpha
+from lambdapo_async.objective.anchor import anchor_of
 from lambdapo_async.objective.policy_loss import LossDenominator, PolicyLoss, policy_loss
 from lambdapo_async.objective.presets import PRESETS, PolicyLossSpec
 from lambdapo_async.objective.second_moment import solve_trust_region
@@ -284,40 +284,6 @@ def test_stats_count_loss_tokens_by_sign(spec: PolicyLossSpec, expected: dict[st
     stats = {name: int(value) for name, value in five_tokens(spec).stats.items()}
     assert {name: value for name, value in stats.items() if value} == expected
     assert len(stats) == 8
-
-
-def test_the_anchors() -> None:
-    logprobs_T = torch.tensor([-1.0], requires_grad=True)
-    behavior_T, proximal_T = torch.tensor([-2.0]), torch.tensor([-3.0])
-
-    def anchor(name: str, proximal: Tensor | None) -> Tensor:
-        return anchor_of(replace(PRESETS["ppo"], anchor=name), logprobs_T, behavior_T, proximal)
-
-    assert anchor("behavior", proximal_T).item() == -2.0
-    assert anchor("latest", proximal_T).item() == -1.0
-    assert anchor("proximal", proximal_T).item() == -3.0
-    # In the first update of a step the proximal policy is the newest one.
-    assert anchor("proximal", None).item() == -1.0
-    assert anchor("interpolated", None).item() == -1.0
-    assert not anchor("latest", None).requires_grad
-    spec = replace(PRESETS["ppo"], anchor="interpolated")
-    line = [anchor_of(spec, logprobs_T, behavior_T, None, torch.tensor([alpha])).item() for alpha in (0.0, 0.25, 1.0)]
-    assert line == [-2.0, -1.75, -1.0]
-
-
-def test_alpha_is_where_the_step_began_on_the_line_of_versions() -> None:
-    versions_T = torch.tensor([7, 6, 4, -1])
-    halfway = version_alpha(versions_T, version=7, progress=0.5)
-    assert halfway.tolist() == pytest.approx([0.0, 1 / 1.5, 3 / 3.5, 8 / 8.5])
-    assert version_alpha(versions_T, version=7, progress=0.0).tolist() == [1.0] * 4
-
-
-def test_the_line_meets_the_proximal_policy_where_log_pi_is_linear_in_the_version() -> None:
-    """mu at version 4, the step begins at 7, pi is half a version further: the anchor is log pi at version 7."""
-    slope, spec = -0.3, replace(PRESETS["ppo"], anchor="interpolated")
-    at = lambda version: torch.tensor([-1.0 + slope * version])  # noqa: E731
-    alpha_T = version_alpha(torch.tensor([4]), version=7, progress=0.5)
-    torch.testing.assert_close(anchor_of(spec, at(7.5), at(4), None, alpha_T), at(7))
 
 
 def test_an_unsolved_budget_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The rate limiter against Reverb's definition; that both sides really wait is in ``test_batcher``."""
+"""The rate limiter against Reverb's definition; that both sides really wait is in ``test_batcher_ratio``."""
 
 from fractions import Fraction
 

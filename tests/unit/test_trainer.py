@@ -3,85 +3,23 @@
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lambdapo_async.broker.interface import Descriptor
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError
-from lambdapo_async.objective.advantage import estimate_advantages, group_confidence
+from lambdapo_async.objective.advantage import estimate_advantages
 from lambdapo_async.objective.presets import PRESETS
 from lambdapo_async.packing import MicroBatch
-from lambdapo_async.rollout import Lease, Rollout, RolloutGroup, Timing, VersionSpan
-from learner.arrivals import ReceivedGroup
-from learner.policy import Policy
 from learner.sequences import proximal_confidence
 from learner.trainer import Trainer
 from tests.bigram_policy import BigramPolicy
-from tests.tiny_models import VOCAB, tiny_model_folder
-
-CPU = torch.device("cpu")
-REWARDS = ((0.0, 1.0, 0.5), (1.0, 0.0, 0.0))
-LENGTHS = ((3, 7, 5), (6, 2, 4))
-
-Scorer = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""prompt, completion -> [C] log pi."""
-
-
-def config(**changes: object) -> RunConfig:
-    tree: dict[str, object] = {
-        "model": {"path": "unused", "max_length": 64},
-        "task": {"kind": "arithmetic"},
-        "sampling": {"max_tokens": 16},
-        "rollout": {"group_size": 3, "groups_per_step": 2},
-        "learner": {"lr": 1e-3, "max_grad_norm": 1e9, "micro_batch_tokens": 64},
-    }
-    for section, values in changes.items():
-        tree[section] = {**tree.get(section, {}), **values}  # type: ignore[dict-item]
-    return RunConfig.model_validate(tree)
-
-
-def preset(name: str, **sections: object) -> dict[str, object]:
-    return {"policy_loss": {"preset": name}, **sections}
-
-
-def groups_by(score: Scorer, *, noise: float = 0.0, versions: tuple[int, ...] = (0,)) -> list[ReceivedGroup]:
-    """Random groups with log mu = log pi plus noise; a rollout's tokens come from ``versions`` in turn."""
-    rng, received = np.random.default_rng(0), []
-    for index, (rewards, lengths) in enumerate(zip(REWARDS, LENGTHS, strict=True)):
-        prompt = rng.integers(0, VOCAB, 4)
-        rollouts = []
-        for reward, length in zip(rewards, lengths, strict=True):
-            completion = rng.integers(0, VOCAB, length)
-            logprobs = score(prompt, completion) + noise * rng.standard_normal(length)
-            rollouts.append(
-                Rollout(
-                    completion_ids=completion,
-                    behavior_logprobs=np.minimum(logprobs, 0.0),
-                    version_spans=tuple(VersionSpan(versions[i * len(versions) // length], 1) for i in range(length)),
-                    finish_reason="stop",
-                    text="",
-                    reward=reward,
-                    reward_parts={"verifiable": reward, "density": 0.1 * length},
-                )
-            )
-        group = RolloutGroup(
-            lease=Lease("train", index),
-            prompt_ids=prompt,
-            rollouts=tuple(rollouts),
-            actor_id="a",
-            timing=Timing(started_at=0.0, generation_s=0.0, scoring_s=0.0),
-        )
-        confidence, missing = group_confidence([r.behavior_logprobs for r in group.rollouts], kind="z")
-        descriptor = Descriptor("p", index + 1, group.lease, versions[-1], 0, 0.0)
-        received.append(ReceivedGroup(descriptor, group, confidence, missing))
-    return received
+from tests.step_groups import LENGTHS, REGULARISED, REWARDS, Scorer, advantages_of, config, groups_by, preset
+from tests.tiny_models import VOCAB
 
 
 def shifted(score: Scorer, offset: float) -> Scorer:
@@ -108,12 +46,6 @@ def reference_of(policy: BigramPolicy) -> Callable[[MicroBatch], Tensor]:
     return logprobs
 
 
-def advantages_of(groups: list[ReceivedGroup], run: RunConfig) -> Tensor:
-    rewards = torch.tensor(np.stack([received.group.rewards for received in groups]))
-    confidence = torch.tensor(np.stack([received.confidence_G for received in groups]))
-    return estimate_advantages(rewards, confidence, run.objective.advantage)
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_on_policy_every_preset_is_reinforce(name: str) -> None:
     run = config(objective={"policy_loss": {"preset": name, "reduce": "token"}})
@@ -128,9 +60,6 @@ def test_on_policy_every_preset_is_reinforce(name: str) -> None:
     (expected,) = torch.autograd.grad(loss / tokens, policy.logits_VV)
     Trainer(policy, run).step(groups, version=0)  # type: ignore[arg-type]
     torch.testing.assert_close(policy.gradients[0], expected, rtol=1e-5, atol=1e-8)
-
-
-REGULARISED = {"kl": {"coefficient": 0.1}, "entropy_coefficient": 0.05}
 
 
 @pytest.mark.parametrize("name", ["cispo", "m2po", "gspo", "a3po", "seq_mis"])
@@ -271,91 +200,6 @@ def test_a_wrong_dotted_path_ends_it_before_anything_is_trained() -> None:
     run = config(objective={"policy_loss": {"preset": "tests.unit.test_trainer:NOTHING"}})
     with pytest.raises(ConfigError, match="has no NOTHING"):
         Trainer(bigram(), run)  # type: ignore[arg-type]
-
-
-# The real policy.
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tiny_model_folder(tmp_path / "model")
-
-
-def policy_of(folder: Path, run: RunConfig) -> Policy:
-    return Policy.load(folder, revision=None, config=run.learner, temperature=1.0, device=CPU)
-
-
-def plain_model(folder: Path) -> PreTrainedModel:
-    """The same weights behind transformers' own attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def document_logprobs(model: PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
-    """[C] log pi of one completion, by transformers' own forward on one document."""
-    ids = torch.tensor(np.concatenate([prompt, completion]), dtype=torch.int64)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    logprobs = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0]
-    return logprobs[len(prompt) - 1 :]
-
-
-def groups_of_model(folder: Path, *, offset: float = 0.0) -> list[ReceivedGroup]:
-    model = plain_model(folder)
-
-    def score(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return document_logprobs(model, prompt, completion).numpy() - offset
-
-    return groups_by(score)
-
-
-def reinforce_grad_norm(folder: Path, groups: list[ReceivedGroup], run: RunConfig) -> float:
-    """Norm of d/dtheta of -sum(A log pi) / tokens, one document at a time."""
-    tokens = sum(received.group.num_completion_tokens for received in groups)
-    model = plain_model(folder)
-    for received, row in zip(groups, advantages_of(groups, run), strict=True):
-        for rollout, advantage in zip(received.group.rollouts, row, strict=True):
-            logprobs = document_logprobs(model, received.group.prompt_ids, rollout.completion_ids)
-            (-(float(advantage) * logprobs).sum() / tokens).backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return float(torch.sqrt(sum((g**2).sum() for g in gradients)))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["ppo", "decoupled", "cispo"])
-def test_on_policy_a_real_model_gets_reinforce(folder: Path, name: str) -> None:
-    run = config(objective=preset(name))
-    policy = policy_of(folder, run)
-    groups = groups_of_model(folder)
-    expected = reinforce_grad_norm(folder, groups, run)
-    result = Trainer(policy, run).step(groups, version=0)
-    assert result.metrics["optim/grad_norm"] == pytest.approx(expected, rel=1e-4)
-    assert result.metrics["mismatch/fresh"] == pytest.approx(0.0, abs=1e-5)
-    assert result.metrics["ratio/ess_token"] == pytest.approx(1.0, abs=1e-4)
-
-
-def test_micro_batching_changes_nothing_for_a_real_model(folder: Path) -> None:
-    results = []
-    for tokens in (64, 20):
-        run = config(
-            model={"max_length": tokens},
-            learner={"micro_batch_tokens": tokens},
-            sampling={"max_tokens": 8},
-            objective=REGULARISED,
-        )
-        policy, frozen = policy_of(folder, run), policy_of(tiny_model_folder(folder.parent / f"f{tokens}", seed=1), run)
-        metrics = Trainer(policy, run, frozen.logprobs).step(groups_of_model(folder, offset=0.3), version=0).metrics
-        results.append((metrics, {name: tensor.clone() for name, tensor in policy.named_masters()}))
-    (metrics, weights), (split_metrics, split_weights) = results
-    for name in metrics:
-        assert split_metrics[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-5), name
-    for name, tensor in weights.items():
-        torch.testing.assert_close(split_weights[name], tensor, rtol=1e-4, atol=1e-5)
-
-
-def test_minibatches_and_epochs_take_several_updates(folder: Path) -> None:
-    run = config(learner={"minibatches": 2, "epochs": 2})
-    policy = policy_of(folder, run)
-    Trainer(policy, run).step(groups_of_model(folder), version=0)
-    assert policy.num_updates == 4
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
