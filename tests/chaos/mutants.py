@@ -258,7 +258,7 @@ MUTANTS = {
         caught=("over_budget",),
         faults=("kill_actor",) * 2,
         variant=Variant(max_tokens=600),
-        num_steps=150,
+        num_steps=170,
         scripts={"commit": r"redis\.call\('UNLINK'[^\n]*"},
     ),
     "retries_inside_the_client": Mutant(
