@@ -167,17 +167,18 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
     ]
     advantages = np.array([part.sequence.advantage for part in parts], np.float32)
     cut = [(part.sequence, slice(part.rows.start, part.rows.stop)) for part in parts]
+    loss_mask_T = _column([sequence.loss_mask[rows] for sequence, rows in cut], np.bool_)
     return MicroBatch(
         input_ids_T=_column([sequence.token_ids[rows] for sequence, rows in cut], np.int64),
         position_ids_T=_column([np.arange(part.rows.start, part.rows.stop) for part in parts], np.int64),
         predictor_T=torch.from_numpy(predictor_T),
         layout=packed_layout([Segment(len(part.rows), _tokens_of(part.before, starts)) for part in fed]),
-        loss_mask_T=_column([sequence.loss_mask[rows] for sequence, rows in cut], np.bool_),
+        loss_mask_T=loss_mask_T,
         behavior_logprobs_T=_column([sequence.behavior_logprobs[rows] for sequence, rows in cut], np.float32),
         advantages_T=torch.from_numpy(np.repeat(advantages, lengths)),
         token_versions_T=_column([sequence.token_versions[rows] for sequence, rows in cut], np.int64),
         segment_ids_T=torch.from_numpy(np.repeat([part.rollout for part in parts], lengths)),
-        num_loss_tokens=sum(int(sequence.loss_mask[rows].sum()) for sequence, rows in cut),
+        num_loss_tokens=int(loss_mask_T.sum()),
         group_keys=_group_keys(parts),
     )
 
@@ -198,23 +199,23 @@ def _parts(pieces: Sequence[Sequence[TrainingSequence]]) -> tuple[list[_Part], l
     for first, *others in pieces:
         rollout, end = len(whole) + len(completions), first.prompt_length
         if not others:
-            whole.append(_Part(first, rollout, range(_num_fed(first))))
+            whole.append(_Part(first, rollout, range(_num_fed(first, end))))
             ends = whole[-1:]
         else:
             whole.append(prompt := _Part(first, rollout, range(end)))
             members = enumerate((first, *others), rollout)
-            ends = [_Part(each, number, range(end, _num_fed(each)), prompt) for number, each in members]
+            ends = [_Part(each, number, range(end, _num_fed(each, end)), prompt) for number, each in members]
             completions += ends
-        last += [_last_of(part) for part in ends if _num_fed(part.sequence) < len(part.sequence.token_ids)]
+        last += [_last_of(part) for part in ends if end < len(part.sequence.token_ids)]
     whole.sort(key=lambda part: -len(part.rows))
     completions.sort(key=lambda part: (-len(part.rows), -part.rows.start))
     return [part for part in (*whole, *completions) if part.rows], last
 
 
-def _num_fed(sequence: TrainingSequence) -> int:
+def _num_fed(sequence: TrainingSequence, prompt_length: int) -> int:
     """Tokens of a rollout that others follow; all of one without completion, so that no prompt is empty."""
     num_tokens = len(sequence.token_ids)
-    return num_tokens - (sequence.prompt_length < num_tokens)
+    return num_tokens - (prompt_length < num_tokens)
 
 
 def _last_of(part: _Part) -> _Part:
