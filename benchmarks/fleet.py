@@ -1,8 +1,8 @@
 """How many groups a second one Redis takes from a fleet of actors, against a bare stream of the same bytes.
 
 Ours and a bare stream on the same server, both again while the server keeps no log, and dm-reverb (which keeps none)
-take turns. What a group costs in processor time is counted over all processes that touch it: it is the number that other load on the
-machine changes least.
+take turns. What a group costs in processor time is counted over all processes that touch it: it is the number that
+other load on the machine changes least.
 """
 
 import asyncio
@@ -225,11 +225,7 @@ def compare(
         if reverb_python is not None:
             found = measure_reverb(reverb_python, num_actors, num_bytes, seconds)
             turns.setdefault("reverb", []).append(found)
-    shares = {
-        f"{ours}_of_{other}": shares_of(turns[ours], turns[other])
-        for ours, other in PAIRS
-        if other in turns
-    }
+    shares = {f"{ours}_of_{other}": shares_of(turns[ours], turns[other]) for ours, other in PAIRS if other in turns}
     return {
         "group_bytes": num_bytes,
         "actors": num_actors,

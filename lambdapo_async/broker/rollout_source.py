@@ -55,6 +55,7 @@ class RedisRolloutSource:
         ]  # fmt: skip
         self._cursor, self._ticks = _FROM_THE_START, 0
         self._next_read = 0.0
+        """``time.monotonic()`` before which the stream is left alone."""
         self._life = 0
         """Counts ``initialise``: what is read while it runs may be of a queue that is lost."""
         self._received: dict[str, int] = {}
