@@ -1,8 +1,8 @@
 """How many groups a second one Redis takes from a fleet of actors, against a bare stream of the same bytes.
 
-Ours, a bare stream on the same server, ours without the server's log, and dm-reverb (which keeps none) take turns. What
-a group costs in processor time is counted over all processes that touch it: it is the number that other load on the
-machine changes least.
+Ours and a bare stream on the same server, both again while the server keeps no log, and dm-reverb (which keeps none)
+take turns. What a group costs in processor time is counted over all processes that touch it: it is the number that
+other load on the machine changes least.
 """
 
 import asyncio
@@ -45,7 +45,8 @@ from lambdapo_async.broker.redis_run import RedisRun
 RESULT = ROOT / "benchmarks" / "results" / "fleet.json"
 FLEETS = (1, 10, 100, 1000)
 SIZES = (198_000, 1_570_000)
-KINDS = ("ours", "bare", "unlogged")
+KINDS = ("ours", "bare", "unlogged", "bare_unlogged")
+PAIRS = (("ours", "bare"), ("unlogged", "bare_unlogged"), ("ours", "reverb"), ("unlogged", "reverb"))
 WARM_UP_S = 0.5
 THREADS = 8
 
@@ -99,17 +100,18 @@ def consumer(target: Callable[..., None], *arguments: object) -> Iterator[Callab
 
 
 def measure(kind: str, url: str, num_actors: int, num_bytes: int, seconds: float) -> dict[str, float]:
-    """One stream of one fleet for ``seconds``: ``ours``, ``bare``, or ``unlogged``, which is ours without the log."""
+    """One stream of one fleet for ``seconds``: one of ``KINDS``."""
+    is_bare = kind.startswith("bare")
     payload, tally = os.urandom(num_bytes), Tally([0] * num_actors)
     run_id = f"fleet-{time.monotonic_ns()}"
     with (
         contextlib.closing(connect(url, timeout_s=TIMEOUT_S)) as client,
         contextlib.closing(RedisRun(url, run_id, timeout_s=TIMEOUT_S)) as run,
     ):
-        start_afresh(client, is_logged=kind != "unlogged")
-        target, arguments = (consume_bare, (url,)) if kind == "bare" else (consume_ours, (url, run_id))
+        start_afresh(client, is_logged=not kind.endswith("unlogged"))
+        target, arguments = (consume_bare, (url,)) if is_bare else (consume_ours, (url, run_id))
         with consumer(target, *arguments, num_bytes) as finish:
-            if kind == "bare":
+            if is_bare:
                 actors = [bare_actor(client, number, payload, tally) for number in range(num_actors)]
             else:
                 epoch = run.run_store.state().epoch
@@ -223,11 +225,7 @@ def compare(
         if reverb_python is not None:
             found = measure_reverb(reverb_python, num_actors, num_bytes, seconds)
             turns.setdefault("reverb", []).append(found)
-    shares = {
-        f"{ours}_of_{other}": shares_of(turns[ours], turns[other])
-        for ours, other in (("ours", "bare"), ("ours", "reverb"), ("unlogged", "reverb"))
-        if other in turns
-    }
+    shares = {f"{ours}_of_{other}": shares_of(turns[ours], turns[other]) for ours, other in PAIRS if other in turns}
     return {
         "group_bytes": num_bytes,
         "actors": num_actors,

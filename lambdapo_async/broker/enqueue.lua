@@ -10,7 +10,8 @@ local state = redis.call('HMGET', KEYS[1], 'epoch', 'bytes', 'max_groups', 'max_
 local last = tonumber(redis.call('HGET', KEYS[3], producer) or '0')
 local committed = tonumber(redis.call('HGET', KEYS[4], producer) or '0')
 local epoch = state[1] or ''
-local function answer(status) return {status, last, committed, epoch} end
+-- One string travels with the reply to SET; a table would be sent, and wake the actor, on its own.
+local function answer(status) return table.concat({status, last, committed, epoch}, ' ') end
 local function refuse(status)
   redis.call('UNLINK', KEYS[11])
   return answer(status)

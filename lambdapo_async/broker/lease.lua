@@ -56,7 +56,8 @@ while #granted < wanted and admitted - consumed < capacity do
     admitted = admitted + 1
   end
 end
-redis.call('HSET', KEYS[1], 'frontier', frontier, 'admitted', admitted)
+-- Actors ask again and again at a closed gate: what changes nothing is not written, nor logged.
+if frontier ~= tonumber(state[6]) then redis.call('HSET', KEYS[1], 'frontier', frontier, 'admitted', admitted) end
 if #granted > 0 then
   local expiries, holders = {}, {}
   for i, id in ipairs(granted) do

@@ -33,6 +33,8 @@ MAX_QUARANTINED_BYTES = 16 * 1024
 _MAX_NAME_BYTES = 1024  # of a producer and of a reason, which may quote what was sent
 _FETCH_BYTES = 4 * 1024**2  # of one reply: larger ones cost Redis more memory and no less time
 _REMOVED_AT_ONCE = 512
+_GATHERED_S = 0.002
+"""A read costs learner and server what several small groups do: those of so short a time are read together."""
 _FROM_THE_START = b"0-0"
 _COUNTERS = ("bytes", "admitted", "consumed", "quarantined", "full", "late", "expired")
 
@@ -52,6 +54,8 @@ class RedisRolloutSource:
             keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders, keys.todo, keys.heldout,
         ]  # fmt: skip
         self._cursor, self._ticks = _FROM_THE_START, 0
+        self._next_read = 0.0
+        """``time.monotonic()`` before which the stream is left alone."""
         self._life = 0
         """Counts ``initialise``: what is read while it runs may be of a queue that is lost."""
         self._received: dict[str, int] = {}
@@ -196,10 +200,13 @@ class RedisRolloutSource:
 
     def _wait_for_entries(self, max_groups: int, timeout_s: float) -> list[StreamEntry]:
         deadline = time.monotonic() + timeout_s
+        time.sleep(max(0.0, self._next_read - time.monotonic()))
         while True:
             block_s = min(max(deadline - time.monotonic(), 0.001), self._broker.longest_block_s)
             entries = self._read_stream(max_groups, block_ms=max(1, int(block_s * 1000)))
-            if entries or time.monotonic() >= deadline:
+            now = time.monotonic()
+            if entries or now >= deadline:
+                self._next_read = now + (_GATHERED_S if len(entries) < max_groups else 0.0)
                 return entries
 
     def _read_stream(self, count: int, *, block_ms: int) -> list[StreamEntry]:

@@ -34,12 +34,12 @@ class Script:
         self._broker = broker
 
     def __call__(self, keys: Sequence[bytes], args: Sequence[Argument]) -> Reply:
-        """The script's reply.
+        """The script's reply: a list, or the words of one string.
 
         Raises:
             FencedError: another learner owns the run.
             LostDataError: this Redis lost the run or a part of it.
-            BrokerError: the script failed, or its reply is no list.
+            BrokerError: the script failed, or its reply is neither.
         """
         return self._send((), keys, args)[1]
 
@@ -81,6 +81,8 @@ def _checked(reply: object) -> Reply:
             raise fence_error(stored)
         case list():
             return reply
+        case bytes():
+            return [*reply.split(b" ")]
     raise BrokerError(f"a script of ours answered {reply!r:.200}")
 
 
