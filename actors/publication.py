@@ -27,6 +27,7 @@ def published_config(run: RedisRun, *, timeout_s: float) -> bytes:
     while True:
         try:
             config_json = run.run_store.config_json()
+            run.run_store.model_files()
             for split in SPLITS:
                 run.run_store.num_rows(split)
         except RunNotPublishedError as error:

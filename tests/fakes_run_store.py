@@ -41,7 +41,7 @@ class FakeRunStore:
     def model_files(self) -> dict[str, bytes]:
         with self._state.lock:
             if not self._state.files:
-                raise RunNotFoundError(f"run {self._run_id} has no model files yet")
+                raise RunNotPublishedError(f"run {self._run_id} has no model files yet")
             return dict(self._state.files)
 
     def num_rows(self, split: Split) -> int:

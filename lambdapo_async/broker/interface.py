@@ -241,7 +241,7 @@ class RunStore(Protocol):
         """The published config; ``RunNotFoundError`` when there is none or its schema is unknown."""
 
     def model_files(self) -> dict[str, bytes]:
-        """File name -> content: config.json, tokenizer and generation config; ``RunNotFoundError`` without any."""
+        """File name -> content: config.json, tokenizer and generation config; ``RunNotPublishedError`` without any."""
 
     def num_rows(self, split: Split) -> int:
         """Rows of a split."""

@@ -108,11 +108,13 @@ class RedisRunStore:
         """File name -> content.
 
         Raises:
-            RunNotFoundError: there is none.
+            RunNotPublishedError: there is none.
         """
         files = as_fields(self._broker.call(lambda client: client.hgetall(self._keys.model_files)))
         if not files:
-            raise RunNotFoundError(f"run {self._keys.run_id} has no model files yet: is its learner still starting?")
+            raise RunNotPublishedError(
+                f"run {self._keys.run_id} has no model files yet: is its learner still starting?"
+            )
         return {name.decode(errors="backslashreplace"): content for name, content in files.items()}
 
     def num_rows(self, split: Split) -> int:

@@ -45,7 +45,7 @@ def publish(redis_run: RedisRun) -> Callable[[object], str]:
     """Publishes a tree as the run's config; returns the run id."""
 
     def publish_tree(tree: object) -> str:
-        redis_run.run_store.create(json.dumps(tree).encode(), {}, fence=1)
+        redis_run.run_store.create(json.dumps(tree).encode(), {"config.json": b"{}"}, fence=1)
         for split in SPLITS:
             redis_run.run_store.put_rows(split, [])
         return redis_run.keys.run_id
