@@ -98,11 +98,13 @@ class Actor:
                 self._holding.saw_version(self._parts.engine.policy_version, now)
                 leases = await self._lease(self._holding.target(now) - len(self._in_flight))
                 for lease in leases:
-                    self._holding.leased(lease, now)
-                    task = groups.create_task(self._answer(lease), name=lease.id)
-                    self._in_flight[lease] = task
-                    self._owed.add(lease)
-                    task.add_done_callback(functools.partial(self._forget, lease))
+                    # One that expired while Redis did not answer may come back to us, who never stopped answering it.
+                    if lease not in self._in_flight:
+                        self._holding.leased(lease, now)
+                        task = groups.create_task(self._answer(lease), name=lease.id)
+                        self._in_flight[lease] = task
+                        self._owed.add(lease)
+                        task.add_done_callback(functools.partial(self._forget, lease))
                 if not leases:
                     await self._wait_for_room()
             await self._finish_or_cancel()

@@ -257,7 +257,8 @@ class Scene:
         with contextlib.suppress(redis.RedisError), contextlib.closing(self.redis.client(timeout_s=0.5)) as client:
             counted = client.hget(RunKeys(RUN_ID).state, "bytes")
             self.ledger.write("sampled", place="queue", bytes=int(counted or 0))
-            self.ledger.write("sampled", place="server", bytes=held_bytes(client))
+            if (held := held_bytes(client)) is not None:
+                self.ledger.write("sampled", place="server", bytes=held)
 
     def _show_stacks(self) -> None:
         """Every living process writes its stacks into its log."""

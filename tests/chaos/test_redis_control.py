@@ -126,6 +126,15 @@ def test_what_a_server_holds_is_what_lies_there(folder: Path) -> None:
         assert held_bytes(client) - before < 0.5 * 10**6
 
 
+def test_what_a_server_takes_to_rewrite_its_log_is_not_what_it_holds(folder: Path) -> None:
+    with server(folder, "everysec") as control, contextlib.closing(control.client()) as client:
+        client.mset(dict.fromkeys(map(str, range(10)), "x"))
+        client.config_set("rdb-key-save-delay", 1_000_000)  # microseconds a key
+        client.bgrewriteaof()
+        client.set("meanwhile", "x")
+        assert held_bytes(client) is None
+
+
 def test_a_frozen_replica_lacks_what_came_meanwhile_once_it_is_promoted(folder: Path) -> None:
     with server(folder, "none") as primary:
         put(primary, "before")

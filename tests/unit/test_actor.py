@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lambdapo_async.rollout import Lease
 from lambdapo_async.weights.canary import CanaryError
 from tests.actor_stage import CONFIG, EOS, TIMEOUT_S, Stage, acting, group_of
 from tests.contract.broker_world import durable
+from tests.fakes_admission import FakeAdmission
 
 
 @pytest.fixture
@@ -111,6 +113,36 @@ async def test_a_lost_lease_is_not_sampled_to_the_end(stage: Stage) -> None:
         deliveries = await stage.take(8)
     indices = [delivery.descriptor.lease.index for delivery in deliveries]
     assert sorted(indices) == list(range(8))
+
+
+class ThawedAdmission(FakeAdmission):
+    """Of a server that froze after its first grant: unrenewed, that lease expired before it answers again."""
+
+    granted: tuple[Lease, ...] = ()
+
+    def lease(self, max_count: int) -> tuple[Lease, ...]:
+        leases = super().lease(1)
+        if not self.granted:
+            self._state.held = {lease: (holder, 0.0) for lease, (holder, _) in self._state.held.items()}
+        self.granted += leases
+        return leases
+
+    def renew(self, leases: Sequence[Lease]) -> tuple[Lease, ...]:
+        return ()
+
+
+async def test_an_expired_lease_that_comes_back_is_answered_once(stage: Stage) -> None:
+    stage.scorer.gate.clear()
+    stage.open()
+    admission = ThawedAdmission(stage.run.shared, "a")
+    stage.actor = Actor(dataclasses.replace(stage.parts(), admission=admission))
+    async with acting(stage):
+        await stage.until(lambda: len(admission.granted) == 4)
+        assert admission.granted[0] == admission.granted[1]
+        await stage.until(lambda: stage.scorer.waiting == 3)
+        stage.scorer.gate.set()
+        deliveries = await stage.take(8)
+    assert sorted(delivery.descriptor.lease.index for delivery in deliveries) == list(range(8))
 
 
 async def test_a_dead_engine_ends_the_actor_and_frees_its_leases(stage: Stage) -> None:
