@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,8 @@ def truncate_after(path: Path, step: int) -> None:
     kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= step]
     if kept == lines:
         return
-    partial = path.with_name(f"{path.name}.partial")
+    # A learner that was replaced while it started may be doing the same.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     with partial.open("wb") as rewritten:
         rewritten.writelines(kept)
         rewritten.flush()

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,26 @@ def test_truncating_keeps_the_file_when_there_is_nothing_to_cut(path):
     assert path.stat().st_ino == before
     truncate_after(path, 0)
     assert path.read_bytes() == b""
+
+
+def test_two_learners_that_truncate_at_once_do_not_trip_over_each_other(path, monkeypatch):
+    """One of them was replaced while it started; it finds that out later."""
+    with MetricsLog(path) as log:
+        for step in (1, 2):
+            log.write(STEP, step, {})
+    replace, calls = os.replace, []
+
+    def replace_after_the_other(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 1:
+            truncate_after(path, 1)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_after_the_other)
+    truncate_after(path, 1)
+    assert len(calls) == 2
+    assert [row.step for row in read_metrics(path)] == [1]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_tail_returns_complete_lines_once(path):
