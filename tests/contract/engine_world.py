@@ -27,14 +27,14 @@ async def running(
     return tasks
 
 
-async def aborted_groups(engine: InferenceEngine) -> list[tuple[Completion, ...]]:
+async def aborted_groups(engine: InferenceEngine, *, groups: int = 4) -> list[tuple[Completion, ...]]:
     """Groups of which an abort cut samples off. On a busy machine all may have ended before it: then once more."""
     for _ in range(20):
-        tasks = await running(engine)
+        tasks = await running(engine, groups=groups)
         await engine.abort_all()
-        groups = await asyncio.gather(*tasks)
-        if any(one.finish_reason == "abort" and len(one.token_ids) > 0 for group in groups for one in group):
-            return groups
+        aborted = await asyncio.gather(*tasks)
+        if any(one.finish_reason == "abort" and len(one.token_ids) > 0 for group in aborted for one in group):
+            return aborted
     pytest.fail("no abort came before the samples had ended")
 
 

@@ -191,10 +191,7 @@ async def test_cut_off_samples_are_continued_where_they_stopped(
 
 
 async def test_the_continued_part_has_the_log_probabilities_of_its_whole_context(engine: InferenceEngine) -> None:
-    tasks = await running(engine, groups=1)
-    await engine.abort_all()
-    (partials,) = await asyncio.gather(*tasks)
-    assert any(partial.finish_reason == "abort" and len(partial.token_ids) for partial in partials)
+    (partials,) = await aborted_groups(engine, groups=1)
     for whole in await continue_group(engine, [*PROMPT, 0], partials, sampling=SAMPLING):
         assert versions(whole) == [1]
         scores = await engine.score([*PROMPT, 0], whole.token_ids.tolist()[:90])
