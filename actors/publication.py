@@ -3,12 +3,16 @@
 import difflib
 import logging
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import RunNotPublishedError
 from lambdapo_async.rollout import SPLITS
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PUBLICATION_S = 600.0
 """A learner publishes when its model is loaded, and again when it finds that Redis came back empty."""
@@ -23,13 +27,32 @@ def published_config(run: RedisRun, *, timeout_s: float) -> bytes:
         RunNotPublishedError: not within ``timeout_s``.
         RunNotFoundError: the run is there, in a schema that is not ours.
     """
+
+    def read() -> bytes:
+        config_json = run.run_store.config_json()
+        run.run_store.model_files()
+        for split in SPLITS:
+            run.run_store.num_rows(split)
+        return config_json
+
+    return _published(run, read, timeout_s=timeout_s)
+
+
+def published_model_files(run: RedisRun, *, timeout_s: float = PUBLICATION_S) -> dict[str, bytes]:
+    """File name -> content. Redis may have evicted them since the config was read.
+
+    Raises:
+        RunNotPublishedError: not within ``timeout_s``.
+    """
+    return _published(run, run.run_store.model_files, timeout_s=timeout_s)
+
+
+def _published(run: RedisRun, read: Callable[[], T], *, timeout_s: float) -> T:
+    """What ``read`` returns as soon as it finds it."""
     deadline, is_told = time.monotonic() + timeout_s, False
     while True:
         try:
-            config_json = run.run_store.config_json()
-            run.run_store.model_files()
-            for split in SPLITS:
-                run.run_store.num_rows(split)
+            return read()
         except RunNotPublishedError as error:
             if time.monotonic() >= deadline:
                 raise RunNotPublishedError(f"{error}{_other_runs(run)}") from error
@@ -39,8 +62,6 @@ def published_config(run: RedisRun, *, timeout_s: float) -> bytes:
                 )
                 is_told = True
             time.sleep(_POLL_S)
-        else:
-            return config_json
 
 
 def _other_runs(run: RedisRun) -> str:

@@ -19,7 +19,7 @@ from actors.handoff import Handoff
 from actors.outbox import Outbox
 from actors.parts import ActorParts
 from actors.prompts import LeasedPrompts
-from actors.publication import PUBLICATION_S, published_config
+from actors.publication import PUBLICATION_S, published_config, published_model_files
 from actors.scoring import Scorer
 from actors.scratch import scratch_folder
 from actors.spool import Spool, spool_root
@@ -77,7 +77,7 @@ async def _join_run(run: RedisRun, config: RunConfig, *, run_id: str, actor_id: 
     exit_on_signals()  # again: the event loop has put in its own handler of Ctrl-C
     from actors.vllm_engine import VllmEngine  # seconds of imports, and a platform choice
 
-    model_folder = _write_model_files(run, scratch)
+    model_folder = write_model_files(run, scratch)
     with contextlib.closing(Scorer(config)) as scorer:
         engine = await VllmEngine.start(model_folder, config=config, scratch=scratch)
         try:
@@ -166,8 +166,14 @@ def _outboxes(run: RedisRun, config: RunConfig, run_id: str, actor_id: str) -> t
     return own, tuple(orphans)
 
 
-def _write_model_files(run: RedisRun, scratch: Path) -> Path:
-    files = run.run_store.model_files()
+def write_model_files(run: RedisRun, scratch: Path) -> Path:
+    """Config, tokenizer and what else the run's model comes with, but no weights; returns their folder.
+
+    Raises:
+        RunNotPublishedError: Redis lost them, and the run's learner did not publish them again in time.
+        BrokerError: not what a learner publishes.
+    """
+    files = published_model_files(run)
     _check_model_files(files)
     folder = scratch / "model"
     folder.mkdir()

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from lambdapo_async.broker.interface import EnqueueStatus
+from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import BrokerError, FencedError
 from tests.contract.broker_world import FOREVER_S, LIMITS, SHORT, durable, eventually, heldout, offer, start, train
 from tests.redis_fixtures import BrokerRun, OpenRun
@@ -219,3 +220,28 @@ def test_what_was_refused_and_what_expired_is_counted(broker_run: BrokerRun) -> 
     assert offer(broker_run, 1, *train(5), producer="a.0").status is EnqueueStatus.FULL
     assert offer(broker_run, 1, *train(5), producer="a.0").status is EnqueueStatus.FULL
     assert (source.stats().expired, source.stats().late, source.stats().full) == (1, 1, 2)
+
+
+def test_groups_of_one_moment_are_read_together(redis_run: RedisRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read costs the learner what several small groups do: after a short one, the next lets them gather."""
+    source = start(redis_run)
+    offer(redis_run, 1, *train(1))
+
+    def pause(seconds: float) -> None:
+        for seq in (2, 3) if seconds > 0 else ():
+            offer(redis_run, seq, *train(seq))
+
+    monkeypatch.setattr("lambdapo_async.broker.rollout_source._GATHERED_S", FOREVER_S)
+    monkeypatch.setattr("lambdapo_async.broker.rollout_source.time.sleep", pause)
+    assert [len(source.read(5, timeout_s=FOREVER_S)) for _ in range(2)] == [1, 2]
+
+
+def test_groups_that_wait_are_read_without_a_pause(redis_run: RedisRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = start(redis_run)
+    for seq in (1, 2, 3):
+        offer(redis_run, seq, *train(seq))
+    pauses: list[float] = []
+    monkeypatch.setattr("lambdapo_async.broker.rollout_source._GATHERED_S", FOREVER_S)
+    monkeypatch.setattr("lambdapo_async.broker.rollout_source.time.sleep", pauses.append)
+    assert [len(source.read(1, timeout_s=FOREVER_S)) for _ in range(3)] == [1, 1, 1]
+    assert max(pauses) == 0

@@ -69,3 +69,22 @@ def _answers(client: redis.Redis) -> bool:
         return bool(client.ping())
     except (redis.ConnectionError, redis.TimeoutError):
         return False
+
+
+def test_our_server_keeps_the_memory_of_large_replies(tmp_path: Path) -> None:
+    """Given back to the kernel, it would be faulted in again for each: a thousand pages."""
+    names, num_replies = [f"payload:{number}" for number in range(20)], 20
+    with embedded_server(tmp_path) as url, contextlib.closing(connect(url, timeout_s=FOREVER_S)) as client:
+        server = client.info("server")["process_id"]
+        for name in names:
+            client.set(name, bytes(200_000))
+        client.mget(names)
+        before = _minor_faults(server)
+        for _ in range(num_replies):
+            client.mget(names)
+        assert _minor_faults(server) - before < num_replies * 100
+
+
+def _minor_faults(process_id: int) -> int:
+    _, _, fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")
+    return int(fields.split()[7])

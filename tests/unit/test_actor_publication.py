@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from actors.__main__ import app
-from actors.session import read_run
+from actors.session import read_run, write_model_files
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.cli.errors import USER_ERROR_STATUS, run_main
 from lambdapo_async.config import RunConfig
@@ -108,6 +108,18 @@ def test_an_actor_waits_for_model_files_that_redis_lost(server: RedisServer) -> 
         server.client.delete(learner.keys.model_files)
         with once_told(lambda: publish(learner)) as told:
             join(server)
+    assert "has no model files yet" in told[0]
+
+
+def test_an_actor_waits_for_model_files_that_redis_loses_while_it_joins(server: RedisServer, tmp_path: Path) -> None:
+    with learner_of(server) as learner:
+        publish(learner)
+        run, _ = read_run(server.url, RUN_ID, [], publication_s=TIMEOUT_S)
+        with contextlib.closing(run):
+            server.client.delete(learner.keys.model_files)
+            with once_told(lambda: publish(learner)) as told:
+                folder = write_model_files(run, tmp_path)
+    assert (folder / "config.json").read_bytes() == b"{}"
     assert "has no model files yet" in told[0]
 
 
