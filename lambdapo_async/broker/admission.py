@@ -30,7 +30,7 @@ class RedisAdmission:
             self._lease(
                 [
                     keys.state, keys.leases, keys.holders, keys.todo, keys.heldout, keys.grant(self._actor_id),
-                    keys.queue, keys.answered,
+                    keys.answered,
                 ],
                 [self._actor_id, max_count, uuid.uuid4().hex, keys.quarantined],
             )

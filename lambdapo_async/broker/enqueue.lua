@@ -40,7 +40,8 @@ if (holder and not ours) or redis.call('ZSCORE', KEYS[9], lease) then
 end
 
 if size > tonumber(state[4]) then return refuse('TOO_BIG') end
-if redis.call('XLEN', KEYS[2]) >= tonumber(state[3]) or tonumber(state[2] or '0') + size > tonumber(state[4]) then
+local queued, num_bytes = tonumber(state[6] or '0'), tonumber(state[2] or '0')
+if queued >= tonumber(state[3]) or num_bytes + size > tonumber(state[4]) then
   redis.call('HINCRBY', KEYS[1], 'full', 1)
   return refuse('FULL')
 end
@@ -58,10 +59,11 @@ elseif is_training(lease) then
 end
 redis.call('RENAME', KEYS[11], KEYS[10])
 redis.call('PERSIST', KEYS[10])
-redis.call('XADD', KEYS[2], '*', 'p', producer, 's', seq, 'l', lease, 'v', ARGV[5], 'n', size, 'r', ARGV[6])
+local id = redis.call('XADD', KEYS[2], '*', 'p', producer, 's', seq, 'l', lease, 'v', ARGV[5], 'n', size, 'r', ARGV[6])
 redis.call('HSET', KEYS[3], producer, seq)
-redis.call('HSET', KEYS[1], 'bytes', tonumber(state[2] or '0') + size, 'queued', tonumber(state[6] or '0') + 1)
-redis.call('ZADD', KEYS[9], now_ms(), lease)
+redis.call('HSET', KEYS[1], 'bytes', num_bytes + size, 'queued', queued + 1)
+-- An entry's id begins with the time, in milliseconds.
+redis.call('ZADD', KEYS[9], string.sub(id, 1, string.find(id, '-', 1, true) - 1), lease)
 redis.call('ZREMRANGEBYRANK', KEYS[9], 0, -(tonumber(ARGV[8]) + 1))
 last = seq
 return answer('OK')
