@@ -10,7 +10,7 @@ import typer
 
 from actors.environment import prepare_environment
 from lambdapo_async.cli.errors import run_main
-from lambdapo_async.cli.options import DryRun, Overrides, RedisUrl
+from lambdapo_async.cli.options import DryRun, Overrides, RedisUrl, RunName
 from lambdapo_async.config.load import REDIS_URL_VARIABLE
 from lambdapo_async.errors import ConfigError
 
@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def act(
-    run_id: str = typer.Option(..., "--run-id", help="The run to join."),
+    run_id: RunName,
     redis_url: RedisUrl = None,
     overrides: Overrides = (),
     dry_run: DryRun = False,

@@ -7,10 +7,12 @@ if [[ ${1:-} == *://* ]]; then
   export REDIS_URL=$1
   shift
 fi
-if [ $# -lt 1 ]; then
+if [ $# -lt 1 ] || [[ $1 == -* ]]; then
   sed -n 's/^# //p' "$0" >&2
   exit 2
 fi
 run_id=$1
 shift
-exec "${LAMBDAPO_VENV:-$root/.venv}/bin/python" -m actors --run-id "$run_id" "$@"
+python="${LAMBDAPO_VENV:-$root/.venv}/bin/python"
+[ -x "$python" ] || { echo "error: $python is missing: run scripts/setup first" >&2; exit 2; }
+exec "$python" -m actors --run-id "$run_id" "$@"

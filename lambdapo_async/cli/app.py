@@ -12,6 +12,7 @@ from rich.console import Console
 from lambdapo_async.cli.errors import RUN_ERROR_STATUS, USER_ERROR_STATUS, run_main
 from lambdapo_async.cli.options import ConfigPath, DryRun, Overrides, RedisUrl, RunId, RunName
 from lambdapo_async.config import load_config
+from lambdapo_async.errors import ConfigError
 
 DEMO_CONFIG = Path("configs/arithmetic_demo.toml")
 
@@ -134,6 +135,8 @@ def doctor(
     from lambdapo_async.cli.doctor import diagnose
     from lambdapo_async.config.sections import BrokerConfig
 
+    if overrides and config_path is None:
+        raise ConfigError("--set changes a value of the config that --config names: give both")
     broker = BrokerConfig() if config_path is None else load_config(config_path, overrides).broker
     if not diagnose(url, max_bytes=broker.max_bytes):
         raise typer.Exit(USER_ERROR_STATUS)

@@ -1,25 +1,44 @@
 """Arguments that several commands share, each declared once."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+"""What can be a folder's name, and a part of a Redis key that means nothing else."""
+
+
+def _checked_run_id(run_id: str | None) -> str | None:
+    if run_id is not None and not _RUN_ID.fullmatch(run_id):
+        raise typer.BadParameter("use 1 to 96 letters, digits, '.', '_' or '-', beginning with a letter or digit")
+    return run_id
+
+
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="TOML file of the run; the shipped ones are in configs/.")
 ]
 RunId = Annotated[
     str | None,
-    typer.Option("--run-id", metavar="ID", help="Name of the run in Redis and of its folder; default: name and time."),
+    typer.Option(
+        "--run-id",
+        metavar="ID",
+        callback=_checked_run_id,
+        help="Name of the run in Redis and of its folder; default: name and time.",
+    ),
 ]
-RunName = Annotated[str, typer.Option("--run-id", metavar="ID", help="The run, as its learner names it.")]
+RunName = Annotated[
+    str,
+    typer.Option("--run-id", metavar="ID", callback=_checked_run_id, help="The run, as its learner names it."),
+]
 RedisUrl = Annotated[
     str | None,
     typer.Option("--redis-url", metavar="URL", help="redis://, rediss:// or unix://; default: REDIS_URL."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would happen, start nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check config and data, say what would happen, start nothing.")]
 
 if TYPE_CHECKING:
     Overrides = Sequence[str]  # so that `= ()` is a default; typer itself knows lists only

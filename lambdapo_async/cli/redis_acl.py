@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from lambdapo_async.broker.acl import FIRST_WITH_READ_ONLY_KEYS, ROLES, rules
+from lambdapo_async.broker.connection import OLDEST
 from lambdapo_async.cli.errors import run_main
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -14,7 +15,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def print_rules(
     run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="A run's id; * is every run.")] = "*",
     redis_major: Annotated[
-        int, typer.Option("--redis", metavar="VERSION", help="The server's major version.")
+        int, typer.Option("--redis", metavar="VERSION", min=OLDEST[0], help="The server's major version.")
     ] = FIRST_WITH_READ_ONLY_KEYS,
 ) -> None:
     """Print the commands that make the two users; put passwords in place of the words in capitals."""

@@ -117,6 +117,10 @@ def _describe(detail: ErrorDetails) -> str:
         return f"unknown key {field}{_suggestion(location)}"
     if detail["type"] == "missing":
         return f"{field} is required"
+    if detail["type"] == "model_type":
+        return f"{field} is a section: set its keys ({', '.join(_valid_names(location))}) one by one"
+    if detail["type"] == "tuple_type":
+        return f"{field} is a list: write it as {field} = [..., ...]"
     message = detail["msg"].removeprefix("Value error, ")
     if not location:
         return message

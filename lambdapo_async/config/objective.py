@@ -81,9 +81,9 @@ class Rejection(Section):
 
     statistic: Literal["token_ratio", "token_prob_diff", "seq_ratio", "seq_geo", "seq_k3"]
     """What is compared with the bounds, per token or per sequence."""
-    lo: float = float("-inf")
+    lo: float = Field(float("-inf"), allow_inf_nan=True)
     """Lower bound, in the statistic's unit."""
-    hi: float = float("inf")
+    hi: float = Field(float("inf"), allow_inf_nan=True)
     """Upper bound, in the statistic's unit."""
     sign: Literal["any", "advantage", "negative"] = "any"
     """``advantage``: only where the ratio moved with the advantage's sign; ``negative``: only A < 0."""

@@ -14,7 +14,9 @@ from lambdapo_async.seal import MIN_KEY_LENGTH
 class Section(BaseModel):
     """Base of all sections: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -58,7 +60,7 @@ class JsonlTask(Section):
     """Field with a reference solution, for the density reward; may be the answer field."""
     answer_format: Literal["plain", "gsm8k"] = "plain"
     """``gsm8k``: the final answer follows ``####`` in the answer field."""
-    template: str = "{prompt}"
+    template: str = Field("{prompt}", pattern=r"\{prompt\}")
     """Prompt text sent to the model; ``{prompt}`` is replaced by the row's."""
     chat: bool = False
     """Render the prompt through the tokenizer's chat template."""

@@ -57,6 +57,11 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ("task.digist=2", "unknown key task.digist; did you mean digits?"),
         ("objective.policy_loss.surrogate.eps_low=1", "did you mean eps_lo?"),
         ("learner.lr=-1", "learner.lr = -1: input should be greater than 0"),
+        ("learner.lr=inf", "learner.lr = inf: input should be a finite number"),
+        ("objective.advantage.shift=nan", "input should be a finite number"),
+        ("learner.lora=true", "learner.lora is a section: set its keys (rank, "),
+        ("learner.betas=0.9", "learner.betas is a list: write it as learner.betas = [..., ...]"),
+        ("sampling=1", "sampling is a section: set its keys ("),
         ("learner.betas=[0.9, 1.0]", "learner.betas.1 = 1.0: input should be less than 1"),
         ("learner.lr=fast", "learner.lr = 'fast': input should be a valid number"),
         ("density.gate=maybe", "density.gate = 'maybe': input should be 'off', 'wrong' or 'always'"),
@@ -101,6 +106,13 @@ def test_density_needs_a_reference(config_file: Path) -> None:
         '[density]\ngate = "wrong"\n'
     )
     assert "set task.solution_field" in complaint(config_file)
+
+
+def test_a_template_has_room_for_the_prompt(config_file: Path) -> None:
+    config_file.write_text(
+        '[model]\npath = "m"\n[task]\nkind = "jsonl"\ntrain_path = "a"\nheldout_path = "b"\ntemplate = "Think."\n'
+    )
+    assert "task.template = 'Think.': string should match pattern" in complaint(config_file)
 
 
 def test_all_problems_of_one_file_come_at_once(config_file: Path) -> None:
