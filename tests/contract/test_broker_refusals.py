@@ -1,5 +1,6 @@
-"""Defects found by an audit at f00998f; each test fails there."""
+"""What a server may do beside losing data: be demoted, refuse writes, and evict two keys that vouch for each other."""
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
@@ -102,10 +103,8 @@ def test_numbers_lost_before_the_first_commit_put_no_payload_under_another_group
     offer(redis_run, 2, second, payload=b"BBBB")  # GAP: the outbox goes back to 1, ...
     offer(redis_run, 1, first, payload=b"AAAA")  # ... hears LATE, and the second group becomes the first
     offer(redis_run, 1, second, payload=b"BBBB")
-    try:
+    with contextlib.suppress(LostDataError):  # as good
         assert source.read(1, timeout_s=0.5)[0].payload == b"AAAA"
-    except LostDataError:
-        pass  # as good
 
 
 def test_a_queue_made_anew_between_two_batches_of_a_commit(redis_run: RedisRun, monkeypatch) -> None:
@@ -123,4 +122,5 @@ def test_a_queue_made_anew_between_two_batches_of_a_commit(redis_run: RedisRun, 
         return reply
 
     monkeypatch.setattr(source, "_commit", and_heal)
-    source.commit({"a.0": 600})  # KeyError
+    source.commit({"a.0": 600})
+    assert len(calls) == 2
