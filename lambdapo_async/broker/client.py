@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _SILENT = "did not answer"
 _TIRED = "did not answer in time (if the link is slow raise broker.timeout_s)"
 _DEMOTED = "took no writes (it is a replica)"
+_REFUSING = "took no writes (its disk is full, or its replicas are away)"
 _FULL = "was out of memory (raise its maxmemory or lower broker.max_bytes)"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _LOGGED_AFTER_S = 2.0
@@ -76,7 +77,8 @@ class Broker:
                     is_logged = True
                     logger.warning("%s %s; trying for %g s", self._shown_url, problem, self._timeout_s)
                 if problem == _DEMOTED:
-                    self._client.connection_pool.disconnect()  # a new connection may find the new primary
+                    # A new connection may find the new primary; those in use are other threads'.
+                    self._client.connection_pool.disconnect(inuse_connections=False)
             time.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -97,9 +99,15 @@ def _passing(error: redis.RedisError) -> str | None:
         return _TIRED
     if isinstance(error, redis.ConnectionError):
         return _SILENT
-    # Inside a script the server wraps its own errors in text.
-    if isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in str(error):
+    text = str(error)  # inside a script the server wraps its own errors in it
+    if isinstance(error, redis.OutOfMemoryError) or "OOM command not allowed" in text:
         return _FULL
-    if isinstance(error, redis.ReadOnlyError) or "READONLY You can't write" in str(error) or "MASTERDOWN" in str(error):
+    # A server that is demoted lets go of whoever waits inside it.
+    demoted = ("READONLY You can't write", "MASTERDOWN", "UNBLOCKED")
+    if isinstance(error, (redis.ReadOnlyError, redis.exceptions.MasterDownError)) or any(
+        word in text for word in demoted
+    ):
         return _DEMOTED
-    return None
+    if "MISCONF" in text or "NOREPLICAS" in text:
+        return _REFUSING
+    return _TIRED if "BUSY Redis is busy" in text else None

@@ -1,14 +1,15 @@
 -- Forget groups that are durable at the learner, and raise (never lower) the marks that tell their actors.
 -- KEYS[1] to KEYS[8] = see synced.lua, KEYS[9...] = payloads
 -- ARGV[1] to ARGV[3] = see synced.lua, ARGV[4] = number of marks, then producer, mark, ...,
--- then for each payload: stream id, 1 for a duplicate training group else 0
+-- then for each payload: stream id, 1 for a duplicate training group else 0, its bytes
 local first = 5 + 2 * tonumber(ARGV[4])
 local num_bytes, removed, duplicates = 0, 0, 0
 -- Deleting comes first: a full Redis allows a script's other writes only after it.
 for i = 9, #KEYS do
-  local at = first + 2 * (i - 9)
+  local at = first + 3 * (i - 9)
   if redis.call('XDEL', KEYS[2], ARGV[at]) == 1 then
-    num_bytes = num_bytes + redis.call('STRLEN', KEYS[i])
+    -- As it was counted: the payload itself may be gone.
+    num_bytes = num_bytes + tonumber(ARGV[at + 2])
     redis.call('UNLINK', KEYS[i])
     removed, duplicates = removed + 1, duplicates + tonumber(ARGV[at + 1])
   end

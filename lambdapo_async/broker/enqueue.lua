@@ -7,7 +7,8 @@
 -- ARGV[6] = mean reward, ARGV[7] = payload's bytes, ARGV[8] = answered ids kept
 local producer, seq, lease, size = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[7])
 local state = redis.call('HMGET', KEYS[1], 'epoch', 'bytes', 'max_groups', 'max_bytes', 'server', 'queued')
-local last = tonumber(redis.call('HGET', KEYS[3], producer) or '0')
+local accepted = redis.call('HMGET', KEYS[3], producer, '')
+local last = tonumber(accepted[1] or '0')
 local committed = tonumber(redis.call('HGET', KEYS[4], producer) or '0')
 local epoch = state[1] or ''
 -- One string travels with the reply to SET; a table would be sent, and wake the actor, on its own.
@@ -21,7 +22,7 @@ if seq <= last then
   -- Not even a lost payload is replaced: this may be a late group that had the number before.
   return refuse('DUP')
 end
-if state[5] ~= server_id() then return refuse('WAIT') end
+if state[5] ~= server_id() or not accepted[2] then return refuse('WAIT') end
 if epoch ~= ARGV[1] then return refuse('EPOCH') end
 if seq ~= last + 1 then return refuse('GAP') end
 

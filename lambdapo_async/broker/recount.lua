@@ -52,6 +52,8 @@ for _, id in ipairs(redis.call('HKEYS', KEYS[4])) do
   if not is_leased[id] then redis.call('HDEL', KEYS[4], id) end
 end
 
+redis.call('HSET', KEYS[4], '', '')
+
 -- Lost ones first, then what was in line already.
 local in_line, line = redis.call('LRANGE', KEYS[5], 0, -1), {}
 for _, id in ipairs(in_line) do is_there[id] = is_there[id] or 'line' end

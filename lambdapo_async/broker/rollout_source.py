@@ -60,7 +60,8 @@ class RedisRolloutSource:
         """Counts ``initialise``: what is read while it runs may be of a queue that is lost."""
         self._received: dict[str, int] = {}
         self._committed: dict[str, int] = {}
-        self._uncommitted: dict[tuple[str, int], bytes] = {}
+        self._uncommitted: dict[tuple[str, int], tuple[bytes, int]] = {}
+        """Stream id and bytes of what was read."""
         self._lock = threading.Lock()
 
     def initialise(self, durable: Durable) -> None:
@@ -87,8 +88,8 @@ class RedisRolloutSource:
         entries = self._wait_for_entries(max_groups, timeout_s)
         descriptors = [_described(fields) for _, fields in entries]
         payloads = iter(self._payloads([one for one in descriptors if one is not None]))
-        received, names, deliveries = dict(self._received), list[tuple[str, int]](), list[Delivery]()
-        for (_, fields), descriptor in zip(entries, descriptors, strict=True):
+        received, names, deliveries = dict(self._received), dict[tuple[str, int], tuple[bytes, int]](), list[Delivery]()
+        for (entry_id, fields), descriptor in zip(entries, descriptors, strict=True):
             if descriptor is None:
                 producer, seq = self._set_entry_aside(fields)
             else:
@@ -97,13 +98,13 @@ class RedisRolloutSource:
             if seq != received.get(producer, 0) + 1:
                 raise LostDataError(f"group {seq} of {producer} follows {received.get(producer, 0)}: Redis lost data")
             received[producer] = seq
-            names.append((producer, seq))
+            names[producer, seq] = entry_id, 0 if descriptor is None else descriptor.num_bytes
         if entries:
             with self._lock:
                 if self._life != life:
                     return []  # another queue's, whose numbers have other payloads by now; what is ours comes again
                 self._cursor, self._received = entries[-1][0], received
-                self._uncommitted |= {name: entry_id for name, (entry_id, _) in zip(names, entries, strict=True)}
+                self._uncommitted |= names
         return deliveries
 
     def release(self, consumed: int) -> None:
@@ -114,7 +115,7 @@ class RedisRolloutSource:
         """Delete everything up to the marks, and tell the actors: it is durable at the learner. Idempotent."""
         with self._lock:
             raised = {name: mark for name, mark in watermarks.items() if mark > self._committed.get(name, 0)}
-            durable = [name for name in self._uncommitted if name[1] <= watermarks.get(name[0], 0)]
+            durable = [one for one in self._uncommitted.items() if one[0][1] <= watermarks.get(one[0][0], 0)]
         # The marks go with the last batch: an actor forgets nothing that a reader could still find.
         last = max(0, len(durable) - 1) // _REMOVED_AT_ONCE * _REMOVED_AT_ONCE
         for first in range(0, last + 1, _REMOVED_AT_ONCE):
@@ -122,8 +123,9 @@ class RedisRolloutSource:
             self._forget(batch, raised if first == last else {}, duplicates)
         with self._lock:
             self._committed |= raised
-            for name in durable:
-                self._uncommitted.pop(name, None)
+            for name, entry in durable:
+                if self._uncommitted.get(name) == entry:
+                    del self._uncommitted[name]
 
     def quarantine(self, descriptor: Descriptor, payload: bytes, reason: str) -> None:
         """Keep the first 16 KB of an unreadable group aside, with its true size (the newest 256; all are counted)."""
@@ -164,12 +166,16 @@ class RedisRolloutSource:
         return QueueStats(queued, num_bytes, leased, returned, admitted - consumed, *so_far)
 
     def _forget(
-        self, names: Sequence[tuple[str, int]], marks: Mapping[str, int], duplicates: Collection[tuple[str, int]]
+        self,
+        groups: Sequence[tuple[tuple[str, int], tuple[bytes, int]]],
+        marks: Mapping[str, int],
+        duplicates: Collection[tuple[str, int]],
     ) -> None:
-        with self._lock:
-            entries = [argument for name in names for argument in (self._uncommitted[name], int(name in duplicates))]
+        entries: list[Argument] = []
+        for name, (entry_id, num_bytes) in groups:
+            entries += (entry_id, int(name in duplicates), num_bytes)
         reply = self._commit(
-            [*self._synced, *(self._keys.payload(*name) for name in names)],
+            [*self._synced, *(self._keys.payload(*name) for name, _ in groups)],
             [*self._known(), len(marks), *(argument for mark in marks.items() for argument in mark), *entries],
         )
         _, ticks = exactly(reply, 2)

@@ -89,7 +89,8 @@ class Settlement:
         return accepted
 
     def _producers(self) -> list[str]:
-        return as_names(self._broker.call(lambda client: client.hkeys(self._keys.accepted)))
+        names = as_names(self._broker.call(lambda client: client.hkeys(self._keys.accepted)))
+        return [name for name in names if name]
 
     def _stream(self) -> Iterator[list[StreamEntry]]:
         start = b"-"

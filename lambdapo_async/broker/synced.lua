@@ -7,10 +7,11 @@ if synced[1] ~= server_id() then return {'LOST', 'its server restarted'} end
 -- The server may be the same and its data older: a replica that was promoted, demoted and promoted again.
 if tonumber(synced[2]) < tonumber(ARGV[2]) then return {'LOST', 'it went back to older data'} end
 if redis.call('XLEN', KEYS[2]) ~= tonumber(synced[3]) then return {'LOST', 'entries of the queue are gone'} end
-if math.min(redis.call('HLEN', KEYS[3]), redis.call('HLEN', KEYS[4])) < tonumber(ARGV[3]) then
+if redis.call('HEXISTS', KEYS[3], '') == 0 or redis.call('HLEN', KEYS[4]) < tonumber(ARGV[3]) then
   return {'LOST', 'sequence numbers are gone'}
 end
 if redis.call('LLEN', KEYS[7]) + redis.call('LLEN', KEYS[8]) ~= tonumber(synced[4]) then
   return {'LOST', 'leases in line are gone'}
 end
-if redis.call('ZCARD', KEYS[5]) ~= redis.call('HLEN', KEYS[6]) then return {'LOST', 'leases are gone'} end
+-- Holders have one field more, which is there even when nobody holds anything: both may be gone.
+if redis.call('ZCARD', KEYS[5]) + 1 ~= redis.call('HLEN', KEYS[6]) then return {'LOST', 'leases are gone'} end
