@@ -69,7 +69,7 @@ class RunKeys:
 
     @property
     def accepted(self) -> bytes:
-        """Hash: producer -> last sequence number accepted."""
+        """Hash: producer -> last sequence number accepted; and a field without a name, to be missed with the rest."""
         return self._key("prod")
 
     @property
@@ -84,7 +84,7 @@ class RunKeys:
 
     @property
     def holders(self) -> bytes:
-        """Hash: lease id -> actor that holds it."""
+        """Hash: lease id -> actor that holds it; and a field without a name, to be missed with the rest."""
         return self._key("holder")
 
     @property

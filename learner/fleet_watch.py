@@ -16,6 +16,8 @@ from learner.arrivals import ReceivedGroup
 logger = logging.getLogger(__name__)
 
 _CHECKS = "canary_checks"  # an actor's counter of comparisons that passed
+MAX_SET_ASIDE = 4096
+"""Remembered; of more, those set aside longest whose heartbeat is gone are forgotten: nobody else gets their ids."""
 
 
 class FleetWatch:
@@ -62,6 +64,7 @@ class FleetWatch:
             # Said again and again, since Redis may forget it.
             self._control.quarantine(self._set_aside)
             self._readmit(fleet)
+            self._forget_the_dead(fleet)
         return fleet
 
     def tend_if_needed(self) -> None:
@@ -123,6 +126,18 @@ class FleetWatch:
                 self._health.forget(actor_id)
         self._num_readmitted += len(passed)
         logger.info("taken back after a passed canary: %s", ", ".join(passed))
+
+    def _forget_the_dead(self, fleet: Sequence[Heartbeat]) -> None:
+        surplus = len(self._set_aside) - MAX_SET_ASIDE
+        if surplus <= 0:
+            return
+        alive = {actor.actor_id for actor in fleet}
+        dead = [actor_id for actor_id in self._set_aside if actor_id not in alive][:surplus]
+        self._control.readmit(dead)
+        with self._lock:
+            for actor_id in dead:
+                del self._set_aside[actor_id]
+                self._health.forget(actor_id)
 
 
 def _largest(values: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ import redis
 
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import BrokerUnavailable, LostDataError
-from tests.contract.broker_world import LIMITS, OK, durable, journal, offer, start
+from tests.contract.broker_world import LIMITS, OK, durable, journal, offer, start, until
 from tests.redis_server import AOF, RedisServer, own_server
 
 
@@ -36,8 +36,7 @@ def test_a_blocked_reader_survives_its_servers_demotion(own: RedisServer, own_ru
 
     reader = threading.Thread(target=read)
     reader.start()
-    while not own.client.info("clients")["blocked_clients"]:
-        pass
+    until(lambda: bool(own.client.info("clients")["blocked_clients"]))
     own.client.replicaof("127.0.0.1", "1")
     own.client.replicaof("NO", "ONE")
     reader.join()
@@ -66,8 +65,7 @@ def test_a_server_that_refuses_writes_for_a_while_is_waited_for(
         (tmp_path / "gone").rmdir()
         own.client.config_set("save", "3600 1")
         own.client.bgsave()
-        while own.client.info("persistence")["rdb_last_bgsave_status"] == "ok":
-            pass
+        until(lambda: own.client.info("persistence")["rdb_last_bgsave_status"] != "ok")
     own_run._broker.wait_at_most(0.2)
     with pytest.raises(BrokerUnavailable):
         own_run.admission("a").renew(leases)

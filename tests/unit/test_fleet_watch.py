@@ -85,6 +85,20 @@ def test_a_resumed_learner_takes_over_who_was_set_aside(world: World) -> None:
     assert world.is_welcome("bad")
 
 
+def test_of_many_that_were_set_aside_the_dead_are_forgotten_first(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.fleet_watch.MAX_SET_ASIDE", 2)
+    world.beat("alive", checks=1)
+    for bad in ("alive", "dead-1", "dead-2", "dead-3"):
+        world.train(good=0.001, better=0.001, best=0.001, **{bad: 0.5})
+        world.watch.tend()
+    world.watch.tend()
+    assert world.run.shared.set_aside == {"alive", "dead-3"}
+    assert world.watch.metrics()["actors/quarantined"] == 2
+    assert not world.is_welcome("alive")
+
+
 def test_redis_may_forget_who_is_set_aside(world: World) -> None:
     world.beat("bad", checks=1)
     world.train(good=0.001, bad=0.5)
