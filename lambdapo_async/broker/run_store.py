@@ -19,7 +19,7 @@ from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Split
 from lambdapo_async.seal import Seal, SealError
 
-PROTOCOL_SCHEMA = 2
+PROTOCOL_SCHEMA = 3
 """Raised whenever an older process could misread or corrupt what a newer one keeps in Redis."""
 ROWS_PER_CHUNK = 256
 MAX_SPLIT_BYTES = 1024**3
