@@ -14,7 +14,7 @@ from lambdapo_async.rollout import Lease, Split
 from lambdapo_async.weights.catch_up import Available
 from tests.fakes_canary import FakeCanaryStore
 
-SCHEMA = 2
+SCHEMA = 3
 POLL_S = 0.005
 
 

@@ -21,7 +21,7 @@ from tests.weight_files import full, step
 def test_an_actor_refuses_another_schema(redis_run: RedisRun, server: redis.Redis) -> None:
     start(redis_run)
     server.hset(redis_run.keys.state, "schema", 7)
-    with pytest.raises(RunNotFoundError, match="speaks schema 7, this version speaks 2"):
+    with pytest.raises(RunNotFoundError, match="speaks schema 7, this version speaks 3"):
         redis_run.run_store.config_json()
 
 

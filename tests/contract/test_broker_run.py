@@ -66,7 +66,7 @@ def test_an_unknown_run_is_named(broker_run: BrokerRun) -> None:
 def test_phases_and_versions_are_seen(broker_run: BrokerRun) -> None:
     broker_run.run_store.create(b"{}", {}, fence=1)
     state = broker_run.run_store.state()
-    assert (state.phase, state.version, state.schema) == ("starting", -1, 2)
+    assert (state.phase, state.version, state.schema) == ("starting", -1, 3)
     assert state.epoch
     broker_run.weights.publish(0, [full(0)], consumed=0, fence=1)
     broker_run.run_store.set_phase("running", fence=1)

@@ -171,7 +171,7 @@ def test_another_schema_is_one_line_and_exit_code_2(server: RedisServer, capsys:
         run_main(app, ["--run-id", RUN_ID, "--redis-url", server.url, "--dry-run"])
     assert exited.value.code == USER_ERROR_STATUS
     (line,) = capsys.readouterr().err.splitlines()
-    assert "run spring-7b speaks schema 1, this version speaks 2" in line
+    assert "run spring-7b speaks schema 1, this version speaks 3" in line
 
 
 def test_a_dry_run_waits_for_nothing(server: RedisServer, capsys: pytest.CaptureFixture[str]) -> None:
