@@ -26,8 +26,11 @@ _TAKE_S = 0.5
 """Longest wait for one arrival; between two the loop looks whether it should stop."""
 _IDLE_S = 0.02
 """From this wait on the learner has time for others: what it does for them delays no group that is already there."""
-_USELESS = ("malformed", "zero_variance", "stale", "too_large", "duplicate", "unleased", "quarantined")
-"""What may happen to a group that no step was made of."""
+_ATTENDED_S = 1.0
+"""Nobody waits longer for a learner that gathers groups, not even while useless ones come without a pause."""
+_STALE = "stale"
+_USELESS = ("malformed", "zero_variance", "too_large", "duplicate", "unleased", "quarantined")
+"""What may happen to a group that no step was made of. A stale one says nothing of what can be learned."""
 _SAY_EVERY_S = 30.0
 """Seconds of silence after which a waiting learner says what for."""
 
@@ -61,29 +64,32 @@ class Batcher:
 
         Args:
             version: of the policy that will be trained on them.
-            while_idle: called again and again while no group is there: what actors wait for before they sample.
+            while_idle: called again and again until the groups are there: what actors wait for before they sample.
 
         Raises:
-            NoGroupsError: no group came for ``learner.data_timeout_s``.
+            NoGroupsError: no group came for ``learner.data_timeout_s``, or stale ones alone.
             LostDataError, BrokerUnavailable: of Redis; call it again once that is dealt with, nothing is lost.
-            TaskError: too many groups in a row carried no signal.
+            TaskError: too many groups in a row carried no signal; those of an earlier life do not count.
         """
         self.pool.advance(version)
         self._release()
-        patience, discarded = _Patience(self._config.learner.data_timeout_s), _Discards(self._config, self.pool)
-        wait_s = 0.0
+        patience = _Patience(self._config.learner.data_timeout_s, self.pool)
+        discards = _Discards(self._config, self.pool)
+        wait_s, attended = 0.0, time.monotonic()
         self._drain()
         while not self.pool.can_sample():
             if stopping.is_set():
                 return None
+            is_of_this_life = not self._pending
             arrival, waited_s = self._take(timeout_s=_TAKE_S)
             wait_s += waited_s
             if arrival is not None:
                 self._deal_with(arrival)
-                discarded.check()
-            if waited_s >= _IDLE_S:
+                discards.check(counts=is_of_this_life)
+            if waited_s >= _IDLE_S or time.monotonic() - attended >= _ATTENDED_S:
                 while_idle()
-            patience.check(self.pool, has_arrival=arrival is not None)
+                attended = time.monotonic()
+            patience.check(has_arrival=arrival is not None)
         record, batch = self.pool.sample(step, version)
         self._journal.append([record])
         batch.wait_s = wait_s
@@ -143,26 +149,35 @@ class Batcher:
 class _Patience:
     """Says what a learner waits for, now and then, and for how long it does at most."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, pool: Pool) -> None:
+        self._timeout_s, self._pool = timeout_s, pool
         self._since = self._said = time.monotonic()
+        self._num_stale = self._stale_before = _num_stale(pool)
 
-    def check(self, pool: Pool, *, has_arrival: bool) -> None:
-        now = time.monotonic()
-        if has_arrival:
+    def check(self, *, has_arrival: bool) -> None:
+        now, num_stale = time.monotonic(), _num_stale(self._pool)
+        if has_arrival and num_stale == self._num_stale:
             self._since = self._said = now
+            self._stale_before = num_stale
+        self._num_stale = num_stale
         if now - self._since > self._timeout_s:
             raise NoGroupsError(
-                f"no rollout group came for learner.data_timeout_s = {self._timeout_s:g} s, and {_needed(pool)}: is an "
-                "actor alive?"
+                f"no rollout group came for learner.data_timeout_s = {self._timeout_s:g} s, and {self._missing()}: is "
+                "an actor alive, and does it follow the weights?"
             )
         if now - self._said > _SAY_EVERY_S:
             self._said = now
-            logger.info("waiting for groups for %.0f s: %s", now - self._since, _needed(pool))
+            logger.info("waiting for groups for %.0f s: %s", now - self._since, self._missing())
+
+    def _missing(self) -> str:
+        pool = self._pool
+        missing = f"the replay queue, which holds {pool.num_groups}, needs {pool.missing_inserts()} more for a step"
+        num_stale = self._num_stale - self._stale_before
+        return f"{missing} ({num_stale} were stale)" if num_stale else missing
 
 
-def _needed(pool: Pool) -> str:
-    return f"the replay queue, which holds {pool.num_groups}, needs {pool.missing_inserts()} more for a step"
+def _num_stale(pool: Pool) -> int:
+    return pool.totals.get(_STALE, 0)
 
 
 class _Discards:
@@ -170,12 +185,14 @@ class _Discards:
 
     def __init__(self, config: RunConfig, pool: Pool) -> None:
         self._step_groups, self._pool = config.rollout.groups_per_step, pool
-        self._before = self._count()
-        self._said = 0
+        self._start()
 
-    def check(self) -> None:
-        now = self._count()
-        discarded = {reason: count - self._before[reason] for reason, count in now.items()}
+    def check(self, *, counts: bool) -> None:
+        """After each arrival; ``counts`` is false for those that another life has dealt with, and ended by."""
+        if not counts:
+            self._start()
+            return
+        discarded = {reason: count - self._before[reason] for reason, count in self._count().items()}
         total = sum(discarded.values())
         if total - self._said >= _LOG_EVERY_STEPS * self._step_groups:
             self._said = total
@@ -186,6 +203,9 @@ class _Discards:
                 "task.rewards and task.answer_format, or make the task easier; if most rightly carry no signal, set "
                 "rollout.filter_zero_variance = false"
             )
+
+    def _start(self) -> None:
+        self._before, self._said = self._count(), 0
 
     def _count(self) -> dict[str, int]:
         return {reason: self._pool.totals.get(reason, 0) for reason in _USELESS}

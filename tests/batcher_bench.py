@@ -1,7 +1,7 @@
 """A batcher whose source is a list of deliveries."""
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from lambdapo_async.broker.interface import Delivery, Descriptor
@@ -99,8 +99,10 @@ class Bench:
         self.steps = 0
         self.ingest.start()
 
-    def next_batch(self, version: int, stopping: threading.Event = NEVER) -> StepBatch | None:
-        batch = self.batcher.next_batch(self.steps + 1, version, stopping=stopping, while_idle=do_nothing)
+    def next_batch(
+        self, version: int, stopping: threading.Event = NEVER, while_idle: Callable[[], None] = do_nothing
+    ) -> StepBatch | None:
+        batch = self.batcher.next_batch(self.steps + 1, version, stopping=stopping, while_idle=while_idle)
         self.steps += batch is not None
         return batch
 

@@ -254,3 +254,35 @@ def test_rewards_that_are_always_equal_end_the_run_with_advice(bench: Callable[.
     on = bench(*(delivery(i + 1, make_group(i, rewards=(0.0, 0.0))) for i in range(120)))
     with pytest.raises(TaskError, match=r"100 groups for one step.*task.rewards"):
         on.next_batch(0)
+
+
+def test_groups_that_are_stale_are_waited_out_and_others_are_served_meanwhile(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Actors that miss the newest weights send them without a pause: the learner has to find out what is gone."""
+    monkeypatch.setattr("learner.batcher._ATTENDED_S", 0.0)
+    monkeypatch.setattr("learner.batcher._IDLE_S", 3600.0)
+    stale = [delivery(i + 1, make_group(i)) for i in range(120)]
+    on = bench(*stale, *(delivery(i + 1, make_group(i, version=50)) for i in (120, 121)))
+    calls: list[int] = []
+    batch = on.next_batch(50, while_idle=lambda: calls.append(on.pool.totals.get("stale", 0)))
+    assert indices(batch) == [120, 121]
+    assert set(calls) >= set(range(1, 121))
+
+
+def test_stale_groups_alone_are_no_groups(bench: Callable[..., Bench]) -> None:
+    config = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"data_timeout_s": 0.5})})
+    on = bench(*(delivery(i + 1, make_group(i)) for i in range(3)), config=config)
+    with pytest.raises(NoGroupsError, match=r"3 were stale\).*does it follow the weights"):
+        on.next_batch(50)
+
+
+def test_what_ended_an_earlier_life_does_not_end_the_next_one(bench: Callable[..., Bench]) -> None:
+    """Or --resume would be in vain, whatever was mended."""
+    useless = (delivery(i + 1, make_group(i, rewards=(0.0, 0.0))) for i in range(120))
+    on = bench(*useless, *(delivery(i + 1, make_group(i)) for i in (120, 121)))
+    arrivals = []
+    while len(arrivals) < 120:
+        arrivals += [arrival] if (arrival := on.ingest.take(timeout_s=5.0)) is not None else []
+    on.batcher.resume(arrivals)
+    assert indices(on.next_batch(0)) == [120, 121]
