@@ -185,12 +185,12 @@ class _Discards:
 
     def __init__(self, config: RunConfig, pool: Pool) -> None:
         self._step_groups, self._pool = config.rollout.groups_per_step, pool
-        self._start()
+        self._before, self._said = self._count(), 0
 
     def check(self, *, counts: bool) -> None:
         """After each arrival; ``counts`` is false for those that another life has dealt with, and ended by."""
         if not counts:
-            self._start()
+            self._before, self._said = self._count(), 0
             return
         discarded = {reason: count - self._before[reason] for reason, count in self._count().items()}
         total = sum(discarded.values())
@@ -203,9 +203,6 @@ class _Discards:
                 "task.rewards and task.answer_format, or make the task easier; if most rightly carry no signal, set "
                 "rollout.filter_zero_variance = false"
             )
-
-    def _start(self) -> None:
-        self._before, self._said = self._count(), 0
 
     def _count(self) -> dict[str, int]:
         return {reason: self._pool.totals.get(reason, 0) for reason in _USELESS}
