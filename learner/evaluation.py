@@ -69,6 +69,11 @@ class Evaluation:
         """Steps whose rounds wait for answers, for a checkpoint."""
         return tuple(sorted(self._open))
 
+    @property
+    def num_missing(self) -> int:
+        """Answers that the open rounds wait for."""
+        return sum(self.num_prompts - len(answers) for answers in self._open.values())
+
     def add(self, group: RolloutGroup) -> None:
         """Take one answer; one of a round that is not open (before a restart) is only logged."""
         self._settle(group.lease, group)

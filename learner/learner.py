@@ -269,8 +269,10 @@ class Learner:
             return
         if not self._evaluation.was_asked(step):
             self._surely(lambda: self._evaluation.ask(step))
-        deadline = time.monotonic() + timeout_s
+        fewest, deadline = self._evaluation.num_missing, time.monotonic() + timeout_s
         while self._evaluation.is_open(step) and not self._stopping.is_set():
+            if self._evaluation.num_missing < fewest:  # data_timeout_s is of silence; answers are finitely many
+                fewest, deadline = self._evaluation.num_missing, time.monotonic() + timeout_s
             if time.monotonic() > deadline:
                 text = f"the last evaluation was not answered for learner.data_timeout_s = {timeout_s:g} s: left out"
                 logger.warning("%s; is an actor alive?", text)

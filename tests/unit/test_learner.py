@@ -151,6 +151,35 @@ def test_a_last_evaluation_that_nobody_answers_keeps_nothing_from_its_end(folder
     assert run.run_store.state().phase == "finished"
 
 
+class Clock:
+    """Stands in for ``time`` where the learner waits: it moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def move(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_last_evaluation_whose_answers_still_come_is_not_cut_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer comes within ``data_timeout_s`` of the one before it, all of them in more than that."""
+    run, clock = FakeRun("run"), Clock()
+    monkeypatch.setattr("learner.learner.time", clock)
+    settings = stage_config(
+        evaluation={"every_steps": 4, "num_prompts": 5}, learner={"num_steps": 1, "data_timeout_s": 20.0}
+    )
+    with staged(run, folder, settings) as stage, acting(run, settings):
+        stage.parts.batcher.evaluate = _then(stage.parts.batcher.evaluate, lambda: clock.move(15.0))
+        stage.learner.run()
+    assert {row.step: row.values["eval/num"] for row in rows_of(folder, EVAL)} == {0: 5, 1: 5}
+    assert clock.now == 150.0
+
+
 def _then(first: Callable, second: Callable) -> Callable:
     def both(*args, **kwargs):
         outcome = first(*args, **kwargs)
