@@ -263,22 +263,30 @@ class Learner:
         return state if lora is None else merged_state(state, lora)
 
     def _finish_evaluation(self) -> None:
+        """Wait for every open round, unless the target was reached; say what is left out, and why."""
+        step, evaluation = self._stepper.step, self._evaluation
+        if not self._target_reached:
+            if self._config.evaluation.every_steps > 0 and not evaluation.was_asked(step):
+                self._surely(lambda: evaluation.ask(step))
+            self._await_answers()
+            reason = f"no answer came for learner.data_timeout_s = {self._config.learner.data_timeout_s:g} s"
+        else:
+            reason = "the target was reached"
+        self._take_evaluations()
+        if evaluation.open_rounds() and not self._stopping.is_set():
+            text = f"evaluations left out because {reason}: {evaluation.describe_open()}"
+            logger.warning("%s", text)
+            self._parts.reporter.event(step, text)
+
+    def _await_answers(self) -> None:
         """Nobody may be left to answer: then the run ends without, for everything else is safe."""
-        step, timeout_s = self._stepper.step, self._config.learner.data_timeout_s
-        if self._target_reached or self._config.evaluation.every_steps == 0:
-            return
-        if not self._evaluation.was_asked(step):
-            self._surely(lambda: self._evaluation.ask(step))
-        fewest, deadline = self._evaluation.num_missing, time.monotonic() + timeout_s
-        while self._evaluation.is_open(step) and not self._stopping.is_set():
-            if self._evaluation.num_missing < fewest:  # data_timeout_s is of silence; answers are finitely many
-                fewest, deadline = self._evaluation.num_missing, time.monotonic() + timeout_s
+        evaluation, timeout_s = self._evaluation, self._config.learner.data_timeout_s
+        fewest, deadline = evaluation.num_missing, time.monotonic() + timeout_s
+        while evaluation.num_missing and not self._stopping.is_set():
+            if evaluation.num_missing < fewest:  # data_timeout_s is of silence; answers are finitely many
+                fewest, deadline = evaluation.num_missing, time.monotonic() + timeout_s
             if time.monotonic() > deadline:
-                text = f"the last evaluation was not answered for learner.data_timeout_s = {timeout_s:g} s: left out"
-                logger.warning("%s; is an actor alive?", text)
-                self._parts.reporter.event(step, text)
-                break
+                return
             self._surely(self._batcher.serve_evaluation)
             self._surely(self._resync.check)
             self._surely(self._serve_canary)
-        self._take_evaluations()
