@@ -18,6 +18,7 @@ from learner.arrivals import Screen
 from learner.batcher import Batcher
 from learner.canary import LearnerCanary
 from learner.checkpoint import LearnerState
+from learner.durable import explaining_refusal
 from learner.evaluation import EvaluationResult
 from learner.fleet_watch import FleetWatch
 from learner.policy import Policy
@@ -247,7 +248,9 @@ class Learner:
         """Final checkpoint and model, last version, tail evaluation; then the actors may go home. False if stopped."""
         self._checkpoint()
         self._surely(self._publisher.flush)
-        replace_hf_folder(self._parts.folder / "final", self._final_state(), self._parts.policy.model_files)
+        final = self._parts.folder / "final"
+        with explaining_refusal(final):
+            replace_hf_folder(final, self._final_state(), self._parts.policy.model_files)
         self._finish_evaluation()
         if self._stopping.is_set():
             return False

@@ -10,6 +10,7 @@ import pytest
 from lambdapo_async.cli.errors import USER_ERROR_STATUS, run_main
 from lambdapo_async.errors import CheckpointError, ConfigError
 from lambdapo_async.journal.records import JournalError, VersionRecord
+from lambdapo_async.weights.hf_folder import replace_hf_folder
 from learner.replay import Recording, app, replay
 from tests.fakes_broker import FakeRun
 from tests.full_disk import full_disk
@@ -175,6 +176,24 @@ def test_a_learner_whose_disk_was_full_goes_on_once_there_is_room(
                 stage.learner.run()
         live(run, folder, settings)
     assert_as_if_it_had_lived(folder, 6)
+
+
+def test_a_run_whose_disk_was_full_at_its_end_gets_its_final_model_once_there_is_room(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_without_room(*args: object) -> None:
+        with full_disk():
+            replace_hf_folder(*args)
+
+    run, settings = FakeRun("run"), stage_config(learner={"num_steps": 1})
+    with acting(run, settings):
+        with monkeypatch.context() as patched, staged(run, folder, settings) as stage:
+            patched.setattr("learner.learner.replace_hf_folder", replace_without_room)
+            with pytest.raises(CheckpointError, match=r"final cannot be written: .*; free disk space"):
+                stage.learner.run()
+        assert list(folder.glob("*final*")) == []
+        live(run, folder, settings)
+    assert (folder / "final" / "config.json").exists()
 
 
 def test_versions_go_on_where_only_the_checkpoint_knows_of_the_last(folder: Path) -> None:
