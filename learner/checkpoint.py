@@ -28,7 +28,7 @@ from lambdapo_async.errors import CheckpointError
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.receipts import ReceiptsState
 from learner.crew import Crew
-from learner.durable import sync, sync_tree
+from learner.durable import sync, sync_tree, whole_or_gone
 from learner.fence import check_owner, take_fence, unless_fenced
 from learner.manifest import MANIFEST, check_manifest, write_manifest
 from learner.moments import read_moments, write_moments
@@ -151,22 +151,23 @@ class CheckpointStore:
 
         Raises:
             FencedError: a later learner owns the run.
-            CheckpointError: a rank could not write its part.
+            CheckpointError: the disk refused; nothing is left of it, and the earlier checkpoints stay.
         """
         fence = self._owned()
         self._num_saves += 1
         name = f"step-{state.step:08d}.fence-{fence}.save-{self._num_saves}"
         partial, final = self._folder / f"partial-{name}", self._folder / name
-        with unless_fenced(self._folder, fence):
-            partial.mkdir(parents=True)
-            self._crew.save(partial)
-            write_share(partial, policy, self._crew.ranks)
-            _write_rest(partial, state, policy)
-            sync_tree(partial)
-        self._owned()  # a learner that slept while it wrote must not come up with a newer checkpoint
-        with unless_fenced(self._folder, fence):
-            give_name(partial, final, last_file=MANIFEST)
-        sync(self._folder)
+        with whole_or_gone(partial, final):
+            with unless_fenced(self._folder, fence):
+                partial.mkdir(parents=True)
+                self._crew.save(partial)
+                write_share(partial, policy, self._crew.ranks)
+                _write_rest(partial, state, policy)
+                sync_tree(partial)
+            self._owned()  # a learner that slept while it wrote must not come up with a newer checkpoint
+            with unless_fenced(self._folder, fence):
+                give_name(partial, final, last_file=MANIFEST)
+            sync(self._folder)
         return final
 
     def load_latest(self, history: History | None = None) -> Checkpoint | None:

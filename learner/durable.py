@@ -1,7 +1,17 @@
-"""Files that survive a power loss."""
+"""Files that survive a power loss, and what is said when the disk refuses them."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lambdapo_async.errors import CheckpointError
+
+WAY_OUT = "free disk space or repair the disk, then resume"
+"""What to do when the disk refused."""
 
 
 def sync(path: Path) -> None:
@@ -18,3 +28,23 @@ def sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
     sync(folder)
+
+
+@contextlib.contextmanager
+def explaining_refusal(path: Path) -> Iterator[None]:
+    """``CheckpointError`` that names ``path`` when the disk refuses: it is full, read-only or broken."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for what the disk says
+        raise CheckpointError(f"{path} cannot be written: {error}; {WAY_OUT}") from error
+
+
+@contextlib.contextmanager
+def whole_or_gone(partial: Path, final: Path) -> Iterator[None]:
+    """As :func:`explaining_refusal` of ``final``; what was written of it, in ``partial``, is deleted."""
+    try:
+        with explaining_refusal(final):
+            yield
+    except CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)  # what does not go now goes with the next prune
+        raise

@@ -69,6 +69,18 @@ class Evaluation:
         """Steps whose rounds wait for answers, for a checkpoint."""
         return tuple(sorted(self._open))
 
+    @property
+    def num_missing(self) -> int:
+        """Answers that the open rounds wait for."""
+        return sum(self.num_prompts - len(answers) for answers in self._open.values())
+
+    def describe_open(self) -> str:
+        """The open rounds and how much of each is answered, for people."""
+        num_answers = {step: len(self._open[step]) for step in self.open_rounds()}
+        return ", ".join(
+            f"step {step} has {number} of {self.num_prompts} answers" for step, number in num_answers.items()
+        )
+
     def add(self, group: RolloutGroup) -> None:
         """Take one answer; one of a round that is not open (before a restart) is only logged."""
         self._settle(group.lease, group)
@@ -95,10 +107,6 @@ class Evaluation:
     def _request(self, step: int) -> None:
         missing = [index for index in range(self.num_prompts) if index not in self._open[step]]
         self._source.request_evaluation([Lease("heldout", index, step) for index in missing])
-
-    def is_open(self, step: int) -> bool:
-        """Whether answers of ``step``'s round are still missing."""
-        return step in self._open
 
     def take_finished(self) -> list[EvaluationResult]:
         """Results since the last call."""

@@ -12,13 +12,22 @@ from pathlib import Path
 
 from lambdapo_async.errors import FencedError
 from lambdapo_async.fresh_listing import forget_listing
-from learner.durable import sync
+from learner.durable import explaining_refusal, sync
 
 _FENCE = re.compile(r"fence-(\d+)")
 
 
 def take_fence(folder: Path) -> int:
-    """Win the next number, durably; every earlier owner is fenced off from then on."""
+    """Win the next number, durably; every earlier owner is fenced off from then on.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    with explaining_refusal(folder):
+        return _take_fence(folder)
+
+
+def _take_fence(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     fence = newest_fence(folder)
     while True:
@@ -41,8 +50,9 @@ def newest_fence(folder: Path) -> int:
 
 
 def check_owner(folder: Path, fence: int) -> None:
-    """``FencedError`` once a later learner took over."""
-    forget_listing(folder)
+    """``FencedError`` once a later learner took over; ``CheckpointError`` when the disk lets nobody see that."""
+    with explaining_refusal(folder):
+        forget_listing(folder)
     if (newest := newest_fence(folder)) != fence:
         raise FencedError(f"{folder}: this learner holds fence {fence}, but fence {newest} was taken since: stop it")
 

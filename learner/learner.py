@@ -18,6 +18,7 @@ from learner.arrivals import Screen
 from learner.batcher import Batcher
 from learner.canary import LearnerCanary
 from learner.checkpoint import LearnerState
+from learner.durable import explaining_refusal
 from learner.evaluation import EvaluationResult
 from learner.fleet_watch import FleetWatch
 from learner.policy import Policy
@@ -247,7 +248,9 @@ class Learner:
         """Final checkpoint and model, last version, tail evaluation; then the actors may go home. False if stopped."""
         self._checkpoint()
         self._surely(self._publisher.flush)
-        replace_hf_folder(self._parts.folder / "final", self._final_state(), self._parts.policy.model_files)
+        final = self._parts.folder / "final"
+        with explaining_refusal(final):
+            replace_hf_folder(final, self._final_state(), self._parts.policy.model_files)
         self._finish_evaluation()
         if self._stopping.is_set():
             return False
@@ -263,20 +266,30 @@ class Learner:
         return state if lora is None else merged_state(state, lora)
 
     def _finish_evaluation(self) -> None:
+        """Wait for every open round, unless the target was reached; say what is left out, and why."""
+        step, evaluation = self._stepper.step, self._evaluation
+        if not self._target_reached:
+            if self._config.evaluation.every_steps > 0 and not evaluation.was_asked(step):
+                self._surely(lambda: evaluation.ask(step))
+            self._await_answers()
+            reason = f"no answer came for learner.data_timeout_s = {self._config.learner.data_timeout_s:g} s"
+        else:
+            reason = "the target was reached"
+        self._take_evaluations()
+        if evaluation.open_rounds() and not self._stopping.is_set():
+            text = f"evaluations left out because {reason}: {evaluation.describe_open()}"
+            logger.warning("%s", text)
+            self._parts.reporter.event(step, text)
+
+    def _await_answers(self) -> None:
         """Nobody may be left to answer: then the run ends without, for everything else is safe."""
-        step, timeout_s = self._stepper.step, self._config.learner.data_timeout_s
-        if self._target_reached or self._config.evaluation.every_steps == 0:
-            return
-        if not self._evaluation.was_asked(step):
-            self._surely(lambda: self._evaluation.ask(step))
-        deadline = time.monotonic() + timeout_s
-        while self._evaluation.is_open(step) and not self._stopping.is_set():
+        evaluation, timeout_s = self._evaluation, self._config.learner.data_timeout_s
+        fewest, deadline = evaluation.num_missing, time.monotonic() + timeout_s
+        while evaluation.num_missing and not self._stopping.is_set():
+            if evaluation.num_missing < fewest:  # data_timeout_s is of silence; answers are finitely many
+                fewest, deadline = evaluation.num_missing, time.monotonic() + timeout_s
             if time.monotonic() > deadline:
-                text = f"the last evaluation was not answered for learner.data_timeout_s = {timeout_s:g} s: left out"
-                logger.warning("%s; is an actor alive?", text)
-                self._parts.reporter.event(step, text)
-                break
+                return
             self._surely(self._batcher.serve_evaluation)
             self._surely(self._resync.check)
             self._surely(self._serve_canary)
-        self._take_evaluations()

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lambdapo_async.errors import CheckpointError
+from learner.durable import WAY_OUT
 from learner.parallel import Ranks
 from learner.weight_files import FILE_BYTES
 
@@ -43,7 +44,7 @@ def write_moments(folder: Path, moments: Mapping[str, Tensor], ranks: Ranks, *, 
         fqn_to_index_mapping=_file_of(stored, file_bytes * ranks.world_size),
         save_distributed=True,
     )
-    with _one_process_is_fine(), _naming_the_folder(folder):
+    with _one_process_is_fine(), _naming_the_folder(folder, way_out=f"; {WAY_OUT}"):
         save(stored, storage_writer=writer, process_group=ranks.messages, no_dist=ranks.is_alone)
 
 
@@ -110,9 +111,9 @@ def _one_process_is_fine() -> Iterator[None]:
 
 
 @contextmanager
-def _naming_the_folder(folder: Path) -> Iterator[None]:
+def _naming_the_folder(folder: Path, *, way_out: str = "") -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
         problems = "; ".join(f"rank {rank}: {cause!s:.200}" for rank, (cause, _) in error.failures.items())
-        raise CheckpointError(f"optimizer state {folder}: {problems}") from error
+        raise CheckpointError(f"optimizer state {folder}: {problems}{way_out}") from error

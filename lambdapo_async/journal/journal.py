@@ -11,9 +11,10 @@ The order that makes a take-over exact:
 6. read, append, commit, and again.
 """
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lambdapo_async.errors import FencedError
@@ -48,14 +49,16 @@ class Journal:
             FencedError: a segment of this fence or of a later one is there.
             JournalError: a segment that counts is damaged, or none can be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        forget_listing(folder)
+        with _explaining_refusal(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            forget_listing(folder)
         newest = max(list_segments(folder), default=None)
         if newest is not None and newest.fence >= fence:
             raise FencedError(f"{folder} was taken over by fence {newest.fence}, this learner holds {fence}: stop it")
         history = History.find(folder)
         if history.links:  # a killed process leaves bytes in the page cache, and we are about to rely on them
-            sync(folder / history.links[-1].id.name)
+            with _explaining_refusal(folder / history.links[-1].id.name):
+                sync(folder / history.links[-1].id.name)
         return cls(history, fence, segment_bytes=segment_bytes)
 
     @property
@@ -105,27 +108,43 @@ class Journal:
             if self._writer.num_bytes >= self._segment_bytes:
                 self._writer.close()
                 self._id, self._writer = self._begin(self._id.n + 1, self._id, self._writer.num_bytes)
-            for header, payload in encoded:
-                self._writer.write(header, payload)
-            self._writer.sync()
-        except OSError as error:
+            with _explaining_refusal(self._path(self._id)):
+                for header, payload in encoded:
+                    self._writer.write(header, payload)
+                self._writer.sync()
+        except JournalError:
             # Half a frame may be there, and a failed fsync may have dropped pages: only a fresh look can tell.
             self._is_open = False
             self._writer.close()
-            raise JournalError(
-                f"{self._path(self._id)} cannot be written: {error}; free disk space or repair the disk, then resume"
-            ) from error
+            raise
 
     def _begin(self, n: int, previous: SegmentId | None, previous_bytes: int) -> tuple[SegmentId, SegmentWriter]:
-        """A new segment whose first frame is durable, name included."""
+        """A new segment whose first frame is durable, name included; else there is none."""
         segment = SegmentId(self._fence, n)
         opening = Opening(self._next_number, previous, previous_bytes)
-        writer = SegmentWriter(self._path(segment))
-        writer.write(opening.encode(), b"")
-        writer.sync()
-        sync(self.history.folder)
+        with _explaining_refusal(self._path(segment)):
+            writer = SegmentWriter(self._path(segment))
+            try:
+                writer.write(opening.encode(), b"")
+                writer.sync()
+                sync(self.history.folder)
+            except OSError:
+                writer.close()
+                self._path(segment).unlink(missing_ok=True)
+                raise
         self._first_numbers[segment] = self._next_number
         return segment, writer
 
     def _path(self, segment: SegmentId) -> Path:
         return self.history.folder / segment.name
+
+
+@contextlib.contextmanager
+def _explaining_refusal(path: Path) -> Iterator[None]:
+    """``JournalError`` that names ``path`` when the disk refuses: it is full, read-only or broken."""
+    try:
+        yield
+    except OSError as error:
+        raise JournalError(
+            f"{path} cannot be written: {error}; free disk space or repair the disk, then resume"
+        ) from error

@@ -1,6 +1,9 @@
 """What a run has left in its folder, as the report reads it."""
 
+import contextlib
 import json
+import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ _METRICS, _SAMPLES, _HEADER = "metrics.jsonl", "samples.jsonl", "run.json"
 
 
 class RunFolderError(UserError):
-    """A folder that holds no run."""
+    """A folder that holds no run, or that the disk lets nobody write to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,24 @@ class RunRecord:
 
 
 def write_header(folder: Path, run_id: str, config: RunConfig) -> None:
-    """Record what metrics do not say: the run's id, config and machine."""
+    """Record what metrics do not say: the run's id, config and machine; whole, or as it was before.
+
+    Raises:
+        RunFolderError: the disk refused.
+    """
     header = {"run_id": run_id, "machine": describe_machine(), "config": config.published()}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    path, partial = folder / _HEADER, folder / f"{_HEADER}.{uuid.uuid4().hex}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(header, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise RunFolderError(f"{path} cannot be written: {error}; free disk space or repair the disk") from error
 
 
 def metrics_path(folder: Path) -> Path:

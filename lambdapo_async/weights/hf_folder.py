@@ -40,6 +40,7 @@ def write_hf_folder(
     Raises:
         ConfigError: ``target`` cannot be written.
         WeightsError: a model file's name is no plain one, or ``config.json`` is none.
+        OSError: the disk refused.
     """
     check_target(target)
     for name in model_files:
@@ -47,12 +48,16 @@ def write_hf_folder(
         if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
             raise WeightsError(f"the run has a model file {name!r:.200}, which is no plain file name: do not trust it")
     partial = Path(tempfile.mkdtemp(prefix=f"partial-{target.name}-", dir=target.absolute().parent))
-    for name, content in model_files.items():
-        _write(partial / name, _with_dtype(content, state) if name == _CONFIG_FILE else content)
-    _write_weights(partial, state, file_bytes)
-    partial.chmod(0o755)
-    _sync(partial)
-    partial.rename(target)
+    try:
+        for name, content in model_files.items():
+            _write(partial / name, _with_dtype(content, state) if name == _CONFIG_FILE else content)
+        _write_weights(partial, state, file_bytes)
+        partial.chmod(0o755)
+        _sync(partial)
+        partial.rename(target)
+    except (OSError, WeightsError):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _sync(target.absolute().parent)
 
 

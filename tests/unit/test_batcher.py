@@ -227,7 +227,7 @@ def test_an_evaluation_goes_on_without_an_unreadable_answer(bench: Callable[...,
     good, bad = (make_group(rewards=(1.0,), lease=Lease("heldout", i, 5)) for i in range(2))
     on = bench(delivery(1, bad, payload=b"garbage"), delivery(2, good))
     on.evaluation.ask(5)
-    while on.evaluation.is_open(5):
+    while on.evaluation.num_missing:
         on.batcher.serve_evaluation()
     (result,) = on.evaluation.take_finished()
     assert (result.reward, len(result.groups)) == (1.0, 1)

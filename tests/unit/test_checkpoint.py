@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lambdapo_async.errors import CheckpointError
+from learner import checkpoint as module
 from learner.checkpoint import CheckpointStore
 from learner.policy import Policy
 from tests.checkpoints import load, owner, state, steps_in
+from tests.full_disk import full_disk
 from tests.tiny_models import micro_batch, tiny_model_folder
 
 
@@ -156,6 +158,44 @@ def test_a_save_that_was_killed_leaves_no_checkpoint(policy: Policy, folder: Pat
     assert checkpoint.state.step == 1
     store.prune(keep=5)
     assert [path.name for path in folder.iterdir() if path.name.startswith("partial")] == []
+
+
+@pytest.mark.parametrize(
+    ("part", "num_bytes", "reason"),
+    [
+        ("write_share", 0, r"step-00000002\S+ cannot be written: .*File too large"),
+        ("write_share", 80_000, r"optimizer state \S+step-00000002\S+: rank 0: .*File too large"),
+        ("_write_rest", 0, r"step-00000002\S+ cannot be written: .*File too large"),
+        ("write_manifest", 0, r"step-00000002\S+ cannot be written: .*File too large"),
+    ],
+)
+def test_a_full_disk_is_an_error_with_advice_and_costs_that_checkpoint_alone(
+    policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch, part: str, num_bytes: int, reason: str
+) -> None:
+    train(policy, range(1))
+    store, write = owner(folder), getattr(module, part)
+    store.save(state(1), policy)
+
+    def write_without_room(*args: object) -> None:
+        with full_disk(num_bytes):
+            write(*args)
+
+    monkeypatch.setattr(module, part, write_without_room)
+    with pytest.raises(CheckpointError, match=f"{reason}.*; free disk space"):
+        store.save(state(2), policy)
+    assert sorted(path.name for path in folder.iterdir()) == ["fence-1", "step-00000001.fence-1.save-1"]
+    monkeypatch.undo()
+    for step in (1, 2):
+        checkpoint = CheckpointStore(folder).load_latest()
+        assert checkpoint is not None
+        assert checkpoint.state.step == step
+        store.save(state(step + 1), policy)
+
+
+def test_a_fence_that_the_disk_refuses_is_an_error_with_advice(folder: Path) -> None:
+    with full_disk(), pytest.raises(CheckpointError, match=r"checkpoints cannot be written: .*; free disk space"):
+        owner(folder)
+    assert CheckpointStore(folder).take_fence() == 2, "a number that was won is not won again"
 
 
 def test_the_same_step_saved_again_overwrites_nothing_and_is_newer(policy: Policy, folder: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_rename_whose_reply_was_lost_was_done(folder: Path, monkeypatch: pytes
 def test_a_rename_that_was_not_done_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = owner(folder)
     monkeypatch.setattr(os, "rename", refused_once(os.rename, FileNotFoundError(errno.ENOENT, "gone")))
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(CheckpointError, match=r"save-1 cannot be written: .*gone"):
         store.save(state(1), OneWeight())
 
 

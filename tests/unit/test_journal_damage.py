@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lambdapo_async.journal.journal import Journal
 from lambdapo_async.journal.records import JournalError
+from tests.full_disk import full_disk
 from tests.journal_lives import group, only_segment, read, step, write
 
 
@@ -118,3 +119,38 @@ def test_nothing_is_appended_after_the_disk_refused(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="failed before"):
         journal.append([group(2)])
     assert read(tmp_path) == [group(1)]
+
+
+def test_a_disk_that_is_full_when_the_journal_is_taken_over_leaves_it_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path, 1, [group(1)])
+    with full_disk(), pytest.raises(JournalError, match=r"segment-2-1 cannot be written: .*large; free disk space"):
+        Journal.open(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["segment-1-1"]
+    write(tmp_path, 3, [group(2)])
+    assert read(tmp_path) == [group(1), group(2)]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "journal").write_text("a file where the folder should be")
+    with pytest.raises(JournalError, match=r"journal cannot be written: .*File exists"):
+        Journal.open(tmp_path / "journal", 1)
+
+
+@pytest.mark.parametrize("segment_bytes", [1, 1 << 20], ids=["in a new segment", "in the same one"])
+def test_a_disk_that_is_full_in_the_middle_of_a_record_costs_that_record_alone(
+    tmp_path: Path, segment_bytes: int
+) -> None:
+    journal = Journal.open(tmp_path, 1, segment_bytes=segment_bytes)
+    journal.append([group(1)])
+    last = max(tmp_path.iterdir())
+    room = 0 if segment_bytes == 1 else last.stat().st_size + 40
+    with (
+        full_disk(room),
+        pytest.raises(JournalError, match=r"segment-1-\d cannot be written: .*large; free disk space"),
+    ):
+        journal.append([group(2, bytes(500))])
+    assert max(tmp_path.iterdir()) == last
+    with pytest.raises(JournalError, match="failed before"):
+        journal.append([group(2)])
+    assert write(tmp_path, 2, [group(3)]).next_number == 2
+    assert read(tmp_path) == [group(1), group(3)]

@@ -126,40 +126,6 @@ def test_evaluations_are_asked_in_time_and_the_target_ends_the_run(folder: Path)
     assert len(rows_of(folder, STEP)) < 100
 
 
-def test_the_last_evaluation_is_waited_for(folder: Path) -> None:
-    run = FakeRun("run")
-    settings = stage_config(evaluation={"every_steps": 4}, learner={"num_steps": 6})
-    with staged(run, folder, settings) as stage, acting(run, settings):
-        stage.learner.run()
-    assert [row.step for row in rows_of(folder, EVAL)] == [0, 4, 6]
-
-
-def test_a_last_evaluation_that_nobody_answers_keeps_nothing_from_its_end(folder: Path) -> None:
-    run = FakeRun("run")
-    settings = stage_config(
-        evaluation={"every_steps": 1}, learner={"num_steps": 1, "data_timeout_s": 0.2}, staleness={"max_staleness": 0}
-    )
-    with staged(run, folder, settings) as stage, acting(run, settings) as actor:
-        stepping = threading.Thread(target=stage.learner.run)
-        stage.parts.stepper.train = _then(stage.parts.stepper.train, actor._stopping.set)
-        stepping.start()
-        stepping.join(30)
-    assert not stepping.is_alive()
-    assert any("was not answered for learner.data_timeout_s" in row.text for row in rows_of(folder, EVENT))
-    assert events(folder, "checkpoint") == [0, 1]
-    assert (folder / "final" / "config.json").exists()
-    assert run.run_store.state().phase == "finished"
-
-
-def _then(first: Callable, second: Callable) -> Callable:
-    def both(*args, **kwargs):
-        outcome = first(*args, **kwargs)
-        second()
-        return outcome
-
-    return both
-
-
 def test_a_stopped_learner_leaves_a_run_that_goes_on(folder: Path) -> None:
     run, settings = FakeRun("run"), stage_config()
     with staged(run, folder, settings) as first:

@@ -1,5 +1,6 @@
 """A learner killed anywhere ends with the bits of one that lived: an uninterrupted replay of the same journal."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from lambdapo_async.cli.errors import USER_ERROR_STATUS, run_main
-from lambdapo_async.errors import ConfigError
+from lambdapo_async.errors import CheckpointError, ConfigError
 from lambdapo_async.journal.records import JournalError, VersionRecord
+from lambdapo_async.weights.hf_folder import replace_hf_folder
 from learner.replay import Recording, app, replay
 from tests.fakes_broker import FakeRun
+from tests.full_disk import full_disk
 from tests.learner_stage import Stage, acting, journal_of, stage_config, staged, trained_in
 from tests.resumed_run import assert_same_bits, fingerprint, losses, newest
 from tests.tiny_models import tiny_model_folder
@@ -146,6 +149,51 @@ def test_a_suspended_run_goes_on_as_if_it_had_not_been(folder: Path) -> None:
         assert newest(folder).state.step == 3
         live(run, folder, settings)
     assert_as_if_it_had_lived(folder, 6)
+
+
+@pytest.mark.parametrize(
+    ("find", "name", "error"),
+    [
+        (lambda stage: stage.parts.resync.checkpoints, "save", CheckpointError),
+        (lambda stage: stage.parts.journal, "append", JournalError),
+    ],
+)
+def test_a_learner_whose_disk_was_full_goes_on_once_there_is_room(
+    folder: Path, find: Callable[[Stage], object], name: str, error: type[Exception]
+) -> None:
+    run, settings = FakeRun("run"), stage_config()
+    with acting(run, settings):
+        with staged(run, folder, settings) as stage:
+            place = find(stage)
+            write = getattr(place, name)
+
+            def write_without_room(*args: object) -> object:
+                with full_disk() if stage.parts.stepper.step == 4 else contextlib.nullcontext():
+                    return write(*args)
+
+            setattr(place, name, write_without_room)
+            with pytest.raises(error, match=r"cannot be written: .*; free disk space"):
+                stage.learner.run()
+        live(run, folder, settings)
+    assert_as_if_it_had_lived(folder, 6)
+
+
+def test_a_run_whose_disk_was_full_at_its_end_gets_its_final_model_once_there_is_room(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_without_room(*args: object) -> None:
+        with full_disk():
+            replace_hf_folder(*args)
+
+    run, settings = FakeRun("run"), stage_config(learner={"num_steps": 1})
+    with acting(run, settings):
+        with monkeypatch.context() as patched, staged(run, folder, settings) as stage:
+            patched.setattr("learner.learner.replace_hf_folder", replace_without_room)
+            with pytest.raises(CheckpointError, match=r"final cannot be written: .*; free disk space"):
+                stage.learner.run()
+        assert list(folder.glob("*final*")) == []
+        live(run, folder, settings)
+    assert (folder / "final" / "config.json").exists()
 
 
 def test_versions_go_on_where_only_the_checkpoint_knows_of_the_last(folder: Path) -> None:

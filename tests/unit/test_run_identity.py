@@ -8,9 +8,10 @@ import redis
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, RunNotFoundError, UserError
-from lambdapo_async.report.run_folder import write_header
+from lambdapo_async.report.run_folder import RunFolderError, write_header
 from learner.run_identity import check_same_config, refuse_other_schema, refuse_taken_id
 from tests.fakes_broker import FakeRun
+from tests.full_disk import full_disk
 
 TREE = {"model": {"path": "starter"}, "task": {"kind": "arithmetic"}}
 
@@ -61,3 +62,11 @@ def test_what_actors_depend_on_may_not(tmp_path: Path, sections: dict[str, objec
     write_header(tmp_path, "x", config())
     with pytest.raises(ConfigError, match=name):
         check_same_config(tmp_path, config(**sections))
+
+
+def test_a_resume_on_a_full_disk_does_not_damage_what_the_next_one_reads(tmp_path: Path) -> None:
+    write_header(tmp_path, "x", config())
+    with full_disk(), pytest.raises(RunFolderError, match=r"run\.json cannot be written: .*large; free disk space"):
+        write_header(tmp_path, "x", config())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    check_same_config(tmp_path, config())

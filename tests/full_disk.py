@@ -1,0 +1,16 @@
+"""A disk that is full: no file of this process may grow beyond a size."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def full_disk(num_bytes: int = 0) -> Iterator[None]:
+    """Until it ends, what would be written behind ``num_bytes`` of any file is refused by the system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
