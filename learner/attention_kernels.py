@@ -27,6 +27,9 @@ Capability = tuple[int, int]
 GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 takes fewer key heads than query heads as they come, later versions want to be told."""
 
+LENGTH_STEP = 1024
+"""Lone documents are padded to multiples of it: cuDNN plans every length anew, for longer than a document takes."""
+
 VARLEN_CAPABILITY: Capability = (8, 0)
 """Oldest GPU that torch's varlen kernel runs on."""
 
@@ -135,6 +138,25 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     return output
 
 
+def sdpa_alone(kernel: Kernel) -> Kernel:
+    """``kernel``, but SDPA for one document without a window: on Hopper torch runs cuDNN's, not FlashAttention 2."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+        # Asked of the marks, whose number is symbolic: a compiled layer would be traced again for every ``shapes``.
+        if layout.shared is None and len(layout.cu_seqlens) == 2 and scores.window is None:
+            return _lone_document(query, key, value, scores)
+        return kernel(query, key, value, layout, scores)
+
+    return attend
+
+
+def _lone_document(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """[T, H, D] attention of one document, whose tokens see nothing of the zeros behind them."""
+    padding = (0, 0, 0, 0, 0, -len(query) % LENGTH_STEP)
+    longer, keys, values = (functional.pad(states, padding) for states in (query, key, value))
+    return _sdpa_run((1, len(longer), len(longer)), longer, keys, values, scores)[: len(query)]
+
+
 def flash_attention(flash_attn_varlen_func: Callable[..., object], *, unbounded: int | None) -> Kernel:
     """A kernel from any generation's ``flash_attn_varlen_func``, whose keywords are the same since version 2.6.
 
@@ -217,4 +239,4 @@ def choose_backend(
                 function = as_operator(function, interface._flash_attn_bwd)
             kernel = flash_attention(function, unbounded=package.unbounded)
             return Backend(package.name, kernel, softcap=True)
-    return Backend("lambdapo_varlen", varlen_attention, softcap=False)
+    return Backend("lambdapo_varlen", sdpa_alone(varlen_attention), softcap=False)

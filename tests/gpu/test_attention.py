@@ -23,7 +23,11 @@ CUDA = torch.device("cuda")
 LENGTHS = (5, 1, 130, 2, 64, 333)
 SEGMENTS = (Segment(130), Segment(64), Segment(200, range(130)), Segment(1, range(130)), Segment(140, range(130, 194)))
 """535 tokens as well, two prompts with completions longer and shorter than they are."""
-LAYOUTS = {"documents": packed_layout([Segment(each) for each in LENGTHS]), "shared": packed_layout(SEGMENTS)}
+LAYOUTS = {
+    "documents": packed_layout([Segment(each) for each in LENGTHS]),
+    "shared": packed_layout(SEGMENTS),
+    "lone": packed_layout([Segment(sum(LENGTHS))]),
+}
 CUTE_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 """flash-attn 4 uses what its own compiler calls deprecated."""
 NAMES = ["lambdapo_varlen", *(package.name for package in FLASH_PACKAGES)]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from lambdapo_async.config.learner import LearnerConfig
 from learner.flops import utilisation
@@ -72,13 +73,15 @@ def test_the_peak_is_not_above_the_plan(folder: Path, is_checkpointed: bool) -> 
     assert planned / 2 < peak - before < planned * 1.05
 
 
-def test_compiled_layers_give_the_same_training_at_several_lengths(folder: Path) -> None:
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_layers_give_the_same_training_at_several_lengths(folder: Path, compiler: None) -> None:
     plain, compiled = load(folder), load(folder, compile=True)
     for lengths in ((200, 31), (64,), (300, 5, 17)):
         batch = micro_batch(lengths).to(plain.device)
         found = [policy.backward(batch, lambda logprobs_T, _: -logprobs_T.mean()) for policy in (plain, compiled)]
         assert (found[0].logprobs_T - found[1].logprobs_T).abs().mean() < 0.02
     assert compiled.step() == pytest.approx(plain.step(), rel=2e-2)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_adapters_train_beside_bfloat16_weights(folder: Path) -> None:

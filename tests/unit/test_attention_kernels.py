@@ -8,8 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from lambdapo_async.packed_layout import PackedLayout, SharedKeys
+from lambdapo_async.packed_layout import PackedLayout, Segment, SharedKeys, packed_layout
 from learner.attention import register_attention, select_attention
 from learner.attention_kernels import (
     FLASH_PACKAGES,
@@ -17,8 +20,8 @@ from learner.attention_kernels import (
     Scores,
     choose_backend,
     installed_module,
+    sdpa_alone,
     sdpa_attention,
-    varlen_attention,
 )
 from tests.attention_inputs import LAYOUTS, forward_and_gradients, states
 from tests.reference.attention import naive_attention
@@ -228,7 +231,74 @@ def test_transformers_takes_no_backend_for_its_own() -> None:
 
 
 def test_without_a_package_a_gpu_takes_torchs_own() -> None:
-    assert choose_backend(HOPPER, lambda _: None).kernel is varlen_attention
+    backend = choose_backend(HOPPER, lambda _: None)
+    with pytest.raises(NotImplementedError, match="flash_attention_forward"):  # which no CPU has
+        backend.kernel(*states((5, 4), 2, 8), packed_layout([Segment(5), Segment(4)]), Scores(0.3))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_lone_document_equals_the_naive_formula_and_needs_no_varlen_kernel(kv_heads: int) -> None:
+    layout, kernel = packed_layout([Segment(13)]), choose_backend(HOPPER, lambda _: None).kernel
+    found, expected = (
+        forward_and_gradients(each, states((13,), kv_heads, 8), layout, Scores(0.3))
+        for each in (kernel, naive_attention)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def zeros(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+    """Stands in for a kernel of which only is asked whether it was called, and by how many documents."""
+    return query * 0 * len(layout.cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("layout", "scores"),
+    [
+        (LAYOUTS["documents"], Scores(0.3)),
+        (LAYOUTS["shared"], Scores(0.3)),
+        (packed_layout([Segment(13)]), Scores(0.3, 5)),
+    ],
+    ids=["documents", "a shared prompt", "a window"],
+)
+def test_what_is_no_lone_document_stays_with_the_kernel(layout: PackedLayout, scores: Scores) -> None:
+    assert not sdpa_alone(zeros)(*states((layout.num_tokens,), 2, 8), layout, scores).any()
+
+
+class SdpaLengths(TorchFunctionMode):
+    """The lengths that SDPA is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is functional.scaled_dot_product_attention:
+            self.seen.append(args[0].shape[2])
+        return function(*args, **(kwargs or {}))
+
+
+def test_lone_documents_come_in_few_lengths() -> None:
+    with SdpaLengths() as lengths:
+        for length in (1, 700, 1024, 1025):
+            inputs = [each.detach().float() for each in states((length,), 1, 4, heads=1)]
+            output = sdpa_alone(zeros)(*inputs, packed_layout([Segment(length)]), Scores(0.3))
+            assert output.shape == (length, 1, 4)
+    assert lengths.seen == [1024, 1024, 1024, 2048]
+
+
+@torch.no_grad()
+def test_lone_documents_take_one_more_graph(compiler: None) -> None:
+    counter, model = CompileCounter(), tiny_model("qwen3")
+    model.set_attn_implementation(register_attention(Backend("lambdapo_test", sdpa_alone(zeros), softcap=False)))
+    for layer in model.model.layers:
+        layer.compile(backend=counter, dynamic=True, fullgraph=True)
+    graphs = []
+    for lengths in ((5, 4), (3, 3, 9), (9,), (4, 4, 4, 4), (30,), (12,), (1100,), (17, 2)):
+        ids = torch.arange(sum(lengths))[None]
+        layout = packed_layout([Segment(length) for length in lengths])
+        model(input_ids=ids % 61, position_ids=ids, use_cache=False, layout=layout)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 2, 2, 2, 2, 2, 2]
 
 
 @pytest.fixture
