@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lambdapo_async.errors import UserError
 from lambdapo_async.packed_layout import PackedLayout, Segment, SharedKeys, packed_layout
 from learner.attention import register_attention, select_attention
 from learner.attention_kernels import (
@@ -23,6 +25,7 @@ from learner.attention_kernels import (
     sdpa_alone,
     sdpa_attention,
 )
+from learner.flash4 import takes
 from tests.attention_inputs import LAYOUTS, forward_and_gradients, states
 from tests.reference.attention import naive_attention
 from tests.tiny_models import tiny_model
@@ -52,10 +55,18 @@ def flash4(  # the parameters of flash-attn-4 4.0 up to softcap
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     assert window_size[0] is None or window_size[0] >= 0  # it takes -1 for a bound
+    assert is_blackwells(q.shape[-1], v.shape[-1])
     layout = layout_given(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     assert return_lse
     log_sum_HT = torch.zeros(q.shape[1], q.shape[0])
     return naive_attention(q, k, v, layout, scores_of(softmax_scale, window_size[0], softcap)), log_sum_HT
+
+
+def is_blackwells(size: int, value_size: int) -> bool:
+    """What flash-attn-4 asserts there, before it runs."""
+    return size % 8 == value_size % 8 == 0 and (
+        (size <= 128 and value_size <= 128) or (size, value_size) in ((192, 128), (256, 256))
+    )
 
 
 def flash4_backward(
@@ -77,6 +88,8 @@ def flash4_backward(
     max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient written out, one segment and head at a time; out and lse are what the forward pass said."""
+    assert is_blackwells(q.shape[-1], v.shape[-1])
+    assert q.shape[-1] != 256 or (softcap == 0 and window_size_left is None)
     marks = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     layout = layout_given(causal, (window_size_left, window_size_right), *marks)
     grad_q, grad_k, grad_v = (torch.zeros_like(states) for states in (q, k, v))
@@ -220,6 +233,77 @@ def test_the_newest_kernel_that_runs_on_the_device_is_chosen(
     functions: dict[str, Callable[..., object]] = {"flash4": flash4, "flash3": flash3, "flash2": flash2}
     load = packages(**{name: functions[name] for name in present.split()})
     assert choose_backend(capability, load).name == f"lambdapo_{chosen.replace('flash', 'fa')}"
+
+
+def heads(num_tokens: int, size: int, value_size: int) -> list[Tensor]:
+    """Queries and keys of one size, values of another."""
+    query, key, value = states((num_tokens,), 2, size)
+    return [query, key, value.detach()[..., :value_size].requires_grad_()]
+
+
+@pytest.mark.parametrize(
+    ("size", "value_size", "scores"),
+    [
+        (64, 64, Scores(0.1, 3, 0.7)),
+        (192, 128, Scores(0.1)),
+        (256, 256, Scores(0.1)),
+        # What it refuses, one of them in its backward pass only, goes to torch: a lone document runs on this CPU.
+        (192, 192, Scores(0.1)),
+        (160, 160, Scores(0.1)),
+        (20, 20, Scores(0.1)),
+    ],
+)
+def test_flash_attn_4_on_blackwell_gets_the_heads_that_it_takes(size: int, value_size: int, scores: Scores) -> None:
+    layout, backend = packed_layout([Segment(7)]), choose_backend(BLACKWELL, packages(flash4=flash4))
+    found, expected = (
+        forward_and_gradients(kernel, heads(7, size, value_size), layout, scores)
+        for kernel in (backend.kernel, naive_attention)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_compiler_is_told_the_size_of_narrow_values() -> None:
+    backend = choose_backend(BLACKWELL, packages(flash4=flash4))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = [mode.from_tensor(each.detach()) for each in heads(7, 192, 128)]
+        output = backend.kernel(*inputs, packed_layout([Segment(7)]), Scores(0.1))
+    assert output.shape == (7, 4, 128)
+
+
+def test_a_window_over_wide_heads_on_blackwell_goes_to_torchs_kernel() -> None:
+    backend = choose_backend(BLACKWELL, packages(flash4=flash4))
+    with pytest.raises(NotImplementedError, match="flash_attention_forward"):  # which no CPU has
+        backend.kernel(*heads(7, 256, 256), packed_layout([Segment(7)]), Scores(0.1, 3))
+
+
+@pytest.mark.parametrize(("size", "softcap"), [(256, 50.0), (192, 50.0), (512, None)])
+def test_heads_that_nobody_trains_on_blackwell_are_refused_in_the_forward_pass(
+    size: int, softcap: float | None
+) -> None:
+    backend = choose_backend(BLACKWELL, packages(flash4=flash4))
+    with pytest.raises(UserError, match=rf"attention heads of {size}.*install flash-attn in place of flash-attn-4"):
+        backend.kernel(*heads(7, size, size), packed_layout([Segment(7)]), Scores(0.1, None, softcap))
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes", "is_plain", "taken"),
+    [
+        (HOPPER, (256, 256), False, True),
+        (HOPPER, (192, 128), True, True),
+        (HOPPER, (20, 20), True, False),
+        ((10, 3), (192, 128), False, True),
+        ((11, 0), (256, 256), True, True),
+        ((12, 0), (128, 128), False, True),
+        ((12, 0), (192, 128), True, False),
+        ((12, 0), (256, 256), True, False),
+    ],
+)
+def test_each_gpu_has_head_sizes_of_its_own(
+    capability: tuple[int, int], sizes: tuple[int, int], is_plain: bool, taken: bool
+) -> None:
+    assert takes(capability, *sizes, is_plain) == taken
+    narrow = choose_backend(capability, packages(flash4=flash4)).narrow
+    assert narrow == ((192, 128) if capability < (12, 0) else None)
 
 
 def test_transformers_takes_no_backend_for_its_own() -> None:
