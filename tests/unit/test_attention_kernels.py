@@ -1,5 +1,6 @@
 """Which attention kernel a device gets, and that each is called with its own signature."""
 
+import tomllib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.machine import ROOT
 from lambdapo_async.errors import UserError
 from lambdapo_async.packed_layout import PackedLayout, Segment, SharedKeys, packed_layout
 from learner.attention import register_attention, select_attention
@@ -304,6 +306,13 @@ def test_each_gpu_has_head_sizes_of_its_own(
     assert takes(capability, *sizes, is_plain) == taken
     narrow = choose_backend(capability, packages(flash4=flash4)).narrow
     assert narrow == ((192, 128) if capability < (12, 0) else None)
+
+
+@pytest.mark.parametrize("advice", ["README.md", "scripts/setup"])
+def test_the_advice_is_the_version_of_flash_attn_4_that_the_extra_installs(advice: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (requirement,) = extras["flash4"]
+    assert f"pip install {requirement}" in (ROOT / advice).read_text()
 
 
 def test_transformers_takes_no_backend_for_its_own() -> None:
