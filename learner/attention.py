@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from lambdapo_async.errors import UserError
 from lambdapo_async.packed_layout import PackedLayout
-from learner.attention_kernels import Backend, Kernel, Scores, choose_backend
+from learner.attention_kernels import Backend, Scores, choose_backend
 from learner.context_parallel import sharded_backend
 
 __all__ = ["PackedLayout", "register_attention", "select_attention"]
@@ -73,14 +73,14 @@ def _attention_layer(  # noqa: PLR0913 - the signature is transformers'
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
     # Under autocast a norm with float32 weights leaves query and key in float32; the kernels want one type.
     query_THD, key_THD, value_THD = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
-    return _with_equal_head_sizes(backend.kernel, query_THD, key_THD, value_THD, layout, scores).unsqueeze(0), None
+    return _with_equal_head_sizes(backend, query_THD, key_THD, value_THD, layout, scores).unsqueeze(0), None
 
 
 def _with_equal_head_sizes(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores
+    backend: Backend, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores
 ) -> Tensor:
     """Zeros widen values narrower than the keys (multi-head latent attention): most kernels know one head size."""
-    missing = query.shape[-1] - value.shape[-1]
-    if missing == 0:
-        return kernel(query, key, value, layout, scores)
-    return kernel(query, key, functional.pad(value, (0, missing)), layout, scores)[..., : value.shape[-1]]
+    size, value_size = query.shape[-1], value.shape[-1]
+    if size == value_size or (size, value_size) == backend.narrow:
+        return backend.kernel(query, key, value, layout, scores)
+    return backend.kernel(query, key, functional.pad(value, (0, size - value_size)), layout, scores)[..., :value_size]

@@ -18,14 +18,21 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from lambdapo_async.errors import UserError
 from lambdapo_async.packed_layout import PackedLayout
-from learner.flash4 import as_operator
+from learner import flash4
 
 Capability = tuple[int, int]
 """CUDA compute capability: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell."""
 
 GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 takes fewer key heads than query heads as they come, later versions want to be told."""
+
+VARLEN_HEAD = 256
+"""Largest head of torch's varlen kernel."""
+
+LENGTH_STEP = 1024
+"""Lone documents are padded to multiples of it: cuDNN plans every length anew, for longer than a document takes."""
 
 VARLEN_CAPABILITY: Capability = (8, 0)
 """Oldest GPU that torch's varlen kernel runs on."""
@@ -55,6 +62,8 @@ class Backend:
     kernel: Kernel
     softcap: bool
     """It can cap scores; where False, ``Scores.softcap`` must be None."""
+    narrow: tuple[int, int] | None = None
+    """Head sizes of key and value that it takes as they are; all other values must be as wide as their keys."""
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
@@ -135,6 +144,25 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     return output
 
 
+def sdpa_alone(kernel: Kernel) -> Kernel:
+    """``kernel``, but SDPA for one document without a window: on Hopper torch runs cuDNN's, not FlashAttention 2."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+        # Asked of the marks, whose number is symbolic: a compiled layer would be traced again for every ``shapes``.
+        if layout.shared is None and len(layout.cu_seqlens) == 2 and scores.window is None:
+            return _lone_document(query, key, value, scores)
+        return kernel(query, key, value, layout, scores)
+
+    return attend
+
+
+def _lone_document(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """[T, H, D] attention of one document, whose tokens see nothing of the zeros behind them."""
+    padding = (0, 0, 0, 0, 0, -len(query) % LENGTH_STEP)
+    longer, keys, values = (functional.pad(states, padding) for states in (query, key, value))
+    return _sdpa_run((1, len(longer), len(longer)), longer, keys, values, scores)[: len(query)]
+
+
 def flash_attention(flash_attn_varlen_func: Callable[..., object], *, unbounded: int | None) -> Kernel:
     """A kernel from any generation's ``flash_attn_varlen_func``, whose keywords are the same since version 2.6.
 
@@ -162,6 +190,29 @@ def flash_attention(flash_attn_varlen_func: Callable[..., object], *, unbounded:
         return output
 
     return kernel
+
+
+def torchs_otherwise(kernel: Kernel, takes: Callable[[int, int, bool], bool]) -> Kernel:
+    """``kernel`` where it takes (head size, value head size, no window and no cap), else torch's.
+
+    Raises:
+        UserError: (from the kernel) neither can.
+    """
+    torchs = sdpa_alone(varlen_attention)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+        size, value_size = query.shape[-1], value.shape[-1]
+        if takes(size, value_size, scores.window is None and scores.softcap is None):
+            return kernel(query, key, value, layout, scores)
+        if scores.softcap is not None or size > VARLEN_HEAD:
+            capped = "" if scores.softcap is None else f" with scores capped at {scores.softcap}"
+            raise UserError(
+                f"neither flash-attn 4 nor torch can train attention heads of {size}{capped} on this GPU: "
+                "install flash-attn in place of flash-attn-4, or choose another model"
+            )
+        return torchs(query, key, value, layout, scores)
+
+    return attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +265,12 @@ def choose_backend(
         if module is not None:
             function = module.flash_attn_varlen_func
             if package.interface is not None and (interface := load(package.interface)) is not None:
-                function = as_operator(function, interface._flash_attn_bwd)
-            kernel = flash_attention(function, unbounded=package.unbounded)
-            return Backend(package.name, kernel, softcap=True)
-    return Backend("lambdapo_varlen", varlen_attention, softcap=False)
+                return _flash4_backend(package, capability, flash4.as_operator(function, interface._flash_attn_bwd))
+            return Backend(package.name, flash_attention(function, unbounded=package.unbounded), softcap=True)
+    return Backend("lambdapo_varlen", sdpa_alone(varlen_attention), softcap=False)
+
+
+def _flash4_backend(package: FlashPackage, capability: Capability, function: Callable[..., Tensor]) -> Backend:
+    takes = partial(flash4.takes, capability)
+    kernel = torchs_otherwise(flash_attention(function, unbounded=package.unbounded), takes)
+    return Backend(package.name, kernel, softcap=True, narrow=flash4.NARROW if takes(*flash4.NARROW, False) else None)

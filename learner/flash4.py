@@ -11,6 +11,28 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+NARROW = (192, 128)
+"""Head sizes of query and key, and of value, that differ and are taken: multi-head latent attention's."""
+
+
+def takes(capability: tuple[int, int], size: int, value_size: int, is_plain: bool) -> bool:
+    """Whether version 4.0.0b36 runs forward and backward; itself it asserts, and a part in its backward pass only.
+
+    Args:
+        capability: the GPU's, (9, 0) or newer.
+        size: of a query's and key's head.
+        value_size: of a value's head.
+        is_plain: scores have neither window nor cap.
+    """
+    if size % 8 or value_size % 8:
+        return False
+    largest = max(size, value_size)
+    if capability < (10, 0):
+        return largest <= 256
+    if largest <= 128 or capability >= (12, 0):
+        return largest <= 128
+    return (size, value_size) == NARROW or (size == value_size == 256 and is_plain)
+
 
 @cache
 def as_operator(
@@ -91,9 +113,10 @@ def _forward(flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]]) -> Cu
         return output.contiguous(), log_sum_HT.contiguous()
 
     @forward.register_fake
-    def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         num_tokens, num_heads, _size = query.shape
-        return query.new_empty(query.shape), query.new_empty((num_heads, num_tokens), dtype=torch.float32)
+        output = query.new_empty((num_tokens, num_heads, value.shape[-1]))
+        return output, query.new_empty((num_heads, num_tokens), dtype=torch.float32)
 
     return forward
 

@@ -5,6 +5,7 @@ elements costs 2 N per token forward, 2 N for the gradient of its input and 2 N 
 attention costs half of the full square. What activation checkpointing computes twice counts once.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,22 +15,25 @@ from transformers import PreTrainedModel
 
 from lambdapo_async.packing import MicroBatch
 
-PEAK_BF16 = (
-    ("B200", 2250e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("L4", 121e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-)
-"""Part of the device's name -> dense bfloat16 FLOP/s of the vendor's data sheet; the first match counts."""
+PEAK_BF16 = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Words of the device's name -> dense bfloat16 FLOP/s of the vendor's data sheet; the longest match counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,8 @@ def expert_share(model: PreTrainedModel, name: str) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device, None when it is not in the table."""
-    return next((peak for part, peak in PEAK_BF16 if part in device_name), None)
+    found = [words for words in PEAK_BF16 if re.search(rf"\b{words}\b", device_name)]
+    return PEAK_BF16[max(found, key=len)] if found else None
 
 
 def utilisation(flops: float, seconds: float, device: torch.device) -> float | None:

@@ -43,7 +43,7 @@ class MemoryPlan:
     logits: int
     """One chunk of the output layer."""
     gathered: int = 0
-    """With several ranks: weights and gradients of the parts that are whole at a time."""
+    """With several ranks: weights, gradients and their float32 sums, of the parts that are whole at a time."""
     loading: int = 0
     """Host memory while the model is read: a whole copy on every rank, which leaves before training; 0 where it stays
     as ``weights``."""
@@ -129,7 +129,8 @@ def plan_memory(
         activations=inputs if learner.activation_checkpointing else all_layers,
         recomputed=all_layers // text.num_hidden_layers if learner.activation_checkpointing else 0,
         logits=num_logits * FLOAT32 * LOGIT_BUFFERS,
-        gathered=_gathered_elements(model) * compute * 2 if world_size > 1 else 0,
+        # Weights, gradients, and the float32 buffer in which FSDP adds these up.
+        gathered=_gathered_elements(model) * (2 * compute + FLOAT32) if world_size > 1 else 0,
         loading=0 if device == "cpu" and world_size == 1 else num_weights * (compute if learner.lora else FLOAT32),
         optimizer_on_host=learner.optimizer_offload,
         activations_on_host=learner.activation_offload,
@@ -191,15 +192,33 @@ def _gathered_elements(model: PreTrainedModel) -> int:
 
 
 def _activation_bytes_per_token(model: PreTrainedModel, compute: int) -> int:
-    """What autograd keeps per token: each matrix its input and output, each norm its input twice in float32."""
+    """What autograd keeps per token: each matrix its input and output, each norm its input twice in float32.
+
+    A gate's output is kept before and after its activation, and is as large as what ``down_proj`` takes. Norms of
+    single heads keep their input in float32 and in the compute type.
+    """
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    head_states = _head_states(model)
     total = 0.0
     for name, parameter in model.named_parameters():
-        if id(parameter) in embeddings:
+        if id(parameter) in embeddings or name.endswith(".bias"):
             continue
-        if parameter.ndim == 1:
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        if module in head_states:
+            total += (FLOAT32 + compute) * head_states[module]
+        elif parameter.ndim == 1:
             total += 2 * FLOAT32 * parameter.numel()
         else:
             uses = expert_share(model, name) * (parameter.shape[0] if parameter.ndim == 3 else 1)
-            total += compute * uses * (parameter.shape[-2] + parameter.shape[-1])
+            inputs = 2 if module == "down_proj" else 1
+            total += compute * uses * (parameter.shape[-2] + inputs * parameter.shape[-1])
     return int(total)
+
+
+def _head_states(model: PreTrainedModel) -> dict[str, int]:
+    """Elements per token that a layer's norms of query and key heads see, by the norm's name."""
+    text = model.config.get_text_config()
+    heads: int = text.num_attention_heads
+    fields = text.to_dict()
+    head_dim = fields.get("head_dim") or text.hidden_size // heads
+    return {"q_norm": heads * head_dim, "k_norm": (fields.get("num_key_value_heads") or heads) * head_dim}

@@ -23,7 +23,11 @@ CUDA = torch.device("cuda")
 LENGTHS = (5, 1, 130, 2, 64, 333)
 SEGMENTS = (Segment(130), Segment(64), Segment(200, range(130)), Segment(1, range(130)), Segment(140, range(130, 194)))
 """535 tokens as well, two prompts with completions longer and shorter than they are."""
-LAYOUTS = {"documents": packed_layout([Segment(each) for each in LENGTHS]), "shared": packed_layout(SEGMENTS)}
+LAYOUTS = {
+    "documents": packed_layout([Segment(each) for each in LENGTHS]),
+    "shared": packed_layout(SEGMENTS),
+    "lone": packed_layout([Segment(sum(LENGTHS))]),
+}
 CUTE_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 """flash-attn 4 uses what its own compiler calls deprecated."""
 NAMES = ["lambdapo_varlen", *(package.name for package in FLASH_PACKAGES)]
@@ -78,6 +82,23 @@ def test_soft_caps_equal_the_naive_formula(name: str) -> None:
         results.append([tensor.float() for tensor in (output, *gradients)])
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() < 1e-2 * (1 + expected.norm())  # a window of one has gradients of 0
+
+
+@CUTE_WARNS
+def test_flash_attn_4_equals_sdpa_on_values_narrower_than_keys() -> None:
+    backend = backend_of("lambdapo_fa4")
+    if backend.narrow is None:
+        pytest.skip("not on this GPU")
+    size, value_size = backend.narrow
+    results = []
+    for kernel, dtype in ((backend.kernel, torch.bfloat16), (sdpa_attention, torch.float32)):
+        query, key, value = (tensor.to(dtype) for tensor in states(8, size))
+        inputs = [each.requires_grad_() for each in (query, key, value[..., :value_size].contiguous())]
+        output = kernel(*inputs, LAYOUTS["documents"].to(CUDA), Scores(size**-0.5))
+        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+        results.append([tensor.float() for tensor in (output, *gradients)])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < 1e-2 * (1 + expected.norm())
 
 
 def test_a_gpu_of_ampere_or_newer_takes_a_packed_kernel() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from lambdapo_async.config.learner import LearnerConfig
 from learner.flops import utilisation
@@ -61,22 +62,26 @@ def test_an_option_takes_less_memory_for_the_same_training(folder: Path, options
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_the_peak_is_within_a_factor_of_two_of_the_plan(folder: Path, is_checkpointed: bool) -> None:
+def test_the_peak_is_not_above_the_plan(folder: Path, is_checkpointed: bool) -> None:
+    small = torch.ones(8, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    (small @ small).sum().backward()  # takes the matrix library's workspaces, which a model of this size would notice
     before = torch.cuda.memory_allocated()
     policy = load(folder, activation_checkpointing=is_checkpointed)
     config = LearnerConfig(micro_batch_tokens=NUM_TOKENS, activation_checkpointing=is_checkpointed)
     planned = plan_memory(read_shape(folder), config, "cuda").device
     _, peak = train(policy)
-    assert planned / 2 < peak - before < planned * 2
+    assert planned / 2 < peak - before < planned * 1.05
 
 
-def test_compiled_layers_give_the_same_training_at_several_lengths(folder: Path) -> None:
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_layers_give_the_same_training_at_several_lengths(folder: Path, compiler: None) -> None:
     plain, compiled = load(folder), load(folder, compile=True)
     for lengths in ((200, 31), (64,), (300, 5, 17)):
         batch = micro_batch(lengths).to(plain.device)
         found = [policy.backward(batch, lambda logprobs_T, _: -logprobs_T.mean()) for policy in (plain, compiled)]
         assert (found[0].logprobs_T - found[1].logprobs_T).abs().mean() < 0.02
     assert compiled.step() == pytest.approx(plain.step(), rel=2e-2)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_adapters_train_beside_bfloat16_weights(folder: Path) -> None:

@@ -12,7 +12,7 @@ from learner.attention_kernels import Scores
 def naive_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
     """One segment, one head, one query at a time."""
     share = query.shape[1] // key.shape[1]
-    output = torch.zeros_like(query)
+    output = value.new_zeros(*query.shape[:2], value.shape[2])
     tokens_K = torch.arange(layout.num_tokens) if layout.shared is None else layout.shared.index_K
     bounds = zip(pairwise(layout.cu_seqlens.tolist()), pairwise(layout.key_marks.tolist()), strict=True)
     for (begin, end), (first, last) in bounds:

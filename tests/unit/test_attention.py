@@ -150,6 +150,21 @@ def test_values_narrower_than_keys_equal_the_naive_formula(missing: int) -> None
     torch.testing.assert_close(found, expected)
 
 
+def test_values_stay_narrow_where_the_backend_takes_them_so() -> None:
+    query, key, value = (each.detach() for each in states((7, 4), 2, 8))
+    seen = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+        seen.append(value.shape[-1])
+        return naive_attention(query, key, value, layout, scores)
+
+    for narrow in ((8, 5), (8, 4), None):
+        backend = Backend("lambdapo_test", kernel, softcap=False, narrow=narrow)
+        found = layer(backend, query, key, value[..., :5], layout=layout_of(micro_batch((7, 4))))
+        assert found.shape == (11, 4, 5)
+    assert seen == [5, 8, 8]
+
+
 def layer(backend: Backend, query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
     """What a model's attention layer gets for packed states."""
     attend = AttentionInterface()[register_attention(backend)]

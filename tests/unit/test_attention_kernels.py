@@ -1,5 +1,6 @@
 """Which attention kernel a device gets, and that each is called with its own signature."""
 
+import tomllib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -8,8 +9,14 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from lambdapo_async.packed_layout import PackedLayout, SharedKeys
+from benchmarks.machine import ROOT
+from lambdapo_async.errors import UserError
+from lambdapo_async.packed_layout import PackedLayout, Segment, SharedKeys, packed_layout
 from learner.attention import register_attention, select_attention
 from learner.attention_kernels import (
     FLASH_PACKAGES,
@@ -17,9 +24,10 @@ from learner.attention_kernels import (
     Scores,
     choose_backend,
     installed_module,
+    sdpa_alone,
     sdpa_attention,
-    varlen_attention,
 )
+from learner.flash4 import takes
 from tests.attention_inputs import LAYOUTS, forward_and_gradients, states
 from tests.reference.attention import naive_attention
 from tests.tiny_models import tiny_model
@@ -49,10 +57,18 @@ def flash4(  # the parameters of flash-attn-4 4.0 up to softcap
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     assert window_size[0] is None or window_size[0] >= 0  # it takes -1 for a bound
+    assert is_blackwells(q.shape[-1], v.shape[-1])
     layout = layout_given(causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     assert return_lse
     log_sum_HT = torch.zeros(q.shape[1], q.shape[0])
     return naive_attention(q, k, v, layout, scores_of(softmax_scale, window_size[0], softcap)), log_sum_HT
+
+
+def is_blackwells(size: int, value_size: int) -> bool:
+    """What flash-attn-4 asserts there, before it runs."""
+    return size % 8 == value_size % 8 == 0 and (
+        (size <= 128 and value_size <= 128) or (size, value_size) in ((192, 128), (256, 256))
+    )
 
 
 def flash4_backward(
@@ -74,6 +90,8 @@ def flash4_backward(
     max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient written out, one segment and head at a time; out and lse are what the forward pass said."""
+    assert is_blackwells(q.shape[-1], v.shape[-1])
+    assert q.shape[-1] != 256 or (softcap == 0 and window_size_left is None)
     marks = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     layout = layout_given(causal, (window_size_left, window_size_right), *marks)
     grad_q, grad_k, grad_v = (torch.zeros_like(states) for states in (q, k, v))
@@ -219,6 +237,84 @@ def test_the_newest_kernel_that_runs_on_the_device_is_chosen(
     assert choose_backend(capability, load).name == f"lambdapo_{chosen.replace('flash', 'fa')}"
 
 
+def heads(num_tokens: int, size: int, value_size: int) -> list[Tensor]:
+    """Queries and keys of one size, values of another."""
+    query, key, value = states((num_tokens,), 2, size)
+    return [query, key, value.detach()[..., :value_size].requires_grad_()]
+
+
+@pytest.mark.parametrize(
+    ("size", "value_size", "scores"),
+    [
+        (64, 64, Scores(0.1, 3, 0.7)),
+        (192, 128, Scores(0.1)),
+        (256, 256, Scores(0.1)),
+        # What it refuses, one of them in its backward pass only, goes to torch: a lone document runs on this CPU.
+        (192, 192, Scores(0.1)),
+        (160, 160, Scores(0.1)),
+        (20, 20, Scores(0.1)),
+    ],
+)
+def test_flash_attn_4_on_blackwell_gets_the_heads_that_it_takes(size: int, value_size: int, scores: Scores) -> None:
+    layout, backend = packed_layout([Segment(7)]), choose_backend(BLACKWELL, packages(flash4=flash4))
+    found, expected = (
+        forward_and_gradients(kernel, heads(7, size, value_size), layout, scores)
+        for kernel in (backend.kernel, naive_attention)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_compiler_is_told_the_size_of_narrow_values() -> None:
+    backend = choose_backend(BLACKWELL, packages(flash4=flash4))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = [mode.from_tensor(each.detach()) for each in heads(7, 192, 128)]
+        output = backend.kernel(*inputs, packed_layout([Segment(7)]), Scores(0.1))
+    assert output.shape == (7, 4, 128)
+
+
+def test_a_window_over_wide_heads_on_blackwell_goes_to_torchs_kernel() -> None:
+    backend = choose_backend(BLACKWELL, packages(flash4=flash4))
+    with pytest.raises(NotImplementedError, match="flash_attention_forward"):  # which no CPU has
+        backend.kernel(*heads(7, 256, 256), packed_layout([Segment(7)]), Scores(0.1, 3))
+
+
+@pytest.mark.parametrize(("size", "softcap"), [(256, 50.0), (192, 50.0), (512, None)])
+def test_heads_that_nobody_trains_on_blackwell_are_refused_in_the_forward_pass(
+    size: int, softcap: float | None
+) -> None:
+    backend = choose_backend(BLACKWELL, packages(flash4=flash4))
+    with pytest.raises(UserError, match=rf"attention heads of {size}.*install flash-attn in place of flash-attn-4"):
+        backend.kernel(*heads(7, size, size), packed_layout([Segment(7)]), Scores(0.1, None, softcap))
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes", "is_plain", "taken"),
+    [
+        (HOPPER, (256, 256), False, True),
+        (HOPPER, (192, 128), True, True),
+        (HOPPER, (20, 20), True, False),
+        ((10, 3), (192, 128), False, True),
+        ((11, 0), (256, 256), True, True),
+        ((12, 0), (128, 128), False, True),
+        ((12, 0), (192, 128), True, False),
+        ((12, 0), (256, 256), True, False),
+    ],
+)
+def test_each_gpu_has_head_sizes_of_its_own(
+    capability: tuple[int, int], sizes: tuple[int, int], is_plain: bool, taken: bool
+) -> None:
+    assert takes(capability, *sizes, is_plain) == taken
+    narrow = choose_backend(capability, packages(flash4=flash4)).narrow
+    assert narrow == ((192, 128) if capability < (12, 0) else None)
+
+
+@pytest.mark.parametrize("advice", ["README.md", "scripts/setup"])
+def test_the_advice_is_the_version_of_flash_attn_4_that_the_extra_installs(advice: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (requirement,) = extras["flash4"]
+    assert f"pip install {requirement}" in (ROOT / advice).read_text()
+
+
 def test_transformers_takes_no_backend_for_its_own() -> None:
     """It looks for a package of its own, or a download, behind any name with "flash" in it."""
     model = tiny_model("qwen3")
@@ -228,7 +324,74 @@ def test_transformers_takes_no_backend_for_its_own() -> None:
 
 
 def test_without_a_package_a_gpu_takes_torchs_own() -> None:
-    assert choose_backend(HOPPER, lambda _: None).kernel is varlen_attention
+    backend = choose_backend(HOPPER, lambda _: None)
+    with pytest.raises(NotImplementedError, match="flash_attention_forward"):  # which no CPU has
+        backend.kernel(*states((5, 4), 2, 8), packed_layout([Segment(5), Segment(4)]), Scores(0.3))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_lone_document_equals_the_naive_formula_and_needs_no_varlen_kernel(kv_heads: int) -> None:
+    layout, kernel = packed_layout([Segment(13)]), choose_backend(HOPPER, lambda _: None).kernel
+    found, expected = (
+        forward_and_gradients(each, states((13,), kv_heads, 8), layout, Scores(0.3))
+        for each in (kernel, naive_attention)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def zeros(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
+    """Stands in for a kernel of which only is asked whether it was called, and by how many documents."""
+    return query * 0 * len(layout.cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("layout", "scores"),
+    [
+        (LAYOUTS["documents"], Scores(0.3)),
+        (LAYOUTS["shared"], Scores(0.3)),
+        (packed_layout([Segment(13)]), Scores(0.3, 5)),
+    ],
+    ids=["documents", "a shared prompt", "a window"],
+)
+def test_what_is_no_lone_document_stays_with_the_kernel(layout: PackedLayout, scores: Scores) -> None:
+    assert not sdpa_alone(zeros)(*states((layout.num_tokens,), 2, 8), layout, scores).any()
+
+
+class SdpaLengths(TorchFunctionMode):
+    """The lengths that SDPA is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is functional.scaled_dot_product_attention:
+            self.seen.append(args[0].shape[2])
+        return function(*args, **(kwargs or {}))
+
+
+def test_lone_documents_come_in_few_lengths() -> None:
+    with SdpaLengths() as lengths:
+        for length in (1, 700, 1024, 1025):
+            inputs = [each.detach().float() for each in states((length,), 1, 4, heads=1)]
+            output = sdpa_alone(zeros)(*inputs, packed_layout([Segment(length)]), Scores(0.3))
+            assert output.shape == (length, 1, 4)
+    assert lengths.seen == [1024, 1024, 1024, 2048]
+
+
+@torch.no_grad()
+def test_lone_documents_take_one_more_graph(compiler: None) -> None:
+    counter, model = CompileCounter(), tiny_model("qwen3")
+    model.set_attn_implementation(register_attention(Backend("lambdapo_test", sdpa_alone(zeros), softcap=False)))
+    for layer in model.model.layers:
+        layer.compile(backend=counter, dynamic=True, fullgraph=True)
+    graphs = []
+    for lengths in ((5, 4), (3, 3, 9), (9,), (4, 4, 4, 4), (30,), (12,), (1100,), (17, 2)):
+        ids = torch.arange(sum(lengths))[None]
+        layout = packed_layout([Segment(length) for length in lengths])
+        model(input_ids=ids % 61, position_ids=ids, use_cache=False, layout=layout)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 2, 2, 2, 2, 2, 2]
 
 
 @pytest.fixture

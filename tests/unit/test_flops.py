@@ -28,9 +28,25 @@ def test_frozen_matrices_need_no_gradient_of_their_own() -> None:
     assert (flops.body, flops.trained_body, flops.trained_head) == (BODY, BODY / LAYERS, 0)
 
 
-def test_peaks_and_utilisation() -> None:
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA L40S") == 362e12
-    assert peak_flops("GeForce 256") is None
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("GeForce 256", None),
+    ],
+)
+def test_a_device_has_the_peak_of_the_longest_name_that_is_its_own(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+def test_a_cpu_has_no_utilisation() -> None:
     assert utilisation(1.0, 1.0, torch.device("cpu")) is None

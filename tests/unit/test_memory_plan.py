@@ -1,13 +1,19 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from benchmarks.machine import ROOT
+from benchmarks.model_shapes import SHAPES
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
+from lambdapo_async.packed_layout import Segment, packed_layout
 from learner.activations import enable_checkpointing
+from learner.attention import select_attention
 from learner.memory_plan import GIB, MemoryPlan, check_fits, free_memory, plan_memory, read_shape
 from learner.policy import Policy
 from tests.tiny_models import micro_batch, tiny_model, tiny_model_folder
@@ -43,13 +49,67 @@ def test_activations_are_within_a_factor_of_two(architecture, is_checkpointed) -
     assert plan.activations / 2 < saved_bytes(model) < plan.activations * 2
 
 
+WIDTHS = {
+    "vocab_size": 61, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+AUTOCAST = {
+    "0.6B's proportions": Qwen3Config(**WIDTHS, hidden_size=128, intermediate_size=384, head_dim=64),
+    "1.7B's proportions": Qwen3Config(**WIDTHS, hidden_size=256, intermediate_size=768, head_dim=64),
+    "no norms of heads": LlamaConfig(**WIDTHS, hidden_size=128, intermediate_size=384, head_dim=64),
+    "biases": Qwen2Config(**WIDTHS, hidden_size=128, intermediate_size=384, head_dim=64),
+}
+
+
+def autocast_bytes(model: PreTrainedModel, num_tokens: int) -> int:
+    """What autograd keeps of one document in bfloat16, its copies of weights included."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # alive, else its address would be taken again
+        return tensor
+
+    ids = torch.arange(num_tokens)[None]
+    layout = packed_layout([Segment(num_tokens)])
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model.get_decoder()(input_ids=ids % 61, position_ids=ids, use_cache=False, layout=layout)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
+
+
+@pytest.mark.parametrize("shape", AUTOCAST.values(), ids=AUTOCAST)
+def test_activations_in_bfloat16_are_within_3_percent_of_the_plan(shape: PreTrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation=select_attention(CPU)).float()
+    kept = (autocast_bytes(model, 192) - autocast_bytes(model, 64)) / 128  # per token: copies of weights cancel out
+    planned = plan_memory(model, config(micro_batch_tokens=1000), "cuda").activations / 1000
+    assert 0.97 * kept < planned < 1.03 * kept
+
+
+@pytest.mark.parametrize("size", ["0.6b", "1.7b"])
+def test_the_plan_is_not_below_what_an_h100_took(size: str) -> None:
+    runs = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())["runs"]
+    peak = max(run["sections"].get(f"step_{size}", {}).get("reasoning / eager", {}).get("peak_gib", 0) for run in runs)
+    with torch.device("meta"):
+        model = SHAPES[size]._build()
+    plan = plan_memory(model, LearnerConfig(micro_batch_tokens=8192), "cuda")
+    # It was measured with float32 weights and gradients, their bfloat16 copy and two moments.
+    states = sum(parameter.numel() for parameter in model.parameters()) * (4 + 4 + 2 + 8)
+    measured = peak * GIB - states - plan.logits
+    assert measured < plan.activations < 1.06 * measured
+
+
 def test_ranks_share_the_states_and_gather_a_part() -> None:
     model = tiny_model(num_hidden_layers=8)
     alone, shared = (plan_memory(model, config(), "cpu", world_size=size) for size in (1, 4))
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(shared, name) == getattr(alone, name) // 4
     assert shared.activations == alone.activations
-    assert 0 == alone.gathered < shared.gathered < 2 * alone.weights
+    layer, outside = 2 * 32 * (32 + 16) + 3 * 32 * 48 + 2 * 32 + 2 * 8, 61 * 32 + 32
+    in_float32, in_bfloat16 = (plan_memory(model, config(), kind, world_size=4).gathered for kind in ("cpu", "cuda"))
+    assert (alone.gathered, shared.gathered) == (0, in_float32)
+    # Of whole parts weights, gradients, and the buffer that ranks add up in float32.
+    assert (in_float32, in_bfloat16) == ((outside + 2 * layer) * 12, (outside + 2 * layer) * 8)
 
 
 def test_every_option_takes_memory_from_where_it_says() -> None:
