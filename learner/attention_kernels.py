@@ -31,9 +31,6 @@ GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 VARLEN_HEAD = 256
 """Largest head of torch's varlen kernel."""
 
-LENGTH_STEP = 1024
-"""Lone documents are padded to multiples of it: cuDNN plans every length anew, for longer than a document takes."""
-
 VARLEN_CAPABILITY: Capability = (8, 0)
 """Oldest GPU that torch's varlen kernel runs on."""
 
@@ -144,25 +141,6 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     return output
 
 
-def sdpa_alone(kernel: Kernel) -> Kernel:
-    """``kernel``, but SDPA for one document without a window: on Hopper torch runs cuDNN's, not FlashAttention 2."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
-        # Asked of the marks, whose number is symbolic: a compiled layer would be traced again for every ``shapes``.
-        if layout.shared is None and len(layout.cu_seqlens) == 2 and scores.window is None:
-            return _lone_document(query, key, value, scores)
-        return kernel(query, key, value, layout, scores)
-
-    return attend
-
-
-def _lone_document(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-    """[T, H, D] attention of one document, whose tokens see nothing of the zeros behind them."""
-    padding = (0, 0, 0, 0, 0, -len(query) % LENGTH_STEP)
-    longer, keys, values = (functional.pad(states, padding) for states in (query, key, value))
-    return _sdpa_run((1, len(longer), len(longer)), longer, keys, values, scores)[: len(query)]
-
-
 def flash_attention(flash_attn_varlen_func: Callable[..., object], *, unbounded: int | None) -> Kernel:
     """A kernel from any generation's ``flash_attn_varlen_func``, whose keywords are the same since version 2.6.
 
@@ -198,7 +176,7 @@ def torchs_otherwise(kernel: Kernel, takes: Callable[[int, int, bool], bool]) ->
     Raises:
         UserError: (from the kernel) neither can.
     """
-    torchs = sdpa_alone(varlen_attention)
+    torchs = varlen_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
         size, value_size = query.shape[-1], value.shape[-1]
@@ -267,7 +245,7 @@ def choose_backend(
             if package.interface is not None and (interface := load(package.interface)) is not None:
                 return _flash4_backend(package, capability, flash4.as_operator(function, interface._flash_attn_bwd))
             return Backend(package.name, flash_attention(function, unbounded=package.unbounded), softcap=True)
-    return Backend("lambdapo_varlen", sdpa_alone(varlen_attention), softcap=False)
+    return Backend("lambdapo_varlen", varlen_attention, softcap=False)
 
 
 def _flash4_backend(package: FlashPackage, capability: Capability, function: Callable[..., Tensor]) -> Backend:

@@ -9,10 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from benchmarks.machine import ROOT
 from lambdapo_async.errors import UserError
@@ -24,8 +21,8 @@ from learner.attention_kernels import (
     Scores,
     choose_backend,
     installed_module,
-    sdpa_alone,
     sdpa_attention,
+    varlen_attention,
 )
 from learner.flash4 import takes
 from tests.attention_inputs import LAYOUTS, forward_and_gradients, states
@@ -249,10 +246,6 @@ def heads(num_tokens: int, size: int, value_size: int) -> list[Tensor]:
         (64, 64, Scores(0.1, 3, 0.7)),
         (192, 128, Scores(0.1)),
         (256, 256, Scores(0.1)),
-        # What it refuses, one of them in its backward pass only, goes to torch: a lone document runs on this CPU.
-        (192, 192, Scores(0.1)),
-        (160, 160, Scores(0.1)),
-        (20, 20, Scores(0.1)),
     ],
 )
 def test_flash_attn_4_on_blackwell_gets_the_heads_that_it_takes(size: int, value_size: int, scores: Scores) -> None:
@@ -272,10 +265,16 @@ def test_a_compiler_is_told_the_size_of_narrow_values() -> None:
     assert output.shape == (7, 4, 128)
 
 
-def test_a_window_over_wide_heads_on_blackwell_goes_to_torchs_kernel() -> None:
+@pytest.mark.parametrize(
+    ("size", "scores"),
+    [(192, Scores(0.1)), (160, Scores(0.1)), (20, Scores(0.1)), (256, Scores(0.1, 3))],
+    ids=["192", "160", "20", "256 with a window"],
+)
+def test_what_flash_attn_4_refuses_on_blackwell_goes_to_torchs_kernel(size: int, scores: Scores) -> None:
+    """Some of it in the backward pass only."""
     backend = choose_backend(BLACKWELL, packages(flash4=flash4))
     with pytest.raises(NotImplementedError, match="flash_attention_forward"):  # which no CPU has
-        backend.kernel(*heads(7, 256, 256), packed_layout([Segment(7)]), Scores(0.1, 3))
+        backend.kernel(*heads(7, size, size), packed_layout([Segment(7)]), scores)
 
 
 @pytest.mark.parametrize(("size", "softcap"), [(256, 50.0), (192, 50.0), (512, None)])
@@ -324,74 +323,7 @@ def test_transformers_takes_no_backend_for_its_own() -> None:
 
 
 def test_without_a_package_a_gpu_takes_torchs_own() -> None:
-    backend = choose_backend(HOPPER, lambda _: None)
-    with pytest.raises(NotImplementedError, match="flash_attention_forward"):  # which no CPU has
-        backend.kernel(*states((5, 4), 2, 8), packed_layout([Segment(5), Segment(4)]), Scores(0.3))
-
-
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_a_lone_document_equals_the_naive_formula_and_needs_no_varlen_kernel(kv_heads: int) -> None:
-    layout, kernel = packed_layout([Segment(13)]), choose_backend(HOPPER, lambda _: None).kernel
-    found, expected = (
-        forward_and_gradients(each, states((13,), kv_heads, 8), layout, Scores(0.3))
-        for each in (kernel, naive_attention)
-    )
-    torch.testing.assert_close(found, expected)
-
-
-def zeros(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores) -> Tensor:
-    """Stands in for a kernel of which only is asked whether it was called, and by how many documents."""
-    return query * 0 * len(layout.cu_seqlens)
-
-
-@pytest.mark.parametrize(
-    ("layout", "scores"),
-    [
-        (LAYOUTS["documents"], Scores(0.3)),
-        (LAYOUTS["shared"], Scores(0.3)),
-        (packed_layout([Segment(13)]), Scores(0.3, 5)),
-    ],
-    ids=["documents", "a shared prompt", "a window"],
-)
-def test_what_is_no_lone_document_stays_with_the_kernel(layout: PackedLayout, scores: Scores) -> None:
-    assert not sdpa_alone(zeros)(*states((layout.num_tokens,), 2, 8), layout, scores).any()
-
-
-class SdpaLengths(TorchFunctionMode):
-    """The lengths that SDPA is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if function is functional.scaled_dot_product_attention:
-            self.seen.append(args[0].shape[2])
-        return function(*args, **(kwargs or {}))
-
-
-def test_lone_documents_come_in_few_lengths() -> None:
-    with SdpaLengths() as lengths:
-        for length in (1, 700, 1024, 1025):
-            inputs = [each.detach().float() for each in states((length,), 1, 4, heads=1)]
-            output = sdpa_alone(zeros)(*inputs, packed_layout([Segment(length)]), Scores(0.3))
-            assert output.shape == (length, 1, 4)
-    assert lengths.seen == [1024, 1024, 1024, 2048]
-
-
-@torch.no_grad()
-def test_lone_documents_take_one_more_graph(compiler: None) -> None:
-    counter, model = CompileCounter(), tiny_model("qwen3")
-    model.set_attn_implementation(register_attention(Backend("lambdapo_test", sdpa_alone(zeros), softcap=False)))
-    for layer in model.model.layers:
-        layer.compile(backend=counter, dynamic=True, fullgraph=True)
-    graphs = []
-    for lengths in ((5, 4), (3, 3, 9), (9,), (4, 4, 4, 4), (30,), (12,), (1100,), (17, 2)):
-        ids = torch.arange(sum(lengths))[None]
-        layout = packed_layout([Segment(length) for length in lengths])
-        model(input_ids=ids % 61, position_ids=ids, use_cache=False, layout=layout)
-        graphs.append(counter.frame_count)
-    assert graphs == [1, 1, 2, 2, 2, 2, 2, 2]
+    assert choose_backend(HOPPER, lambda _: None).kernel is varlen_attention
 
 
 @pytest.fixture
