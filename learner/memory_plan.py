@@ -30,12 +30,13 @@ class MemoryPlan:
     """Bytes by purpose, at the fullest moment: the start of the first backward pass after an update."""
 
     weights: int
-    """Trained ones in float32; with LoRA the frozen ones in the compute type."""
-    compute_copy: int
-    """bfloat16 copy of float32 matrices that autocast makes."""
+    """As the model holds them: trained ones that are their own masters in float32, others in the compute type."""
+    masters: int
+    """In float32 beside the weights; 0 where the weights are their own."""
     gradients: int
+    """Of all micro-batches, in float32; where weights are bfloat16, the largest one's of one micro-batch too."""
     optimizer: int
-    """AdamW's two moments, with ``optimizer_offload`` masters and gradients too."""
+    """AdamW's two moments, with ``optimizer_offload`` the gradients' copy too."""
     activations: int
     """What autograd keeps of ``micro_batch_tokens`` tokens; an estimate."""
     recomputed: int
@@ -53,7 +54,7 @@ class MemoryPlan:
     @property
     def host(self) -> int:
         """Bytes that an offload moves to the host's memory."""
-        return self.optimizer * self.optimizer_on_host + self.activations * self.activations_on_host
+        return (self.masters + self.optimizer) * self.optimizer_on_host + self.activations * self.activations_on_host
 
     @property
     def device(self) -> int:
@@ -62,14 +63,14 @@ class MemoryPlan:
 
     @property
     def _total(self) -> int:
-        states = self.weights + self.compute_copy + self.gradients + self.optimizer
+        states = self.weights + self.masters + self.gradients + self.optimizer
         return states + self.activations + self.recomputed + self.logits + self.gathered
 
     def describe(self) -> str:
         """One line for the log."""
         parts = {
             "weights": self.weights,
-            "bfloat16 copy": self.compute_copy,
+            "masters": self.masters,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "activations": self.activations,
@@ -107,15 +108,15 @@ def plan_memory(
         context_size: those of them that share the tokens of a micro-batch.
     """
     compute = BFLOAT16 if device == "cuda" else FLOAT32
-    num_weights, num_matrix = _count(model)
-    if learner.lora is None:
-        num_trained, weights = num_weights, num_weights * FLOAT32
-        # Ranks gather in the compute type instead.
-        compute_copy = num_matrix * BFLOAT16 if device == "cuda" and world_size == 1 else 0
-    else:
+    num_weights = num_trained = _count(model)
+    # As ``learner.model_loading.trained_dtype`` has it; ranks gather slices of float32 in bfloat16 instead.
+    has_bfloat16 = device == "cuda" and world_size == 1 and learner.lora is None
+    weights = num_weights * (BFLOAT16 if has_bfloat16 else FLOAT32)
+    if learner.lora is not None:
         targets = target_linears(model, learner.lora, head=model.get_output_embeddings()).values()
         num_trained = sum(learner.lora.rank * (layer.in_features + layer.out_features) for layer in targets)
-        weights, compute_copy = num_weights * compute + num_trained * FLOAT32, 0
+        weights = num_weights * compute + num_trained * FLOAT32
+    largest = max(parameter.numel() for parameter in model.parameters())
     num_tokens = -(-learner.micro_batch_tokens // context_size)
     all_layers = _activation_bytes_per_token(model, compute) * num_tokens
     text = model.config.get_text_config()
@@ -123,9 +124,9 @@ def plan_memory(
     num_logits = min(num_tokens * text.vocab_size, CHUNK_LOGITS[device])
     return MemoryPlan(
         weights=weights // world_size,
-        compute_copy=compute_copy,
-        gradients=num_trained * FLOAT32 // world_size,
-        optimizer=num_trained * FLOAT32 * (4 if learner.optimizer_offload else 2) // world_size,
+        masters=num_trained * FLOAT32 if has_bfloat16 or learner.optimizer_offload else 0,
+        gradients=num_trained * FLOAT32 // world_size + (largest * BFLOAT16 if has_bfloat16 else 0),
+        optimizer=num_trained * FLOAT32 * (3 if learner.optimizer_offload else 2) // world_size,
         activations=inputs if learner.activation_checkpointing else all_layers,
         recomputed=all_layers // text.num_hidden_layers if learner.activation_checkpointing else 0,
         logits=num_logits * FLOAT32 * LOGIT_BUFFERS,
@@ -178,17 +179,16 @@ def _check(needed: int, free: int | None, kind: str, plan: MemoryPlan) -> None:
     )
 
 
-def _count(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and those of them in matrices; tied ones count once."""
-    sizes = [(parameter.numel(), parameter.ndim) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, ndim in sizes if ndim >= 2)
+def _count(model: nn.Module) -> int:
+    """Parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _gathered_elements(model: PreTrainedModel) -> int:
     """Parameters whole at a time under FSDP: what lies outside the layers, one layer, and the next one on its way."""
     layers = [child for child in model.modules() if type(child).__name__ in (model._no_split_modules or ())]
-    sizes = [_count(layer)[0] for layer in layers]
-    return _count(model)[0] - sum(sizes) + 2 * max(sizes, default=0)
+    sizes = [_count(layer) for layer in layers]
+    return _count(model) - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def _activation_bytes_per_token(model: PreTrainedModel, compute: int) -> int:

@@ -21,9 +21,26 @@ from learner.parallel import ALONE, Ranks
 logger = logging.getLogger(__name__)
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 for matrices on a GPU; a CPU computes in float32."""
-    if device.type != "cuda":
+def trained_dtype(config: LearnerConfig, device: torch.device, ranks: Ranks = ALONE) -> torch.dtype:
+    """What the model holds its trained parameters in: bfloat16, beside float32 masters, where one GPU trains them all.
+
+    Adapters are float32 on every device, and so are slices, which ranks gather in bfloat16.
+    """
+    is_whole = ranks.is_alone and config.lora is None
+    return torch.bfloat16 if device.type == "cuda" and is_whole else torch.float32
+
+
+def parameter_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name of each parameter -> ``dtype``, or float32 where the architecture computes with nothing less."""
+    exact = model._keep_in_fp32_modules_strict or ()
+    return {
+        name: torch.float32 if any(part in name for part in exact) else dtype for name, _ in model.named_parameters()
+    }
+
+
+def autocast(device: torch.device, *, is_on: bool = True) -> AbstractContextManager[object]:
+    """bfloat16 for float32 matrices on a GPU; a CPU computes in the type of its weights."""
+    if device.type != "cuda" or not is_on:
         return nullcontext()
     return torch.autocast("cuda", torch.bfloat16)
 

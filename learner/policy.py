@@ -19,7 +19,7 @@ from learner.flops import ModelFlops
 from learner.logprobs import LogprobModel
 from learner.lora import adapter_tensors, frozen, merged, save_adapter
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
-from learner.model_loading import autocast, load_model
+from learner.model_loading import autocast, load_model, parameter_dtypes, trained_dtype
 from learner.optimizer import MasterOptimizer
 from learner.parallel import ALONE, Ranks
 from learner.router_loss import RouterLoss
@@ -51,7 +51,7 @@ def pick_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 class Policy:
-    """A causal language model with AdamW on float32 masters; bfloat16 autocast on CUDA.
+    """A causal language model with AdamW on float32 masters; on CUDA it computes in bfloat16.
 
     With ``learner.lora`` adapters alone are trained; they are then published beside the frozen model, and checkpoints
     hold the adapters and the path of the model that they belong to.
@@ -68,6 +68,7 @@ class Policy:
         source: ModelSource,
         config: LearnerConfig,
         temperature: float,
+        dtype: torch.dtype,
         ranks: Ranks = ALONE,
     ) -> None:
         self._model, self._ranks = model, ranks
@@ -77,7 +78,8 @@ class Policy:
         shard(self._forward, model, ranks)
         # Tied weights appear once, under the name that comes first in the model.
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        self._optimizer = MasterOptimizer(self._parameters, config)
+        self._optimizer = MasterOptimizer(self._parameters, config, parameter_dtypes(model, dtype))
+        self._casts = dtype == torch.float32
         self._router_loss = RouterLoss(model) if config.router_aux_coef else None
         self.model_files: Mapping[str, bytes] = companion_files(source.folder)
         """File name -> content of config, generation config and tokenizer."""
@@ -99,12 +101,14 @@ class Policy:
         temperature: float,
         device: torch.device,
         ranks: Ranks = ALONE,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load a folder or repo id in Hugging Face's format; what is trained becomes float32.
+        """Load a folder or repo id in Hugging Face's format; the masters of what is trained become float32.
 
         Args:
             path: local folder or repo id, a LoRA adapter's too; ``Checkpoint.model_dir`` to resume.
             temperature: ``sampling.temperature``: what the logits are divided by.
+            dtype: of the trained parameters in the model; None is what ``trained_dtype`` says.
 
         Raises:
             ConfigError: no such model, one that does not fit into memory, or one that cannot be trained on packed
@@ -112,7 +116,8 @@ class Policy:
         """
         source = ModelSource.locate(str(path), revision)
         model = load_model(source, config, device, ranks)
-        return cls(model, source=source, config=config, temperature=temperature, ranks=ranks)
+        dtype = dtype or trained_dtype(config, device, ranks)
+        return cls(model, source=source, config=config, temperature=temperature, dtype=dtype, ranks=ranks)
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +164,7 @@ class Policy:
         Args:
             temperature: what the logits are divided by; None is the run's.
         """
-        with autocast(self.device):
+        with autocast(self.device, is_on=self._casts):
             logprobs_T: Tensor = self._forward(micro_batch, temperature)[0]
         return logprobs_T
 
@@ -171,7 +176,8 @@ class Policy:
                 ``router_aux_coef`` is multiplied with. Routers are balanced within each micro-batch, and micro-batches
                 count by their tokens, so the loss of an update does not grow with their number.
         """
-        with autocast(self.device), offload_to_host(self._model, is_on=self._config.activation_offload):
+        offload = offload_to_host(self._model, is_on=self._config.activation_offload)
+        with autocast(self.device, is_on=self._casts), offload:
             logprobs_T, entropy_T = self._forward(micro_batch)
         loss = loss_fn(logprobs_T, entropy_T)
         if self._router_loss is not None:
@@ -188,8 +194,7 @@ class Policy:
         Returns:
             Global gradient norm before clipping.
         """
-        clipped = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
-        grad_norm = float(whole_tensor(clipped))
+        grad_norm = float(whole_tensor(self._optimizer.clip(self._config.max_grad_norm)))
         if math.isfinite(grad_norm):
             self._optimizer.step(lr=self.lr)
             self.num_updates += 1
@@ -268,9 +273,10 @@ class Policy:
                 (folder / name).write_bytes(content)
 
     def _named_states(self) -> dict[str, Tensor]:
-        """Parameters, tied ones once, and the buffers that belong to a checkpoint."""
+        """Masters and frozen parameters, tied ones once, and the buffers that belong to a checkpoint."""
         own = {name for name, _ in (*self._model.named_parameters(), *self._model.named_buffers())}
-        return {name: tensor for name, tensor in self._model.state_dict().items() if name in own}
+        states = {name: tensor for name, tensor in self._model.state_dict().items() if name in own}
+        return {**states, **dict(self.named_masters())}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """``moment:parameter`` -> tensor of everything AdamW remembers; empty before the first update."""

@@ -26,7 +26,8 @@ class ReferencePolicy:
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, device: torch.device, ranks: Ranks) -> None:
         self._forward = LogprobModel(model, temperature=temperature, context=ranks.context)
-        self._device = device
+        # Ranks run it as they run the policy; on one GPU neither has anything to cast.
+        self._device, self._casts = device, not ranks.is_alone
         shard(self._forward, model, ranks)
 
     @classmethod
@@ -56,6 +57,6 @@ class ReferencePolicy:
     @torch.no_grad()
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """[T] float32 log-probabilities, 0 where there is no loss; on all ranks together."""
-        with autocast(self._device):
+        with autocast(self._device, is_on=self._casts):
             logprobs_T: Tensor = self._forward(micro_batch)[0]
         return logprobs_T

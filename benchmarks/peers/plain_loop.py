@@ -18,7 +18,7 @@ Losses = Callable[[PreTrainedModel, Workload, Setting], Iterator[Tensor]]
 
 
 class PlainLoop:
-    """Float32 masters, fused AdamW and, on CUDA, bfloat16 autocast: the same as ours."""
+    """Float32 masters, fused AdamW and, on CUDA, bfloat16 autocast; ours holds bfloat16 weights."""
 
     def __init__(self, setting: Setting, *, attention: str, losses: Losses, slots: Callable[[Workload], int]) -> None:
         self._setting, self._losses, self._slots = setting, losses, slots

@@ -1,4 +1,4 @@
-"""The projection as training runs it: float32 masters under bfloat16 autocast on CUDA."""
+"""The projection of float32 weights under bfloat16 autocast on CUDA: what training does, and a cast per chunk."""
 
 import pytest
 import torch

@@ -36,7 +36,20 @@ def test_states_are_those_of_a_policy_that_took_an_update(tmp_path: Path) -> Non
     plan = plan_memory(read_shape(folder), config(), "cpu")
     measured = sum(tensor.nbytes for _, tensor in policy.named_masters())
     moments = sum(tensor.nbytes for name, tensor in policy.optimizer_state().items() if "step" not in name)
-    assert (plan.weights, plan.gradients, plan.optimizer) == (measured, measured, moments)
+    assert (plan.weights, plan.gradients, plan.optimizer, plan.masters) == (measured, measured, moments, 0)
+
+
+def test_one_gpu_holds_bfloat16_weights_beside_their_masters(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path)
+    policy = Policy.load(folder, revision=None, config=config(), temperature=1.0, device=CPU, dtype=torch.bfloat16)
+    policy.backward(micro_batch((9, 12)), lambda logprobs_T, _: -logprobs_T.sum())
+    policy.step()
+    plan = plan_memory(read_shape(folder), config(), "cuda")
+    sizes = [tensor.numel() for _, tensor in policy.named_masters()]
+    assert plan.weights == sum(tensor.nbytes for _, tensor in policy.named_bf16()) == 2 * sum(sizes)
+    assert plan.masters == sum(tensor.nbytes for _, tensor in policy.named_masters()) == 4 * sum(sizes)
+    assert plan.gradients == 4 * sum(sizes) + 2 * max(sizes)
+    assert plan.optimizer == 8 * sum(sizes)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
@@ -121,10 +134,10 @@ def test_every_option_takes_memory_from_where_it_says() -> None:
     adapters = plan_memory(model, config(lora={"rank": 2}), "cuda")
     assert checkpointed.activations + checkpointed.recomputed < plain.activations
     assert (offloaded.host, plain.host) == (checkpointed.activations, 0)
-    assert plain.device - on_host.device == plain.optimizer
-    assert on_host.host == 4 * plain.weights
+    assert plain.device - on_host.device == plain.masters + plain.optimizer
+    assert on_host.host == 4 * plain.masters
     assert adapters.gradients < plain.gradients / 4
-    assert adapters.compute_copy == 0 < plain.compute_copy
+    assert adapters.masters == 0 < plain.masters
 
 
 def test_an_8b_model_has_the_sizes_one_computes_by_hand() -> None:
@@ -135,13 +148,14 @@ def test_an_8b_model_has_the_sizes_one_computes_by_hand() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
     plan = plan_memory(model, LearnerConfig(micro_batch_tokens=8192, activation_checkpointing=True), "cuda")
-    assert plan.weights == 4 * 8_190_735_360
+    assert (plan.weights, plan.masters, plan.optimizer) == tuple(size * 8_190_735_360 for size in (2, 4, 8))
+    assert plan.gradients == 4 * 8_190_735_360 + 2 * 151_936 * 4096
     assert plan.activations == (36 + 4) * 4096 * 4 * 8192
     assert plan.device / GIB == pytest.approx(150, rel=0.1)
 
 
 PLAN = MemoryPlan(
-    weights=4 * GIB, compute_copy=2 * GIB, gradients=4 * GIB, optimizer=8 * GIB, activations=GIB, recomputed=0,
+    weights=2 * GIB, masters=4 * GIB, gradients=4 * GIB, optimizer=8 * GIB, activations=GIB, recomputed=0,
     logits=GIB, optimizer_on_host=False, activations_on_host=False,
 )  # fmt: skip
 
@@ -153,9 +167,9 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out() -> None:
     ):
         check_fits(PLAN, "cuda", device_free=19 * GIB, host_free=None)
     offloaded = replace(PLAN, optimizer_on_host=True)
-    check_fits(offloaded, "cuda", device_free=12 * GIB, host_free=8 * GIB)
-    with pytest.raises(ConfigError, match=r"needs 8\.00 GiB of host memory"):
-        check_fits(offloaded, "cuda", device_free=12 * GIB, host_free=7 * GIB)
+    check_fits(offloaded, "cuda", device_free=8 * GIB, host_free=12 * GIB)
+    with pytest.raises(ConfigError, match=r"needs 12\.00 GiB of host memory"):
+        check_fits(offloaded, "cuda", device_free=8 * GIB, host_free=11 * GIB)
     with pytest.raises(ConfigError, match=r"needs 20\.00 GiB of memory"):
         check_fits(offloaded, "cpu", device_free=None, host_free=19 * GIB)
     check_fits(PLAN, "cpu", device_free=None, host_free=None)
