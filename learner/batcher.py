@@ -30,7 +30,7 @@ _ATTENDED_S = 1.0
 """Nobody waits longer for a learner that gathers groups, not even while useless ones come without a pause."""
 _STALE = "stale"
 _USELESS = ("malformed", "zero_variance", "too_large", "duplicate", "unleased", "quarantined")
-"""What may happen to a group that no step was made of. A stale one says nothing of what can be learned."""
+"""What may happen to a group that no step was made of, beside growing stale."""
 _SAY_EVERY_S = 30.0
 """Seconds of silence after which a waiting learner says what for."""
 
@@ -185,12 +185,16 @@ class _Discards:
 
     def __init__(self, config: RunConfig, pool: Pool) -> None:
         self._step_groups, self._pool = config.rollout.groups_per_step, pool
-        self._before, self._said = self._count(), 0
+        self._before, self._said, self._num_stale = self._count(), 0, _num_stale(pool)
 
     def check(self, *, counts: bool) -> None:
-        """After each arrival; ``counts`` is false for those that another life has dealt with, and ended by."""
-        if not counts:
-            self._before, self._said = self._count(), 0
+        """After each arrival; ``counts`` is false for those that another life has dealt with, and ended by.
+
+        A stale group ends the row: it had a signal, and the others around it are as stale.
+        """
+        num_stale = _num_stale(self._pool)
+        if not counts or num_stale > self._num_stale:
+            self._before, self._said, self._num_stale = self._count(), 0, num_stale
             return
         discarded = {reason: count - self._before[reason] for reason, count in self._count().items()}
         total = sum(discarded.values())
