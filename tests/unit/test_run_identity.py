@@ -35,7 +35,7 @@ def test_a_run_of_another_schema_is_neither_taken_nor_resumed(redis_run: RedisRu
     refuse_other_schema(store)
     with redis.Redis.from_url(redis_url) as client:
         client.hset(redis_run.keys.state, "schema", 1)
-    said = f"run {run_id} speaks schema 1, this version speaks 2: install"
+    said = f"run {run_id} speaks schema 1, this version speaks 3: install"
     with pytest.raises(RunNotFoundError, match=said):
         refuse_taken_id(store, run_id)
     with pytest.raises(RunNotFoundError, match=said) as caught:
