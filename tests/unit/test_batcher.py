@@ -263,7 +263,8 @@ def test_groups_that_are_stale_are_waited_out_and_others_are_served_meanwhile(
     monkeypatch.setattr("learner.batcher._ATTENDED_S", 0.0)
     monkeypatch.setattr("learner.batcher._IDLE_S", 3600.0)
     stale = [delivery(i + 1, make_group(i, rewards=(0.0, float(i % 9 == 0)))) for i in range(120)]
-    on = bench(*stale, *(delivery(i + 1, make_group(i, version=50)) for i in (120, 121)))
+    patient = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"data_timeout_s": 60.0})})
+    on = bench(*stale, *(delivery(i + 1, make_group(i, version=50)) for i in (120, 121)), config=patient)
     calls: list[int] = []
     batch = on.next_batch(50, while_idle=lambda: calls.append(on.pool.totals.get("stale", 0)))
     assert indices(batch) == [120, 121]
@@ -271,8 +272,9 @@ def test_groups_that_are_stale_are_waited_out_and_others_are_served_meanwhile(
 
 
 def test_stale_groups_alone_are_no_groups(bench: Callable[..., Bench]) -> None:
-    config = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"data_timeout_s": 0.5})})
+    config = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"data_timeout_s": 2.0})})
     on = bench(*(delivery(i + 1, make_group(i)) for i in range(3)), config=config)
+    assert on.source.empty.wait(30.0)
     with pytest.raises(NoGroupsError, match=r"3 were stale\).*does it follow the weights"):
         on.next_batch(50)
 
