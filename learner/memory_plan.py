@@ -124,7 +124,7 @@ def plan_memory(
     num_logits = min(num_tokens * text.vocab_size, CHUNK_LOGITS[device])
     return MemoryPlan(
         weights=weights // world_size,
-        masters=num_trained * FLOAT32 if has_bfloat16 or learner.optimizer_offload else 0,
+        masters=num_trained * FLOAT32 // world_size if has_bfloat16 or learner.optimizer_offload else 0,
         gradients=num_trained * FLOAT32 // world_size + (largest * BFLOAT16 if has_bfloat16 else 0),
         optimizer=num_trained * FLOAT32 * (3 if learner.optimizer_offload else 2) // world_size,
         activations=inputs if learner.activation_checkpointing else all_layers,

@@ -125,6 +125,13 @@ def test_ranks_share_the_states_and_gather_a_part() -> None:
     assert (in_float32, in_bfloat16) == ((outside + 2 * layer) * 12, (outside + 2 * layer) * 8)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ranks_share_what_an_offload_moves_to_the_host(device: str) -> None:
+    model = tiny_model("qwen3")
+    alone, shared = (plan_memory(model, config(optimizer_offload=True), device, world_size=size) for size in (1, 4))
+    assert shared.host == pytest.approx(alone.host / 4, abs=8)
+
+
 def test_every_option_takes_memory_from_where_it_says() -> None:
     model = tiny_model()
     plain = plan_memory(model, config(), "cuda")
