@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(400)]
 # is drained leaves some.
 NUM_STEPS = 12
 OVERRIDES = (
-    f"learner.num_steps={NUM_STEPS}", f"staleness.max_staleness={50 * NUM_STEPS}", f"staleness.drop_above={99 * NUM_STEPS}",
+    f"learner.num_steps={NUM_STEPS}",
+    f"staleness.max_staleness={50 * NUM_STEPS}", f"staleness.drop_above={99 * NUM_STEPS}",
     "evaluation.every_steps=0", "evaluation.target=2.0",
     "actor.handoff=true", "actor.drain_s=0.001", "actor.max_num_seqs=128",
 )  # fmt: skip
