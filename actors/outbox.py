@@ -1,12 +1,13 @@
 """The actor's side of delivery: a group is kept until the learner holds it durably, and offered until then."""
 
 import asyncio
+import itertools
 import logging
 import time
 from dataclasses import dataclass, replace
 
 from actors.spool import Spool
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, RolloutSink
+from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueReply, EnqueueStatus, RolloutSink
 from lambdapo_async.errors import BrokerUnavailable, WireFormatError
 from lambdapo_async.rollout import RolloutGroup
 from lambdapo_async.wire import decode_group, encode_group
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _MISSING_S = 60.0
 """Redis asks for numbers that we no longer have: the learner may still tell it better."""
+AT_ONCE, AT_ONCE_BYTES = 64, 4 * 1024**2
+"""Groups in one round trip, and their bytes; a larger one goes alone."""
 _ANY = 2**31 - 1  # a spool was written by an actor of this run; its learner checks ids and versions
 
 
@@ -36,7 +39,7 @@ class _Parcel:
 
 
 class Outbox:
-    """Numbers one producer's groups 1, 2, 3, ... and offers them in order, one at a time.
+    """Numbers one producer's groups 1, 2, 3, ... and offers them in order, all that wait at once.
 
     Redis may lose what it accepted, even everything: then it says so, and gets it again.
     """
@@ -104,7 +107,7 @@ class Outbox:
                 return
             await self._trim(marks.committed)
             self._go_to(marks.last, marks.epoch)
-            while self._next_parcel() is not None:
+            while self._next_parcels(0):
                 await self._offer_next()
 
     async def close(self, *, is_run_finished: bool) -> None:
@@ -132,18 +135,21 @@ class Outbox:
             self.sent += 1
 
     async def _offer_next(self) -> None:
-        """Offer the first group that the queue does not have, until the queue's answer changes what comes next."""
-        started, pause_s = time.monotonic(), _FIRST_PAUSE_S
-        while (parcel := self._next_parcel()) is not None:
-            payload = await self._payload_of(parcel)
-            reply = await asyncio.to_thread(self._sink.enqueue, parcel.descriptor, payload, epoch=self._epoch)
+        """Offer what the queue does not have, until its answer changes what comes next."""
+        started, pause_s, at_once_bytes = time.monotonic(), _FIRST_PAUSE_S, AT_ONCE_BYTES
+        while parcels := self._next_parcels(at_once_bytes):
+            deliveries = [Delivery(parcel.descriptor, await self._payload_of(parcel)) for parcel in parcels]
+            reply = await asyncio.to_thread(self._sink.enqueue, deliveries, epoch=self._epoch)
             await self._trim(reply.committed)
             match reply.status:
                 case EnqueueStatus.OK | EnqueueStatus.DUP:
-                    return self._accept(max(parcel.seq, reply.last))
-                case EnqueueStatus.LATE:
-                    return await self._drop(parcel)
-                case EnqueueStatus.GAP | EnqueueStatus.EPOCH if self._has(reply.last + 1):
+                    return self._accept(max(parcels[0].seq, reply.last))
+                case EnqueueStatus.LATE if late := self._parcel(reply.last + 1):
+                    self._accept(reply.last)
+                    return await self._drop(late)
+                case EnqueueStatus.FULL if reply.last >= parcels[0].seq:
+                    return self._accept(reply.last)
+                case EnqueueStatus.GAP | EnqueueStatus.EPOCH if self._parcel(reply.last + 1):
                     return self._go_to(reply.last, reply.epoch)
             refused_s = time.monotonic() - started
             if reply.status is EnqueueStatus.GAP and refused_s > min(_MISSING_S, self._outage_s):
@@ -153,20 +159,23 @@ class Outbox:
                     f"the rollout queue answered {reply.status} for {refused_s:.0f} s (broker.outage_s = "
                     f"{self._outage_s:g}): is the learner alive?"
                 )
-            self._epoch = reply.epoch
+            self._epoch, at_once_bytes = reply.epoch, 0  # until there is room, one goes back and forth
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _next_parcel(self) -> _Parcel | None:
-        return next((parcel for parcel in self._parcels if parcel.seq > self._accepted), None)
+    def _next_parcels(self, num_bytes: int) -> list[_Parcel]:
+        """The first that the queue does not have, and those behind it that together have at most ``num_bytes``."""
+        waiting = [parcel for parcel in self._parcels if parcel.seq > self._accepted][:AT_ONCE]
+        sizes = itertools.accumulate(parcel.descriptor.num_bytes for parcel in waiting)
+        return [one for one, size in zip(waiting, sizes, strict=True) if one is waiting[0] or size <= num_bytes]
 
     async def _payload_of(self, parcel: _Parcel) -> bytes:
         if parcel.payload is None:
             return await asyncio.to_thread(self._spool.read, parcel.seq)
         return parcel.payload
 
-    def _has(self, seq: int) -> bool:
-        return any(parcel.seq == seq for parcel in self._parcels)
+    def _parcel(self, seq: int) -> _Parcel | None:
+        return next((parcel for parcel in self._parcels if parcel.seq == seq), None)
 
     def _accept(self, last: int) -> None:
         self._accepted = max(self._accepted, min(last, self._last_number))

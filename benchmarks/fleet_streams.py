@@ -7,7 +7,7 @@ pause where there is no room. A learner takes everything in before it ends, so t
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -15,10 +15,12 @@ from typing import NamedTuple, TypeAlias
 
 import redis
 
+from actors.outbox import AT_ONCE_BYTES
 from lambdapo_async.broker.connection import connect
-from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueStatus
+from lambdapo_async.broker.interface import Delivery, Descriptor, Durable
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
+from lambdapo_async.broker.round_trip import round_trip
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
 
@@ -61,6 +63,11 @@ class Tally:
     refused: int = 0
     on_their_way: int = 0
     """Groups promised to a bare stream and not in it yet."""
+
+
+def sent_at_once(num_bytes: int) -> int:
+    """Groups in one round trip: as the outbox does, and a divisor of ``LEASED_AT_ONCE``."""
+    return next(count for count in (4, 2, 1) if count == 1 or count * num_bytes <= AT_ONCE_BYTES)
 
 
 def limits_for(num_bytes: int) -> RunLimits:
@@ -119,8 +126,9 @@ def consume_bare(url: str, num_bytes: int, ready: Event, stop: Event, receipts: 
 
 
 def our_actor(run: RedisRun, number: int, payload: bytes, epoch: str, tally: Tally) -> Act:
-    """Lease, send, again."""
+    """Lease, send, again; like an outbox whose groups ended together."""
     admission, sink, producer = run.admission(f"a{number}"), run.sink(), f"a{number}.0"
+    at_once = sent_at_once(len(payload))
 
     def lease(stop: asyncio.Event) -> tuple[Lease, ...]:
         started = time.monotonic()
@@ -128,19 +136,23 @@ def our_actor(run: RedisRun, number: int, payload: bytes, epoch: str, tally: Tal
         tally.lease_s.append(time.monotonic() - started)
         return leases
 
-    def send(lease: Lease, stop: asyncio.Event) -> None:
+    def send(leases: Sequence[Lease], stop: asyncio.Event) -> None:
         if stop.is_set():
             return
-        descriptor = Descriptor(producer, tally.sent[number] + 1, lease, 0, len(payload), 0.5)
-        reply = sink.enqueue(descriptor, payload, epoch=epoch)
-        tally.sent[number] += reply.status is EnqueueStatus.OK
-        tally.refused += reply.status is not EnqueueStatus.OK
+        first = tally.sent[number] + 1
+        deliveries = [
+            Delivery(Descriptor(producer, seq, one, 0, len(payload), 0.5), payload)
+            for seq, one in enumerate(leases, first)
+        ]
+        reply = sink.enqueue(deliveries, epoch=epoch)
+        tally.sent[number] = reply.last
+        tally.refused += first + len(leases) - 1 - reply.last
 
     async def act(stop: asyncio.Event) -> None:
         while not stop.is_set():
             leases = await asyncio.to_thread(lease, stop)
-            for one in leases:
-                await asyncio.to_thread(send, one, stop)
+            for first in range(0, len(leases), at_once):
+                await asyncio.to_thread(send, leases[first : first + at_once], stop)
             if not leases:
                 await asyncio.sleep(GATE_POLL_S)
 
@@ -148,16 +160,16 @@ def our_actor(run: RedisRun, number: int, payload: bytes, epoch: str, tally: Tal
 
 
 def bare_actor(client: redis.Redis, number: int, payload: bytes, tally: Tally) -> Act:
-    """XADD, again; a bare stream has no gate, so its length is asked for as often as ours leases."""
+    """XADD, again, as many in a round trip as ours; it has no gate, so its length is asked for as often as we lease."""
+    at_once = sent_at_once(len(payload))
 
     def length(stop: asyncio.Event) -> int:
         return 0 if stop.is_set() else int(client.xlen(BARE))
 
     def send(stop: asyncio.Event) -> None:
         if not stop.is_set():
-            fields: dict[str | bytes, bytes] = {"p": payload}
-            client.xadd(BARE, fields)  # type: ignore[arg-type]
-            tally.sent[number] += 1
+            round_trip(client, *[("XADD", BARE, "*", "p", payload)] * at_once)
+            tally.sent[number] += at_once
 
     async def act(stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -166,8 +178,8 @@ def bare_actor(client: redis.Redis, number: int, payload: bytes, tally: Tally) -
                 await asyncio.sleep(GATE_POLL_S)
                 continue
             tally.on_their_way += LEASED_AT_ONCE
-            for _ in range(LEASED_AT_ONCE):
+            for _ in range(0, LEASED_AT_ONCE, at_once):
                 await asyncio.to_thread(send, stop)
-                tally.on_their_way -= 1
+                tally.on_their_way -= at_once
 
     return act

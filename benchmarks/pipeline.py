@@ -146,7 +146,8 @@ def offer_recorded(recorded: Sequence[Delivery], config: RunConfig) -> Feed:
             for lease in leases:
                 seq += 1
                 payload = answered_now(recorded[seq % len(recorded)].payload, lease.id, run.weights.head())
-                reply = sink.enqueue(Descriptor("feeder", seq, lease, 0, len(payload), 0.5), payload, epoch=epoch)
+                descriptor = Descriptor("feeder", seq, lease, 0, len(payload), 0.5)
+                reply = sink.enqueue([Delivery(descriptor, payload)], epoch=epoch)
                 if reply.status is not EnqueueStatus.OK:
                     sys.exit(f"the queue answered {reply}; the learner's log:\n{learner.log.read_text()[-3000:]}")
             if not leases:

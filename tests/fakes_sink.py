@@ -1,5 +1,7 @@
 """The actors' end of the queue in memory."""
 
+from collections.abc import Sequence
+
 from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueReply, EnqueueStatus, Marks
 from lambdapo_async.errors import BrokerError
 from tests.fakes_redis_run import FakeRedisRun
@@ -11,12 +13,15 @@ class FakeRolloutSink:
     def __init__(self, state: FakeRedisRun) -> None:
         self._state = state
 
-    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
-        state, producer = self._state, descriptor.producer
+    def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
+        state, producer = self._state, deliveries[0].descriptor.producer
         with state.lock:
-            status = self._status(descriptor, payload, epoch)
-            if status is EnqueueStatus.OK:
-                self._accept(descriptor, payload)
+            for each in deliveries:
+                status = self._status(each.descriptor, each.payload, epoch)
+                if status is EnqueueStatus.OK:
+                    self._accept(each)
+                elif status is not EnqueueStatus.DUP:
+                    break
             return EnqueueReply(status, state.accepted.get(producer, 0), state.committed.get(producer, 0), state.epoch)
 
     def marks(self, producer: str) -> Marks:
@@ -51,14 +56,14 @@ class FakeRolloutSink:
             return EnqueueStatus.FULL
         return EnqueueStatus.OK
 
-    def _accept(self, descriptor: Descriptor, payload: bytes) -> None:
-        state, lease = self._state, descriptor.lease
+    def _accept(self, delivery: Delivery) -> None:
+        state, descriptor, lease = self._state, delivery.descriptor, delivery.descriptor.lease
         if lease in state.held:
             del state.held[lease]
         elif lease in state.lines[lease.split]:
             state.lines[lease.split].remove(lease)
         elif lease.split == "train":
             state.admitted += 1
-        state.queue.append(Delivery(descriptor, payload))
+        state.queue.append(delivery)
         state.accepted[descriptor.producer] = descriptor.seq
         state.answered.add(lease)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lambdapo_async.broker.interface import Descriptor, EnqueueStatus
+from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueStatus
 from lambdapo_async.config import RunConfig
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.journal import Journal
@@ -168,7 +168,7 @@ class Actor(threading.Thread):
         payload = encode_group(self._as_ours(group))
         while not self._stopping.wait(0.0005):
             descriptor = Descriptor(self._producer, self._seq + 1, group.lease, group.min_version, len(payload), 0.5)
-            reply = sink.enqueue(descriptor, payload, epoch=self._run.shared.epoch)
+            reply = sink.enqueue([Delivery(descriptor, payload)], epoch=self._run.shared.epoch)
             match reply.status:
                 case EnqueueStatus.OK:
                     self._seq += 1

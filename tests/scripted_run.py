@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lambdapo_async.broker.interface import Descriptor, EnqueueStatus, RolloutSink
+from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueStatus, RolloutSink
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import RunNotFoundError
@@ -86,7 +86,7 @@ class ScriptedActor(threading.Thread):
             if not self._is_open():
                 continue
             descriptor = Descriptor(self._producer, self._seq + 1, group.lease, 0, len(payload), 0.5)
-            reply = sink.enqueue(descriptor, payload, epoch=self._run.run_store.state().epoch)
+            reply = sink.enqueue([Delivery(descriptor, payload)], epoch=self._run.run_store.state().epoch)
             match reply.status:
                 case EnqueueStatus.OK:
                     self._seq += 1

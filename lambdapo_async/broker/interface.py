@@ -22,7 +22,7 @@ Phase = Literal["starting", "running", "finished"]
 
 
 class EnqueueStatus(StrEnum):
-    """Answers of the queue to one group."""
+    """The queue's answer to an offer."""
 
     OK = "OK"
     DUP = "DUP"
@@ -81,7 +81,7 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One group as read by the learner."""
+    """One group, as it is offered and as it is read."""
 
     descriptor: Descriptor
     payload: bytes
@@ -159,8 +159,13 @@ class Admission(Protocol):
 class RolloutSink(Protocol):
     """The actor's end of the queue: one outstanding offer per producer."""
 
-    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
-        """Offer one group; the same sequence number may be offered any number of times."""
+    def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
+        """Offer consecutive groups of one producer, each any number of times.
+
+        Returns:
+            The answer to the last one; or to the first that was refused, ``last`` being the one before it: those
+            behind it were refused with it.
+        """
 
     def marks(self, producer: str) -> Marks:
         """What the queue knows of ``producer``: asked while there is nothing to offer, or offers are refused."""

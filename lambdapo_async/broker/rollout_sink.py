@@ -1,10 +1,12 @@
 """The actor's end of the rollout queue over Redis."""
 
 import logging
+from collections.abc import Sequence
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
+from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueReply, EnqueueStatus, Marks
 from lambdapo_async.broker.replies import as_number, as_text, exactly
+from lambdapo_async.broker.round_trip import Argument, Command
 from lambdapo_async.broker.script import Reply, Script
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.keys import RunKeys
@@ -30,10 +32,10 @@ class RedisRolloutSink:
         self._enqueue = Script(broker, "enqueue")
         self._marks = Script(broker, "marks")
 
-    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
-        """Offer one group.
+    def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
+        """Offer consecutive groups of one producer in one round trip (see ``interface.RolloutSink``).
 
-        The payload travels outside the script, which would copy it, under a name of its own: it expires unless the
+        A payload travels outside the script, which would copy it, under a name of its own: it expires unless the
         script accepts it, and only then takes its number's place. So bytes that come late from a cut connection are
         never taken for the group that has their number now. A server that drops it before the script runs has no
         room: ``FULL``. ``LATE`` does not use the number up: the next group takes it. Whether a lease was answered
@@ -42,33 +44,39 @@ class RedisRolloutSink:
         Raises:
             BrokerError: the group alone is larger than ``broker.max_bytes``.
         """
-        lease_id, payload = descriptor.lease.id, self._seal.close(payload, purpose=GROUP)
+        sealed = [(each.descriptor, self._seal.close(each.payload, purpose=GROUP)) for each in deliveries]
         for _ in range(_UPLOADS):
-            status, last, committed, current_epoch = exactly(self._upload(descriptor, payload, epoch), 4)
+            status, found, committed, current_epoch = exactly(self._upload(sealed, epoch), 4)
+            last = as_number(found, "last")
+            place = next((place for place, (one, _) in enumerate(sealed) if one.seq == last + 1), 0)
             if status != b"AGAIN":
                 break
-        else:
+            sealed = sealed[place:]
+        lease_id, num_bytes = sealed[place][0].lease.id, len(sealed[place][1])
+        if status == b"AGAIN":
             logger.warning("Redis drops the payload of group %s at once: is its policy noeviction?", lease_id)
             status = b"FULL"
         if status == b"TOO_BIG":
-            raise BrokerError(f"group {lease_id} has {len(payload)} bytes, more than all of broker.max_bytes: raise it")
-        return EnqueueReply(
-            _status(status), as_number(last, "last"), as_number(committed, "committed"), as_text(current_epoch)
-        )
+            raise BrokerError(f"group {lease_id} has {num_bytes} bytes, more than all of broker.max_bytes: raise it")
+        return EnqueueReply(_status(status), last, as_number(committed, "committed"), as_text(current_epoch))
 
-    def _upload(self, descriptor: Descriptor, payload: bytes, epoch: str) -> Reply:
-        keys, producer, seq, lease_id = self._keys, descriptor.producer, descriptor.seq, descriptor.lease.id
-        offered = keys.offered(producer, seq, lease_id)
+    def _upload(self, sealed: Sequence[tuple[Descriptor, bytes]], epoch: str) -> Reply:
+        keys, producer = self._keys, sealed[0][0].producer
+        uploads: list[Command] = []
+        names: list[bytes] = []
+        fields: list[Argument] = []
+        for each, payload in sealed:
+            offered = keys.offered(producer, each.seq, each.lease.id)
+            uploads.append(("SET", offered, payload, "EX", _OFFER_EXPIRY_S))
+            names += (keys.payload(producer, each.seq), offered)
+            fields += (each.seq, each.lease.id, each.min_version, each.mean_reward, len(payload))
         _, reply = self._enqueue.after(
-            [("SET", offered, payload, "EX", _OFFER_EXPIRY_S)],
+            uploads,
             [
-                keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders,
-                keys.todo, keys.heldout, keys.answered, keys.payload(producer, seq), offered,
+                keys.state, keys.queue, keys.accepted, keys.committed, keys.leases, keys.holders, keys.todo,
+                keys.heldout, keys.answered, *names,
             ],
-            [
-                epoch, producer, seq, lease_id, descriptor.min_version, descriptor.mean_reward, len(payload),
-                ANSWERED_KEPT,
-            ],
+            [epoch, producer, ANSWERED_KEPT, *fields],
         )  # fmt: skip
         return reply
 

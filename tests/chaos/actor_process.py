@@ -90,11 +90,12 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
             if lease.split == "train":
                 ledger.write("leased", index=lease.index)
 
-    def offered(reply: Any, _: Any, descriptor: Any, *__: object, **___: object) -> None:
-        ledger.write(
-            "offered", status=str(reply.status), producer=descriptor.producer, seq=descriptor.seq,
-            index=descriptor.lease.index if descriptor.lease.split == "train" else None,
-        )  # fmt: skip
+    def offered(reply: Any, _: Any, deliveries: Any, **__: object) -> None:
+        for descriptor in (each.descriptor for each in deliveries):
+            ledger.write(
+                "offered", status=str(reply.status), last=reply.last, producer=descriptor.producer, seq=descriptor.seq,
+                index=descriptor.lease.index if descriptor.lease.split == "train" else None,
+            )  # fmt: skip
 
     points.tap(RedisAdmission, "lease", "lease", after=leased)
     points.tap(RedisAdmission, "renew", "renew")

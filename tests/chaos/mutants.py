@@ -219,7 +219,7 @@ MUTANTS = {
         install=_forget_numbers,
         # The memory of answered leases is cut out, too: it is a second net, behind which nothing of this one shows.
         scripts={
-            "enqueue": r"if seq <= last then\n.*?\nend\n|if seq ~= last \+ 1 then.*?end\n"
+            "enqueue": r"if seq <= last then .*? end\n|if seq ~= last \+ 1 then .*? end\n"
             r"| or redis\.call\('ZSCORE', KEYS\[9\], lease\)"
         },
     ),

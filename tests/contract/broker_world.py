@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from lambdapo_async.broker.interface import Descriptor, Durable, EnqueueReply, EnqueueStatus, RolloutSource
+from lambdapo_async.broker.interface import Delivery, Descriptor, Durable, EnqueueReply, EnqueueStatus, RolloutSource
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.rollout import Lease
 from tests.redis_fixtures import BrokerRun
@@ -46,8 +46,8 @@ def offer(
     epoch: str | None = None,
 ) -> EnqueueReply:
     """One enqueue; the epoch is the run's unless it is given."""
-    descriptor = Descriptor(producer, seq, lease, 0, len(payload), 0.5)
-    return run.sink().enqueue(descriptor, payload, epoch=run.run_store.state().epoch if epoch is None else epoch)
+    delivery = Delivery(Descriptor(producer, seq, lease, 0, len(payload), 0.5), payload)
+    return run.sink().enqueue([delivery], epoch=run.run_store.state().epoch if epoch is None else epoch)
 
 
 def train(*indices: int) -> tuple[Lease, ...]:

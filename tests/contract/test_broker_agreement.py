@@ -1,13 +1,13 @@
 """The fake and Redis answer any sequence of calls alike, and keep their books while they do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, RolloutSource
+from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueReply, RolloutSource
 from lambdapo_async.broker.limits import RunLimits
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import LambdaPOError
@@ -62,15 +62,22 @@ class Player:
 
     def offer(self, actor: str, ahead: int, lease: Lease, size: int) -> object:
         """``ahead`` 1 is the number that the queue expects."""
-        seq = self.marks(actor).last + ahead
-        descriptor = Descriptor(f"{actor}.0", seq, lease, 0, size, 0.0)
-        reply = self.run.sink().enqueue(descriptor, bytes(size), epoch=self.run.run_store.state().epoch)
+        return self.burst(actor, ahead, [(lease, size)])
+
+    def burst(self, actor: str, ahead: int, groups: Sequence[tuple[Lease, int]]) -> object:
+        """Several at once."""
+        first = self.marks(actor).last + ahead
+        deliveries = [
+            Delivery(Descriptor(f"{actor}.0", seq, lease, 0, size, 0.0), bytes(size))
+            for seq, (lease, size) in enumerate(groups, first)
+        ]
+        reply = self.run.sink().enqueue(deliveries, epoch=self.run.run_store.state().epoch)
         return (reply.status, reply.last, reply.committed)
 
     def marks(self, actor: str) -> EnqueueReply:
         """What the queue knows of a producer: the answer to a number that is always a duplicate."""
         probe = Descriptor(f"{actor}.0", 0, Lease("train", 0), 0, 0, 0.0)
-        return self.run.sink().enqueue(probe, b"", epoch=self.run.run_store.state().epoch)
+        return self.run.sink().enqueue([Delivery(probe, b"")], epoch=self.run.run_store.state().epoch)
 
     def read(self, count: int) -> object:
         return [delivery.descriptor for delivery in self.source.read(count, timeout_s=0.001)]
@@ -100,6 +107,7 @@ class Player:
 
 
 train_leases = st.builds(Lease, st.just("train"), st.integers(0, 9))
+bursts = st.lists(st.tuples(train_leases, st.sampled_from([1, 1, 1, 100, 301])), min_size=2, max_size=4)
 moves = st.one_of(
     st.tuples(st.just(Player.lease), actors, st.integers(0, 5)),
     st.tuples(st.just(Player.lease), actors, st.just(2)),
@@ -108,6 +116,7 @@ moves = st.one_of(
     st.tuples(st.just(Player.hand_back), actors, st.integers(1, 3)),
     st.tuples(st.just(Player.renew), actors, actors),
     st.tuples(st.just(Player.offer), actors, st.integers(-1, 2), train_leases, st.just(1)),
+    st.tuples(st.just(Player.burst), actors, st.integers(-1, 2), bursts),
     st.tuples(st.just(Player.read), st.integers(1, 3)),
     st.tuples(st.just(Player.commit), actors, st.integers(0, 6)),
     st.tuples(st.just(Player.release), st.integers(0, 12)),

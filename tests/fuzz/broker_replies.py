@@ -12,7 +12,7 @@ from lambdapo_async.broker.admission import RedisAdmission
 from lambdapo_async.broker.client import Broker
 from lambdapo_async.broker.fleet import RedisFleet
 from lambdapo_async.broker.fleet_control import RedisFleetControl
-from lambdapo_async.broker.interface import Descriptor
+from lambdapo_async.broker.interface import Delivery, Descriptor
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.partials import RedisPartials
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink
@@ -90,7 +90,7 @@ def _script(*reply: object) -> Together:
 def _sink() -> Conversation:
     def hold(broker: Broker) -> object:
         sink = RedisRolloutSink(broker, KEYS, SEAL)
-        return sink.enqueue(DESCRIPTOR, b"payload", epoch="e"), sink.marks("a.0")
+        return sink.enqueue([Delivery(DESCRIPTOR, b"payload")], epoch="e"), sink.marks("a.0")
 
     return Conversation("sink", hold, (Together([True, [b"OK", 1, 0, b"e"]]), _script(b"OK", 1, 0, b"e")))
 

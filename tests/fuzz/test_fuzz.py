@@ -8,6 +8,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lambdapo_async.broker.interface import Delivery
 from lambdapo_async.broker.ownership import Ownership
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink
 from lambdapo_async.broker.run_store import RedisRunStore
@@ -100,4 +101,4 @@ def test_a_config_nested_too_deeply_is_refused() -> None:
 def test_an_answer_to_an_offer_that_the_protocol_does_not_know_is_refused(reply: object) -> None:
     sink = RedisRolloutSink(AnsweringBroker([Together([True, reply])]), KEYS, SEAL)
     with pytest.raises(BrokerError, match=r"answered|is damaged"):
-        sink.enqueue(DESCRIPTOR, b"payload", epoch="e")
+        sink.enqueue([Delivery(DESCRIPTOR, b"payload")], epoch="e")

@@ -2,7 +2,7 @@
 
 import asyncio
 import glob
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from actors.actor import Actor
 from actors.orphans import Orphans
 from actors.outbox import Outbox
 from actors.spool import Spool
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
+from lambdapo_async.broker.interface import Delivery, EnqueueReply, EnqueueStatus, Marks
 from lambdapo_async.errors import BrokerError
 from lambdapo_async.wire import encode_group
 from tests.actor_stage import TIMEOUT_S, Stage, acting
@@ -25,7 +25,8 @@ class PartialSink:
         self.refused, self._status = set(refused), status
         self.taken: dict[str, int] = {}
 
-    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
+    def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
+        descriptor = deliveries[-1].descriptor
         last = self.taken.get(descriptor.producer, 0)
         if descriptor.producer in self.refused:
             return EnqueueReply(self._status, last, last, epoch)
@@ -81,10 +82,10 @@ async def test_one_that_is_refused_holds_up_no_other(tmp_path: Path, status: Enq
 
 async def test_what_befalls_one_is_told_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Refusal(PartialSink):
-        def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
-            if descriptor.producer in self.refused:
+        def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
+            if deliveries[0].descriptor.producer in self.refused:
                 raise BrokerError("group train-101 has 9 bytes, more than all of broker.max_bytes: raise it")
-            return super().enqueue(descriptor, payload, epoch=epoch)
+            return super().enqueue(deliveries, epoch=epoch)
 
     die(tmp_path, "a.0", num_groups=2)
     sink = Refusal({"a.0"})

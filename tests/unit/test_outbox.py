@@ -3,14 +3,16 @@
 import asyncio
 import gc
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from actors.outbox import Outbox
+from actors.outbox import AT_ONCE, Outbox
 from actors.spool import Spool
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
+from lambdapo_async.broker.interface import Delivery, EnqueueReply, EnqueueStatus, Marks
 from lambdapo_async.errors import BrokerUnavailable
+from lambdapo_async.rollout import RolloutGroup
 from lambdapo_async.wire import decode_group
 from tests.groups import make_group
 from tests.outbox_world import files
@@ -19,21 +21,27 @@ OK, DUP, GAP, FULL, EPOCH, WAIT, LATE = EnqueueStatus
 
 
 class ScriptedSink:
-    """Answers with the given statuses, then OK; records every offer."""
+    """Answers with the given statuses, a group each, then OK; records every group up to the first refusal."""
 
     def __init__(self, *statuses: EnqueueStatus) -> None:
         self._statuses = list(statuses)
         self.offers: list[tuple[str, int, str, int]] = []
+        self.sizes: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
 
-    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
+    def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
         assert self.gate.wait(10)
-        group = decode_group(payload, vocab_size=1000, max_version=100)
-        assert (group.lease, len(payload)) == (descriptor.lease, descriptor.num_bytes)
-        self.offers.append((descriptor.producer, descriptor.seq, epoch, descriptor.lease.index))
-        status = self._statuses.pop(0) if self._statuses else OK
-        last = descriptor.seq if status in (OK, DUP) else 0 if status is GAP else descriptor.seq - 1
+        self.sizes.append(len(deliveries))
+        for each in deliveries:
+            descriptor = each.descriptor
+            group = decode_group(each.payload, vocab_size=1000, max_version=100)
+            assert (group.lease, len(each.payload)) == (descriptor.lease, descriptor.num_bytes)
+            self.offers.append((descriptor.producer, descriptor.seq, epoch, descriptor.lease.index))
+            status = self._statuses.pop(0) if self._statuses else OK
+            last = descriptor.seq if status in (OK, DUP) else 0 if status is GAP else descriptor.seq - 1
+            if status not in (OK, DUP):
+                break
         return EnqueueReply(status, last, 0, "epoch-2" if status is EPOCH else epoch)
 
     def marks(self, producer: str) -> Marks:
@@ -72,8 +80,8 @@ async def test_what_redis_lost_is_offered_again_under_its_number(
     tmp_path: Path, status: EnqueueStatus, epoch: str
 ) -> None:
     class Forgetful(ScriptedSink):
-        def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
-            reply = super().enqueue(descriptor, payload, epoch=epoch)
+        def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
+            reply = super().enqueue(deliveries, epoch=epoch)
             return EnqueueReply(reply.status, 1, 0, reply.epoch) if reply.status is status else reply
 
     sink = Forgetful(OK, OK, OK, status)
@@ -128,8 +136,46 @@ async def test_a_failure_that_its_cancelled_sender_will_not_hear_is_told_in_one_
     assert files(tmp_path) == ["p.0/1.group"]
 
 
-async def test_concurrent_senders_offer_one_by_one(tmp_path: Path) -> None:
+async def sent_at_once(outbox: Outbox, sink: ScriptedSink, groups: Sequence[RolloutGroup]) -> None:
+    """All wait behind the first offer."""
+    sink.gate.clear()
+    sends = [asyncio.ensure_future(outbox.send(group)) for group in groups]
+    while outbox.unconfirmed < len(groups):
+        await asyncio.sleep(0.001)
+    sink.gate.set()
+    await asyncio.gather(*sends)
+
+
+async def test_those_that_wait_go_together_in_order(tmp_path: Path) -> None:
     sink = ScriptedSink()
     outbox = outbox_on(sink, tmp_path)
-    await asyncio.gather(*(outbox.send(make_group(index)) for index in range(20)))
+    await sent_at_once(outbox, sink, [make_group(index) for index in range(20)])
     assert [seq for _, seq, _, _ in sink.offers] == list(range(1, 21))
+    assert sink.sizes[0] + sink.sizes[1] == 20
+    assert (outbox.sent, len(sink.sizes)) == (20, 2)
+
+
+async def test_one_offer_has_so_many_groups_and_bytes(tmp_path: Path) -> None:
+    sink = ScriptedSink()
+    small, large = [make_group(index) for index in range(100)], make_group(100, num_tokens=300_000)
+    outbox = outbox_on(sink, tmp_path)
+    await sent_at_once(outbox, sink, [*small, large, large, large])
+    assert max(sink.sizes) == AT_ONCE
+    assert sink.sizes[-3:] == [1, 1, 1]  # one alone is larger than what goes at once
+    assert [seq for _, seq, _, _ in sink.offers] == list(range(1, 104))
+
+
+async def test_where_there_is_no_room_one_goes_back_and_forth(tmp_path: Path) -> None:
+    sink = ScriptedSink(OK, FULL, FULL, FULL)
+    outbox = outbox_on(sink, tmp_path)
+    await sent_at_once(outbox, sink, [make_group(index) for index in range(5)])
+    assert [seq for _, seq, _, _ in sink.offers] == [1, 2, 2, 2, 2, 3, 4, 5]
+    assert sink.sizes[-3:] == [1, 1, 3]
+    assert outbox.sent == 5
+
+
+async def test_what_was_taken_before_the_queue_was_full_is_settled(tmp_path: Path) -> None:
+    sink = ScriptedSink(OK, OK, OK, FULL)
+    outbox = outbox_on(sink, tmp_path)
+    await sent_at_once(outbox, sink, [make_group(index) for index in range(5)])
+    assert [seq for _, seq, _, _ in sink.offers] == [1, 2, 3, 4, 4, 5]

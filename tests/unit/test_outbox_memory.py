@@ -1,11 +1,12 @@
 """An outbox keeps its groups on the disk; in memory it holds those that the queue does not have yet."""
 
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.outbox import Outbox
 from actors.spool import Spool
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus, Marks
+from lambdapo_async.broker.interface import Delivery, EnqueueReply, EnqueueStatus, Marks
 from lambdapo_async.wire import decode_group, encode_group
 from tests.groups import make_group
 
@@ -19,11 +20,12 @@ class ForgetfulSink:
     def __init__(self) -> None:
         self.last, self.indices = 0, list[int]()
 
-    def enqueue(self, descriptor: Descriptor, payload: bytes, *, epoch: str) -> EnqueueReply:
-        group = decode_group(payload, vocab_size=1000, max_version=100)
-        assert (group.lease, len(payload)) == (descriptor.lease, descriptor.num_bytes)
-        self.indices.append(group.lease.index)
-        self.last = descriptor.seq
+    def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
+        for each in deliveries:
+            group = decode_group(each.payload, vocab_size=1000, max_version=100)
+            assert (group.lease, len(each.payload)) == (each.descriptor.lease, each.descriptor.num_bytes)
+            self.indices.append(group.lease.index)
+            self.last = each.descriptor.seq
         return EnqueueReply(EnqueueStatus.OK, self.last, 0, epoch)
 
     def marks(self, producer: str) -> Marks:

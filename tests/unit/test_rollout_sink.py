@@ -6,7 +6,7 @@ import pytest
 import redis
 
 from lambdapo_async.broker.client import Broker
-from lambdapo_async.broker.interface import Descriptor, EnqueueReply, EnqueueStatus
+from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueReply, EnqueueStatus
 from lambdapo_async.broker.rollout_sink import RedisRolloutSink
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.rollout import Lease
@@ -28,7 +28,8 @@ class EvictingServer(Broker):
 
 def offer(server: EvictingServer) -> EnqueueReply:
     sink = RedisRolloutSink(server, RunKeys("run"), Seal(None, run_id="run"))
-    return sink.enqueue(Descriptor("a.0", 3, Lease("train", 0), 0, 7, 0.5), b"payload", epoch="epoch")
+    delivery = Delivery(Descriptor("a.0", 3, Lease("train", 0), 0, 7, 0.5), b"payload")
+    return sink.enqueue([delivery], epoch="epoch")
 
 
 def test_a_server_that_evicts_every_payload_has_no_room(caplog: pytest.LogCaptureFixture) -> None:
