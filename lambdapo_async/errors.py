@@ -17,6 +17,7 @@ LambdaPOError
 │   └── WeightsGoneError  one that was there: deleted, or replaced by a newer file
 │       └── WeightsLostError  Redis lost a part of it, which its learner notices
 ├── CheckpointError       a checkpoint that is missing or damaged
+├── DiskError             another file that the disk refused
 ├── RankLostError         another process of the same learner died or does not answer
 └── EngineError           the inference engine died or refused a request
 """
@@ -88,6 +89,10 @@ class WeightsLostError(WeightsGoneError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing or damaged."""
+
+
+class DiskError(LambdaPOError):
+    """The disk refused a file that is neither checkpoint nor journal: it is full, read-only or broken."""
 
 
 class RankLostError(LambdaPOError):

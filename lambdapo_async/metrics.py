@@ -6,14 +6,15 @@ number that is not finite is written as null. Names are slash-grouped and stable
 
 import json
 import math
-import os
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from lambdapo_async.durable import explaining_refusal, replace_file
+from lambdapo_async.errors import DiskError
 
 STEP, EVAL, EVENT = "step", "eval", "event"
 """Kinds of rows: one optimizer step; one finished held-out evaluation; a text worth a mark on the curves."""
@@ -148,17 +149,24 @@ class JsonLinesLog:
         path: created with its folder.
         after_step: lines of later steps are cut off, as is a torn last line: the history of a resumed run goes on
             where its checkpoint stands. None leaves the file as it is, for a second writer.
+
+    Raises:
+        DiskError: the disk refused, now or at a later line.
     """
 
     def __init__(self, path: Path, *, after_step: int | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if after_step is not None and path.exists():
-            truncate_after(path, after_step)
-        self._file = path.open("ab", buffering=0)
+        self._path = path
+        with explaining_refusal(path, DiskError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if after_step is not None and path.exists():
+                truncate_after(path, after_step)
+            self._file = path.open("ab", buffering=0)
 
     def append(self, fields: Mapping[str, object]) -> None:
         """Write one line; numbers must be finite."""
-        self._file.write(json.dumps(fields, allow_nan=False).encode() + b"\n")
+        line = json.dumps(fields, allow_nan=False).encode() + b"\n"
+        with explaining_refusal(self._path, DiskError):
+            self._file.write(line)
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -188,13 +196,7 @@ def truncate_after(path: Path, step: int) -> None:
     kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= step]
     if kept == lines:
         return
-    # A learner that was replaced while it started may be doing the same.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with partial.open("wb") as rewritten:
-        rewritten.writelines(kept)
-        rewritten.flush()
-        os.fsync(rewritten.fileno())
-    os.replace(partial, path)
+    replace_file(path, b"".join(kept))
 
 
 class MetricsTail:

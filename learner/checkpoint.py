@@ -24,11 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lambdapo_async.durable import sync, sync_tree, whole_or_gone
 from lambdapo_async.errors import CheckpointError
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.receipts import ReceiptsState
 from learner.crew import Crew
-from learner.durable import sync, sync_tree, whole_or_gone
 from learner.fence import check_owner, take_fence, unless_fenced
 from learner.manifest import MANIFEST, check_manifest, write_manifest
 from learner.moments import read_moments, write_moments

@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.options import DryRun
+from lambdapo_async.durable import sync, sync_tree
 from lambdapo_async.errors import CheckpointError, ConfigError
 from learner.checkpoint import CheckpointStore
-from learner.durable import sync, sync_tree
 from learner.lora import merge_folder
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
 

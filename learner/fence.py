@@ -10,9 +10,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from lambdapo_async.errors import FencedError
+from lambdapo_async.durable import explaining_refusal, sync
+from lambdapo_async.errors import CheckpointError, FencedError
 from lambdapo_async.fresh_listing import forget_listing
-from learner.durable import explaining_refusal, sync
 
 _FENCE = re.compile(r"fence-(\d+)")
 
@@ -23,7 +23,7 @@ def take_fence(folder: Path) -> int:
     Raises:
         CheckpointError: the disk refused.
     """
-    with explaining_refusal(folder):
+    with explaining_refusal(folder, CheckpointError):
         return _take_fence(folder)
 
 
@@ -51,7 +51,7 @@ def newest_fence(folder: Path) -> int:
 
 def check_owner(folder: Path, fence: int) -> None:
     """``FencedError`` once a later learner took over; ``CheckpointError`` when the disk lets nobody see that."""
-    with explaining_refusal(folder):
+    with explaining_refusal(folder, CheckpointError):
         forget_listing(folder)
     if (newest := newest_fence(folder)) != fence:
         raise FencedError(f"{folder}: this learner holds fence {fence}, but fence {newest} was taken since: stop it")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import BrokerUnavailable, LostDataError
+from lambdapo_async.durable import explaining_refusal
+from lambdapo_async.errors import BrokerUnavailable, CheckpointError, LostDataError
 from lambdapo_async.journal.journal import Journal
 from lambdapo_async.weights.adapter import merged_state
 from lambdapo_async.weights.hf_folder import replace_hf_folder
@@ -18,7 +19,6 @@ from learner.arrivals import Screen
 from learner.batcher import Batcher
 from learner.canary import LearnerCanary
 from learner.checkpoint import LearnerState
-from learner.durable import explaining_refusal
 from learner.evaluation import EvaluationResult
 from learner.fleet_watch import FleetWatch
 from learner.policy import Policy
@@ -249,7 +249,7 @@ class Learner:
         self._checkpoint()
         self._surely(self._publisher.flush)
         final = self._parts.folder / "final"
-        with explaining_refusal(final):
+        with explaining_refusal(final, CheckpointError):
             replace_hf_folder(final, self._final_state(), self._parts.policy.model_files)
         self._finish_evaluation()
         if self._stopping.is_set():

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lambdapo_async.durable import WAY_OUT
 from lambdapo_async.errors import CheckpointError
-from learner.durable import WAY_OUT
 from learner.parallel import Ranks
 from learner.weight_files import FILE_BYTES
 

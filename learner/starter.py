@@ -26,12 +26,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.options import ConfigPath, Overrides
 from lambdapo_async.config import RunConfig, load_config
-from lambdapo_async.errors import TaskError
+from lambdapo_async.durable import explaining_refusal, sync_tree
+from lambdapo_async.errors import DiskError, TaskError
 from lambdapo_async.tasks.arithmetic import Arithmetic, slipped_solution
 from lambdapo_async.tasks.interface import Row, Task
 from lambdapo_async.tasks.registry import build_task
 from learner.character_tokenizer import build_tokenizer
-from learner.durable import sync_tree
 
 Progress = Callable[[int, int, float], None]
 """(step, number of steps, loss in nats per token)"""
@@ -111,19 +111,24 @@ def build_starter(
         seed: decides the weights, to the bit on one machine.
         max_length: the model's context in tokens (= characters).
         progress: called after each step.
+
+    Raises:
+        DiskError: the disk refused.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    with explaining_refusal(folder, DiskError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         tokenizer = build_tokenizer(max_length)
         with _one_seeded_core(seed):
             model = _new_model(recipe, tokenizer, max_length)
             _train(model, _curriculum(task, tokenizer, recipe, random.Random(seed)), recipe, progress)
         # Learner and actors must agree on version 0, so it holds nothing that bfloat16 cannot.
-        model.to(torch.bfloat16).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        sync_tree(partial)
-        _move_into_place(partial, folder)
+        with explaining_refusal(folder, DiskError):
+            model.to(torch.bfloat16).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            sync_tree(partial)
+            _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

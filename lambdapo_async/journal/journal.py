@@ -11,17 +11,17 @@ The order that makes a take-over exact:
 6. read, append, commit, and again.
 """
 
-import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from lambdapo_async.durable import explaining_refusal, sync
 from lambdapo_async.errors import FencedError
 from lambdapo_async.fresh_listing import forget_listing
 from lambdapo_async.journal.history import History, Opening
 from lambdapo_async.journal.records import JournalError, Record, encode_record
-from lambdapo_async.journal.segment import SegmentId, SegmentWriter, list_segments, sync
+from lambdapo_async.journal.segment import SegmentId, SegmentWriter, list_segments
 
 SEGMENT_BYTES = 256 * 1024**2
 """A segment of this length or more is followed by the next one."""
@@ -49,7 +49,7 @@ class Journal:
             FencedError: a segment of this fence or of a later one is there.
             JournalError: a segment that counts is damaged, or none can be written.
         """
-        with _explaining_refusal(folder):
+        with explaining_refusal(folder, JournalError):
             folder.mkdir(parents=True, exist_ok=True)
             forget_listing(folder)
         newest = max(list_segments(folder), default=None)
@@ -57,7 +57,7 @@ class Journal:
             raise FencedError(f"{folder} was taken over by fence {newest.fence}, this learner holds {fence}: stop it")
         history = History.find(folder)
         if history.links:  # a killed process leaves bytes in the page cache, and we are about to rely on them
-            with _explaining_refusal(folder / history.links[-1].id.name):
+            with explaining_refusal(folder / history.links[-1].id.name, JournalError):
                 sync(folder / history.links[-1].id.name)
         return cls(history, fence, segment_bytes=segment_bytes)
 
@@ -108,7 +108,7 @@ class Journal:
             if self._writer.num_bytes >= self._segment_bytes:
                 self._writer.close()
                 self._id, self._writer = self._begin(self._id.n + 1, self._id, self._writer.num_bytes)
-            with _explaining_refusal(self._path(self._id)):
+            with explaining_refusal(self._path(self._id), JournalError):
                 for header, payload in encoded:
                     self._writer.write(header, payload)
                 self._writer.sync()
@@ -122,7 +122,7 @@ class Journal:
         """A new segment whose first frame is durable, name included; else there is none."""
         segment = SegmentId(self._fence, n)
         opening = Opening(self._next_number, previous, previous_bytes)
-        with _explaining_refusal(self._path(segment)):
+        with explaining_refusal(self._path(segment), JournalError):
             writer = SegmentWriter(self._path(segment))
             try:
                 writer.write(opening.encode(), b"")
@@ -137,14 +137,3 @@ class Journal:
 
     def _path(self, segment: SegmentId) -> Path:
         return self.history.folder / segment.name
-
-
-@contextlib.contextmanager
-def _explaining_refusal(path: Path) -> Iterator[None]:
-    """``JournalError`` that names ``path`` when the disk refuses: it is full, read-only or broken."""
-    try:
-        yield
-    except OSError as error:
-        raise JournalError(
-            f"{path} cannot be written: {error}; free disk space or repair the disk, then resume"
-        ) from error

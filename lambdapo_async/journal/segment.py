@@ -133,15 +133,6 @@ def _opened(path: Path) -> BinaryIO:
         raise JournalError(f"{path} is gone: another learner took the journal over, or somebody deleted it") from error
 
 
-def sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read_frame(file: BinaryIO, offset: int, size: int) -> Frame | None:
     """The frame at ``offset``; None unless it is whole and ends within ``size``."""
     file.seek(offset)

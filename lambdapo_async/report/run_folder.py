@@ -1,14 +1,12 @@
 """What a run has left in its folder, as the report reads it."""
 
-import contextlib
 import json
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lambdapo_async.config import RunConfig
+from lambdapo_async.durable import explaining_refusal, replace_file
 from lambdapo_async.errors import UserError
 from lambdapo_async.metrics import JsonLinesTail, MetricRow, read_metrics
 from lambdapo_async.report.machine import describe_machine
@@ -61,18 +59,9 @@ def write_header(folder: Path, run_id: str, config: RunConfig) -> None:
         RunFolderError: the disk refused.
     """
     header = {"run_id": run_id, "machine": describe_machine(), "config": config.published()}
-    path, partial = folder / _HEADER, folder / f"{_HEADER}.{uuid.uuid4().hex}.partial"
-    try:
+    with explaining_refusal(folder / _HEADER, RunFolderError):
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(header, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise RunFolderError(f"{path} cannot be written: {error}; free disk space or repair the disk") from error
+        replace_file(folder / _HEADER, (json.dumps(header, indent=2) + "\n").encode())
 
 
 def metrics_path(folder: Path) -> Path:

@@ -1,12 +1,12 @@
 """A state as a checkpoint in Hugging Face's layout: config, tokenizer, safetensors."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lambdapo_async.durable import sync, write_file
 from lambdapo_async.errors import ConfigError, WeightsError
 from lambdapo_async.weights.state import State
 from lambdapo_async.weights.tensor_file import BitTensor, TensorFile
@@ -50,15 +50,15 @@ def write_hf_folder(
     partial = Path(tempfile.mkdtemp(prefix=f"partial-{target.name}-", dir=target.absolute().parent))
     try:
         for name, content in model_files.items():
-            _write(partial / name, _with_dtype(content, state) if name == _CONFIG_FILE else content)
+            write_file(partial / name, _with_dtype(content, state) if name == _CONFIG_FILE else content)
         _write_weights(partial, state, file_bytes)
         partial.chmod(0o755)
-        _sync(partial)
+        sync(partial)
         partial.rename(target)
     except (OSError, WeightsError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(target.absolute().parent)
+    sync(target.absolute().parent)
 
 
 def replace_hf_folder(target: Path, state: State, model_files: Mapping[str, bytes]) -> None:
@@ -70,7 +70,7 @@ def replace_hf_folder(target: Path, state: State, model_files: Mapping[str, byte
     if target.exists():
         target.rename(stale)
     fresh.rename(target)
-    _sync(target.absolute().parent)
+    sync(target.absolute().parent)
     shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -92,15 +92,15 @@ def _with_dtype(config: bytes, state: State) -> bytes:
 def _write_weights(folder: Path, state: State, file_bytes: int) -> None:
     parts = list(_parts(state, file_bytes))
     if len(parts) == 1:
-        _write(folder / "model.safetensors", TensorFile(parts[0], {"format": "pt"}).to_bytes())
+        write_file(folder / "model.safetensors", TensorFile(parts[0], {"format": "pt"}).to_bytes())
         return
     weight_map = {}
     for number, part in enumerate(parts, start=1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        _write(folder / name, TensorFile(part, {"format": "pt"}).to_bytes())
+        write_file(folder / name, TensorFile(part, {"format": "pt"}).to_bytes())
         weight_map.update(dict.fromkeys(part, name))
     index = {"metadata": {"total_size": state.num_bytes}, "weight_map": weight_map}
-    _write(folder / _INDEX, json.dumps(index, indent=1).encode())
+    write_file(folder / _INDEX, json.dumps(index, indent=1).encode())
 
 
 def _parts(state: State, file_bytes: int) -> Iterator[dict[str, BitTensor]]:
@@ -113,18 +113,3 @@ def _parts(state: State, file_bytes: int) -> Iterator[dict[str, BitTensor]]:
         part[name] = tensor
         num_bytes += tensor.bits.nbytes
     yield part
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lambdapo_async.errors import DiskError
 from lambdapo_async.metrics import (
     EVAL,
     EVENT,
@@ -18,6 +19,7 @@ from lambdapo_async.metrics import (
     truncate_after,
 )
 from lambdapo_async.report.curves import CHARTS, REWARD_CHART
+from tests.full_disk import full_disk
 
 
 @pytest.fixture
@@ -33,6 +35,18 @@ def test_rows_come_back_as_written(path):
     assert (step.kind, step.step, dict(step.values)) == (STEP, 1, {"reward/mean": 0.25, "groups/trained": 16.0})
     assert (event.kind, event.text, dict(event.values)) == (EVENT, "checkpoint", {})
     assert 0 <= event.time - step.time < 60
+
+
+def test_a_full_disk_is_named_and_costs_no_line_that_is_there(path: Path) -> None:
+    with MetricsLog(path) as log:
+        for step in (1, 2):
+            log.write(STEP, step, {"reward/mean": 0.25})
+        with full_disk(), pytest.raises(DiskError, match=r"metrics\.jsonl cannot be written: .*large; free disk space"):
+            log.write(STEP, 3, {"reward/mean": 0.5})
+    with full_disk(), pytest.raises(DiskError, match=r"metrics\.jsonl cannot be written: .*large; free disk space"):
+        MetricsLog(path, after_step=1)
+    assert [row.step for row in read_metrics(path)] == [1, 2]
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
 
 
 def test_numbers_without_a_json_form_are_null_in_the_file_and_nan_in_a_row(path):

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lambdapo_async.config import RunConfig
-from lambdapo_async.errors import TaskError
+from lambdapo_async.errors import DiskError, TaskError
 from lambdapo_async.tasks.arithmetic import score_arithmetic
 from lambdapo_async.tasks.interface import Row, Task
 from lambdapo_async.tasks.registry import build_task
 from learner.character_tokenizer import CHARACTERS, UNKNOWN, build_tokenizer
 from learner.starter import ARITHMETIC, SMOKE, Recipe, build_starter, ensure_starter, recipe_for, starter_path
+from tests.full_disk import full_disk
 
 TINY = Recipe(num_steps=3, batch_tokens=200, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2)
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
@@ -191,3 +192,11 @@ def sampled_accuracy(
     sequences: Tensor = model.generate(prompts, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=max_tokens)
     texts = tokenizer.batch_decode(sequences[:, prompts.shape[1] :], skip_special_tokens=True)
     return sum(score_arithmetic(row, [text])[0] for row, text in zip(rows, texts, strict=True)) / len(rows)
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    config = arithmetic_config(tmp_path)
+    task = build_task(config)
+    with full_disk(), pytest.raises(DiskError, match=r"starter cannot be written: .*; free disk space"):
+        build_starter(task, tmp_path / "starter", TINY, seed=0, max_length=64)
+    assert list(tmp_path.iterdir()) == []
