@@ -48,11 +48,11 @@ class RedisRolloutSink:
         for _ in range(_UPLOADS):
             status, found, committed, current_epoch = exactly(self._upload(sealed, epoch), 4)
             last = as_number(found, "last")
-            place = next((place for place, (one, _) in enumerate(sealed) if one.seq == last + 1), 0)
+            refused = next((place for place, (one, _) in enumerate(sealed) if one.seq == last + 1), 0)
+            sealed = sealed[refused:]
             if status != b"AGAIN":
                 break
-            sealed = sealed[place:]
-        lease_id, num_bytes = sealed[place][0].lease.id, len(sealed[place][1])
+        lease_id, num_bytes = sealed[0][0].lease.id, len(sealed[0][1])
         if status == b"AGAIN":
             logger.warning("Redis drops the payload of group %s at once: is its policy noeviction?", lease_id)
             status = b"FULL"

@@ -26,10 +26,13 @@ class EvictingServer(Broker):
         return [b"OK", [b"OK", 3, 1, b"epoch"] if is_kept else [b"AGAIN", 2, 1, b"epoch"]]
 
 
-def offer(server: EvictingServer) -> EnqueueReply:
+def offer(server: EvictingServer, *, num_groups: int = 1) -> EnqueueReply:
     sink = RedisRolloutSink(server, RunKeys("run"), Seal(None, run_id="run"))
-    delivery = Delivery(Descriptor("a.0", 3, Lease("train", 0), 0, 7, 0.5), b"payload")
-    return sink.enqueue([delivery], epoch="epoch")
+    deliveries = [
+        Delivery(Descriptor("a.0", 3 + index, Lease("train", index), 0, 7, 0.5), b"payload")
+        for index in range(num_groups)
+    ]
+    return sink.enqueue(deliveries, epoch="epoch")
 
 
 def test_a_server_that_evicts_every_payload_has_no_room(caplog: pytest.LogCaptureFixture) -> None:
@@ -38,6 +41,20 @@ def test_a_server_that_evicts_every_payload_has_no_room(caplog: pytest.LogCaptur
     assert server.uploads == 2
     assert "drops the payload of group" in caplog.text
     assert "noeviction" in caplog.text
+
+
+def test_of_a_burst_what_was_taken_stays_taken_and_the_evicted_one_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Dropping(EvictingServer):
+        """Takes one more each time, and drops the next."""
+
+        def call(self, operation: Callable[[redis.Redis], object]) -> list[object]:
+            self.uploads += 1
+            return [b"OK", [b"AGAIN", 2 + self.uploads, 1, b"epoch"]]
+
+    server = Dropping(evictions=10_000)
+    assert offer(server, num_groups=3) == EnqueueReply(EnqueueStatus.FULL, 4, 1, "epoch")
+    assert server.uploads == 2
+    assert "drops the payload of group train:0:2 at once" in caplog.text
 
 
 def test_a_payload_that_was_in_the_way_costs_one_upload_more(caplog: pytest.LogCaptureFixture) -> None:
