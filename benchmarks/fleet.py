@@ -1,8 +1,8 @@
 """How many groups a second one Redis takes from a fleet of actors, against a bare stream of the same bytes.
 
-Ours and a bare stream on the same server, both again while the server keeps no log, and dm-reverb (which keeps none)
-take turns. What a group costs in processor time is counted over all processes that touch it: it is the number that
-other load on the machine changes least.
+Ours, a bare stream that waits for every group and one that sends as many at once as ours take turns on one server; so
+do ours and the latter while the server keeps no log, and dm-reverb, which keeps none. What a group costs in processor
+time is counted over all processes that touch it: it is the number that other load on the machine changes least.
 """
 
 import asyncio
@@ -37,6 +37,7 @@ from benchmarks.fleet_streams import (
     consume_bare,
     consume_ours,
     our_actor,
+    sent_at_once,
 )  # fmt: skip
 from benchmarks.machine import ROOT, describe_machine
 from lambdapo_async.broker.connection import connect, embedded_server
@@ -45,8 +46,14 @@ from lambdapo_async.broker.redis_run import RedisRun
 RESULT = ROOT / "benchmarks" / "results" / "fleet.json"
 FLEETS = (1, 10, 100, 1000)
 SIZES = (198_000, 1_570_000)
-KINDS = ("ours", "bare", "unlogged", "bare_unlogged")
-PAIRS = (("ours", "bare"), ("unlogged", "bare_unlogged"), ("ours", "reverb"), ("unlogged", "reverb"))
+KINDS = ("ours", "bare", "bare_at_once", "unlogged", "bare_at_once_unlogged")
+PAIRS = (
+    ("ours", "bare"),
+    ("ours", "bare_at_once"),
+    ("unlogged", "bare_at_once_unlogged"),
+    ("ours", "reverb"),
+    ("unlogged", "reverb"),
+)
 WARM_UP_S = 0.5
 THREADS = 8
 
@@ -112,7 +119,8 @@ def measure(kind: str, url: str, num_actors: int, num_bytes: int, seconds: float
         target, arguments = (consume_bare, (url,)) if is_bare else (consume_ours, (url, run_id))
         with consumer(target, *arguments, num_bytes) as finish:
             if is_bare:
-                actors = [bare_actor(client, number, payload, tally) for number in range(num_actors)]
+                at_once = sent_at_once(num_bytes) if "at_once" in kind else 1
+                actors = [bare_actor(client, number, payload, tally, at_once=at_once) for number in range(num_actors)]
             else:
                 epoch = run.run_store.state().epoch
                 actors = [our_actor(run, number, payload, epoch, tally) for number in range(num_actors)]

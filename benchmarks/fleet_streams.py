@@ -159,9 +159,8 @@ def our_actor(run: RedisRun, number: int, payload: bytes, epoch: str, tally: Tal
     return act
 
 
-def bare_actor(client: redis.Redis, number: int, payload: bytes, tally: Tally) -> Act:
-    """XADD, again, as many in a round trip as ours; it has no gate, so its length is asked for as often as we lease."""
-    at_once = sent_at_once(len(payload))
+def bare_actor(client: redis.Redis, number: int, payload: bytes, tally: Tally, *, at_once: int) -> Act:
+    """XADD, again; a bare stream has no gate, so its length is asked for as often as ours leases."""
 
     def length(stop: asyncio.Event) -> int:
         return 0 if stop.is_set() else int(client.xlen(BARE))
