@@ -25,8 +25,15 @@ def describe_machine() -> dict[str, str]:
 def _commit() -> str:
     if not (ROOT / ".git").exists():
         return "not a checkout"
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def output(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    # Results are what a benchmark writes, not what it runs.
+    changed = output("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return output("describe", "--always") + ("-dirty" if changed else "")
 
 
 def _processor() -> str:
