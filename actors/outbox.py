@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from actors.spool import Spool
 from lambdapo_async.broker.interface import Delivery, Descriptor, EnqueueReply, EnqueueStatus, RolloutSink
-from lambdapo_async.errors import BrokerUnavailable, WireFormatError
+from lambdapo_async.errors import BrokerUnavailable, ConfigError, WireFormatError
 from lambdapo_async.rollout import RolloutGroup
 from lambdapo_async.wire import decode_group, encode_group
 
@@ -49,7 +49,7 @@ class Outbox:
         self._sink, self._spool = sink, spool
         self._epoch, self._outage_s = epoch, outage_s
         self._parcels: list[_Parcel] = []
-        self._accepted = 0
+        self._accepted, self._at_once = 0, AT_ONCE
         self._one_offer, self._numbering = asyncio.Lock(), asyncio.Lock()
         self.sent = self.late = self.restarts = 0
 
@@ -107,7 +107,7 @@ class Outbox:
                 return
             await self._trim(marks.committed)
             self._go_to(marks.last, marks.epoch)
-            while self._next_parcels(0):
+            while self._next_parcel() is not None:
                 await self._offer_next()
 
     async def close(self, *, is_run_finished: bool) -> None:
@@ -136,18 +136,20 @@ class Outbox:
 
     async def _offer_next(self) -> None:
         """Offer what the queue does not have, until its answer changes what comes next."""
-        started, pause_s, at_once_bytes = time.monotonic(), _FIRST_PAUSE_S, AT_ONCE_BYTES
-        while parcels := self._next_parcels(at_once_bytes):
-            deliveries = [Delivery(parcel.descriptor, await self._payload_of(parcel)) for parcel in parcels]
-            reply = await asyncio.to_thread(self._sink.enqueue, deliveries, epoch=self._epoch)
+        started, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        while first := self._next_parcel():
+            reply = await asyncio.to_thread(self._sink.enqueue, await self._deliveries(), epoch=self._epoch)
             await self._trim(reply.committed)
+            # A full queue takes one at a time: what is sent with it in vain would be sent again and again.
+            is_closed = reply.status in (EnqueueStatus.FULL, EnqueueStatus.WAIT)
+            self._at_once = 1 if is_closed else min(2 * self._at_once, AT_ONCE)
             match reply.status:
                 case EnqueueStatus.OK | EnqueueStatus.DUP:
-                    return self._accept(max(parcels[0].seq, reply.last))
+                    return self._accept(max(first.seq, reply.last))
                 case EnqueueStatus.LATE if late := self._parcel(reply.last + 1):
                     self._accept(reply.last)
                     return await self._drop(late)
-                case EnqueueStatus.FULL if reply.last >= parcels[0].seq:
+                case EnqueueStatus.FULL if reply.last >= first.seq:
                     return self._accept(reply.last)
                 case EnqueueStatus.GAP | EnqueueStatus.EPOCH if self._parcel(reply.last + 1):
                     return self._go_to(reply.last, reply.epoch)
@@ -159,15 +161,28 @@ class Outbox:
                     f"the rollout queue answered {reply.status} for {refused_s:.0f} s (broker.outage_s = "
                     f"{self._outage_s:g}): is the learner alive?"
                 )
-            self._epoch, at_once_bytes = reply.epoch, 0  # until there is room, one goes back and forth
+            self._epoch = reply.epoch
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _next_parcels(self, num_bytes: int) -> list[_Parcel]:
-        """The first that the queue does not have, and those behind it that together have at most ``num_bytes``."""
-        waiting = [parcel for parcel in self._parcels if parcel.seq > self._accepted][:AT_ONCE]
+    def _next_parcel(self) -> _Parcel | None:
+        return next((parcel for parcel in self._parcels if parcel.seq > self._accepted), None)
+
+    async def _deliveries(self) -> list[Delivery]:
+        """The first that the queue does not have, and what of those behind it may go at once."""
+        waiting = [parcel for parcel in self._parcels if parcel.seq > self._accepted][: self._at_once]
         sizes = itertools.accumulate(parcel.descriptor.num_bytes for parcel in waiting)
-        return [one for one, size in zip(waiting, sizes, strict=True) if one is waiting[0] or size <= num_bytes]
+        found: list[Delivery] = []
+        for parcel, size in zip(waiting, sizes, strict=True):
+            if found and size > AT_ONCE_BYTES:
+                break
+            try:
+                found.append(Delivery(parcel.descriptor, await self._payload_of(parcel)))
+            except ConfigError:
+                if not found:
+                    raise
+                break  # a file that cannot be read holds up those behind it, not those before
+        return found
 
     async def _payload_of(self, parcel: _Parcel) -> bytes:
         if parcel.payload is None:

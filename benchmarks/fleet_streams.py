@@ -167,8 +167,8 @@ def bare_actor(client: redis.Redis, number: int, payload: bytes, tally: Tally, *
 
     def send(stop: asyncio.Event) -> None:
         if not stop.is_set():
-            round_trip(client, *[("XADD", BARE, "*", "p", payload)] * at_once)
-            tally.sent[number] += at_once
+            replies = round_trip(client, *[("XADD", BARE, "*", "p", payload)] * at_once)
+            tally.sent[number] += sum(isinstance(reply, bytes) for reply in replies)
 
     async def act(stop: asyncio.Event) -> None:
         while not stop.is_set():

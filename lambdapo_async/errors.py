@@ -3,7 +3,8 @@
 LambdaPOError
 ├── UserError             the user can fix it: one line, exit code 2
 │   ├── ConfigError       a config key, value or combination of values
-│   └── TaskError         a dataset or reward that cannot be used
+│   ├── TaskError         a dataset or reward that cannot be used
+│   └── DiskError         a file that the disk refused
 ├── WireFormatError       bytes that are not a rollout group we understand
 ├── BrokerError           Redis answered something the protocol does not allow
 │   ├── BrokerUnavailable Redis did not answer before the deadline
@@ -17,7 +18,6 @@ LambdaPOError
 │   └── WeightsGoneError  one that was there: deleted, or replaced by a newer file
 │       └── WeightsLostError  Redis lost a part of it, which its learner notices
 ├── CheckpointError       a checkpoint that is missing or damaged
-├── DiskError             another file that the disk refused
 ├── RankLostError         another process of the same learner died or does not answer
 └── EngineError           the inference engine died or refused a request
 """
@@ -91,7 +91,7 @@ class CheckpointError(UserError):
     """A checkpoint is missing or damaged."""
 
 
-class DiskError(LambdaPOError):
+class DiskError(UserError):
     """The disk refused a file that is neither checkpoint nor journal: it is full, read-only or broken."""
 
 

@@ -164,9 +164,10 @@ class JsonLinesLog:
 
     def append(self, fields: Mapping[str, object]) -> None:
         """Write one line; numbers must be finite."""
-        line = json.dumps(fields, allow_nan=False).encode() + b"\n"
+        rest = json.dumps(fields, allow_nan=False).encode() + b"\n"
         with explaining_refusal(self._path, DiskError):
-            self._file.write(line)
+            while rest:  # a disk that fills up takes a part, and refuses the next
+                rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Close the file; idempotent."""

@@ -16,8 +16,8 @@ class FakeRolloutSink:
     def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
         state, producer = self._state, deliveries[0].descriptor.producer
         with state.lock:
-            for each in deliveries:
-                status = self._status(each.descriptor, each.payload, epoch)
+            for place, each in enumerate(deliveries):
+                status = self._status(each.descriptor, each.payload, epoch, is_first=place == 0)
                 if status is EnqueueStatus.OK:
                     self._accept(each)
                 elif status is not EnqueueStatus.DUP:
@@ -30,7 +30,7 @@ class FakeRolloutSink:
             accepted, committed = state.accepted.get(producer, 0), state.committed.get(producer, 0)
             return Marks(state.is_open, accepted, committed, state.epoch)
 
-    def _status(self, descriptor: Descriptor, payload: bytes, epoch: str) -> EnqueueStatus:
+    def _status(self, descriptor: Descriptor, payload: bytes, epoch: str, *, is_first: bool) -> EnqueueStatus:
         state = self._state
         last = state.accepted.get(descriptor.producer, 0)
         if descriptor.seq <= last:
@@ -49,6 +49,8 @@ class FakeRolloutSink:
                 del state.held[descriptor.lease]
                 state.admitted -= descriptor.lease.split == "train"
             return EnqueueStatus.LATE
+        if len(payload) > state.limits.max_bytes and not is_first:
+            return EnqueueStatus.FULL
         if len(payload) > state.limits.max_bytes:
             raise BrokerError(f"group {descriptor.lease.id} has {len(payload)} bytes, more than broker.max_bytes")
         if len(state.queue) >= state.limits.max_groups or state.num_bytes + len(payload) > state.limits.max_bytes:

@@ -163,8 +163,8 @@ class RolloutSink(Protocol):
         """Offer consecutive groups of one producer, each any number of times.
 
         Returns:
-            The answer to the last one; or to the first that was refused, ``last`` being the one before it: those
-            behind it were refused with it.
+            The answer to the last one, or to the first that was refused and refused those behind it. ``last`` is what
+            the queue has: after ``FULL`` and ``LATE`` the one before the refused.
         """
 
     def marks(self, producer: str) -> Marks:

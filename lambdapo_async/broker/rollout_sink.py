@@ -37,27 +37,27 @@ class RedisRolloutSink:
 
         A payload travels outside the script, which would copy it, under a name of its own: it expires unless the
         script accepts it, and only then takes its number's place. So bytes that come late from a cut connection are
-        never taken for the group that has their number now. A server that drops it before the script runs has no
-        room: ``FULL``. ``LATE`` does not use the number up: the next group takes it. Whether a lease was answered
-        before is known for the last 65,536 answers.
+        never taken for the group that has their number now. A server that drops it before the script runs, or has no
+        memory for one behind the first, has no room: ``FULL``. ``LATE`` does not use the number up: the next group
+        takes it. Whether a lease was answered before is known for the last 65,536 answers.
 
         Raises:
-            BrokerError: the group alone is larger than ``broker.max_bytes``.
+            BrokerError: the first group alone is larger than ``broker.max_bytes``; one behind it is ``FULL``.
         """
         sealed = [(each.descriptor, self._seal.close(each.payload, purpose=GROUP)) for each in deliveries]
         for _ in range(_UPLOADS):
             status, found, committed, current_epoch = exactly(self._upload(sealed, epoch), 4)
             last = as_number(found, "last")
             refused = next((place for place, (one, _) in enumerate(sealed) if one.seq == last + 1), 0)
-            sealed = sealed[refused:]
-            if status != b"AGAIN":
+            if status != b"AGAIN" or refused > 0:
                 break
-        lease_id, num_bytes = sealed[0][0].lease.id, len(sealed[0][1])
-        if status == b"AGAIN":
+        lease_id, num_bytes = sealed[refused][0].lease.id, len(sealed[refused][1])
+        if status == b"AGAIN" and refused == 0:
             logger.warning("Redis drops the payload of group %s at once: is its policy noeviction?", lease_id)
-            status = b"FULL"
-        if status == b"TOO_BIG":
+        if status == b"TOO_BIG" and refused == 0:
             raise BrokerError(f"group {lease_id} has {num_bytes} bytes, more than all of broker.max_bytes: raise it")
+        if status in (b"AGAIN", b"TOO_BIG"):
+            status = b"FULL"
         return EnqueueReply(_status(status), last, as_number(committed, "committed"), as_text(current_epoch))
 
     def _upload(self, sealed: Sequence[tuple[Descriptor, bytes]], epoch: str) -> Reply:

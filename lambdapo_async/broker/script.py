@@ -48,7 +48,8 @@ class Script:
     ) -> tuple[list[Any], Reply]:
         """``commands`` and then the script, in one round trip: the replies of the first, and of the second.
 
-        The commands must be idempotent like everything here; a failure of any of them is raised.
+        The commands must be idempotent like everything here. A refusal of the first or of the script is raised; one of
+        another command is its reply, for the script sees what is missing.
         """
         return self._send(commands, keys, args)
 
@@ -58,11 +59,14 @@ class Script:
         call = ("EVALSHA", self._hash, len(keys), *keys, *args)
 
         def send(client: redis.Redis) -> list[Any]:
-            try:
-                return round_trip(client, *commands, call)
-            except redis.exceptions.NoScriptError:  # the server is new, or restarted
+            replies = round_trip(client, *commands, call)
+            if isinstance(replies[-1], redis.exceptions.NoScriptError):  # the server is new, or restarted
                 client.script_load(self._source)
-                return round_trip(client, *commands, call)
+                replies[-1:] = round_trip(client, call)
+            for reply in (replies[0], replies[-1]):
+                if isinstance(reply, redis.ResponseError):
+                    raise reply
+            return replies
 
         *replies, reply = self._broker.call(send)
         return replies, _checked(reply)

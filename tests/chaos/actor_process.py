@@ -92,8 +92,9 @@ def _tap(points: FaultPoints, ledger: Ledger) -> None:
 
     def offered(reply: Any, _: Any, deliveries: Any, **__: object) -> None:
         for descriptor in (each.descriptor for each in deliveries):
+            status = "OK" if descriptor.seq <= reply.last else str(reply.status)
             ledger.write(
-                "offered", status=str(reply.status), last=reply.last, producer=descriptor.producer, seq=descriptor.seq,
+                "offered", status=status, producer=descriptor.producer, seq=descriptor.seq,
                 index=descriptor.lease.index if descriptor.lease.split == "train" else None,
             )  # fmt: skip
 

@@ -4,6 +4,7 @@ import random
 import signal
 from collections.abc import Callable
 
+from lambdapo_async.broker.rollout_sink import ANSWERED_KEPT
 from tests.chaos.fault_points import ACTOR_POINTS, LEARNER_POINTS, arm, choose_point
 from tests.chaos.redis_control import RedisControl
 from tests.chaos.scene import Scene
@@ -13,8 +14,8 @@ from tests.chaos.zygote import Forked
 Fault = Callable[[Scene, random.Random], str]
 """Does it; returns what exactly was done, for the ledger."""
 
-_OFFER = b"\r\nEX\r\n"
-"""In no other request: an offer alone is put down with an expiry."""
+_OFFER = b"\r\n%d\r\n" % ANSWERED_KEPT
+"""In what runs the script of an offer, behind the payloads, and in no other request."""
 
 
 def kill_actor(scene: Scene, source: random.Random) -> str:

@@ -1,7 +1,9 @@
 """Several groups in one offer, in memory and in Redis."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import BrokerError
 from tests.contract.broker_world import DUP, EPOCH, FOREVER_S, FULL, GAP, LATE, LIMITS, OK, offer, start, train
 from tests.redis_fixtures import BrokerRun
+from tests.redis_server import RDB, own_server
 
 
 def burst(
@@ -72,11 +75,31 @@ def test_a_gap_or_another_epoch_refuses_all(broker_run: BrokerRun) -> None:
     assert source.stats().queued == 0
 
 
-def test_the_one_that_can_never_fit_is_named(broker_run: BrokerRun) -> None:
+def test_the_one_that_can_never_fit_is_named_once_it_is_the_first(broker_run: BrokerRun) -> None:
     source = start(broker_run)
+    assert answer(burst(broker_run, 1, [0, 1, 2], sizes=[7, 1001, 8])) == (FULL, 1)
     with pytest.raises(BrokerError, match="group train:0:1 has 1001 bytes"):
-        burst(broker_run, 1, [0, 1, 2], sizes=[7, 1001, 8])
+        burst(broker_run, 2, [1, 2], sizes=[1001, 8])
     assert source.stats().queued == 1
+
+
+@pytest.mark.parametrize("knows_the_script", [True, False])
+def test_a_server_without_memory_takes_what_it_has_room_for(tmp_path: Path, knows_the_script: bool) -> None:
+    size = 500_000
+    with own_server(tmp_path, RDB) as own, contextlib.closing(RedisRun(own.url, "test", timeout_s=3.0)) as run:
+        source = start(run, dataclasses.replace(LIMITS, max_bytes=100 * size, group_bytes=size))
+        if knows_the_script:
+            offer(run, 1, *train(9), producer="b.0")
+            source.read(1, timeout_s=FOREVER_S)
+            source.commit({"b.0": 1})
+        own.client.config_set("maxmemory", own.client.info("memory")["used_memory"] + int(3.5 * size))
+        taken = burst(run, 1, list(range(8)), sizes=[size] * 8)
+        assert taken.status is FULL
+        assert 0 < taken.last < 8
+        arrived = source.read(9, timeout_s=FOREVER_S)
+        assert [one.descriptor.seq for one in arrived] == list(range(1, taken.last + 1))
+        source.commit({"a.0": taken.last})
+        assert burst(run, taken.last + 1, [8], sizes=[size]).status is OK
 
 
 def test_nothing_is_left_of_those_that_were_refused(redis_run: RedisRun, redis_url: str) -> None:

@@ -43,6 +43,10 @@ def test_a_full_disk_is_named_and_costs_no_line_that_is_there(path: Path) -> Non
             log.write(STEP, step, {"reward/mean": 0.25})
         with full_disk(), pytest.raises(DiskError, match=r"metrics\.jsonl cannot be written: .*large; free disk space"):
             log.write(STEP, 3, {"reward/mean": 0.5})
+        size = path.stat().st_size
+        with full_disk(size + 20), pytest.raises(DiskError, match=r"metrics\.jsonl cannot be written: .*large"):
+            log.write(STEP, 3, {"reward/mean": 0.5})
+        assert path.stat().st_size == size + 20
     with full_disk(), pytest.raises(DiskError, match=r"metrics\.jsonl cannot be written: .*large; free disk space"):
         MetricsLog(path, after_step=1)
     assert [row.step for row in read_metrics(path)] == [1, 2]

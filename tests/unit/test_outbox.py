@@ -11,9 +11,9 @@ import pytest
 from actors.outbox import AT_ONCE, Outbox
 from actors.spool import Spool
 from lambdapo_async.broker.interface import Delivery, EnqueueReply, EnqueueStatus, Marks
-from lambdapo_async.errors import BrokerUnavailable
+from lambdapo_async.errors import BrokerUnavailable, ConfigError
 from lambdapo_async.rollout import RolloutGroup
-from lambdapo_async.wire import decode_group
+from lambdapo_async.wire import decode_group, encode_group
 from tests.groups import make_group
 from tests.outbox_world import files
 
@@ -45,7 +45,7 @@ class ScriptedSink:
         return EnqueueReply(status, last, 0, "epoch-2" if status is EPOCH else epoch)
 
     def marks(self, producer: str) -> Marks:
-        raise NotImplementedError
+        return Marks(is_open=True, last=0, committed=0, epoch="epoch-1")
 
 
 def outbox_on(sink: ScriptedSink, folder: Path, *, outage_s: float = 60.0) -> Outbox:
@@ -165,13 +165,21 @@ async def test_one_offer_has_so_many_groups_and_bytes(tmp_path: Path) -> None:
     assert [seq for _, seq, _, _ in sink.offers] == list(range(1, 104))
 
 
-async def test_where_there_is_no_room_one_goes_back_and_forth(tmp_path: Path) -> None:
+async def test_a_full_queue_is_offered_one_then_two_then_four(tmp_path: Path) -> None:
     sink = ScriptedSink(OK, FULL, FULL, FULL)
     outbox = outbox_on(sink, tmp_path)
-    await sent_at_once(outbox, sink, [make_group(index) for index in range(5)])
-    assert [seq for _, seq, _, _ in sink.offers] == [1, 2, 2, 2, 2, 3, 4, 5]
-    assert sink.sizes[-3:] == [1, 1, 3]
-    assert outbox.sent == 5
+    await sent_at_once(outbox, sink, [make_group(index) for index in range(9)])
+    assert [seq for _, seq, _, _ in sink.offers] == [1, 2, 2, 2, *range(2, 10)]
+    assert sink.sizes[-4:] == [1, 2, 4, 1]
+    assert outbox.sent == 9
+
+
+async def test_what_a_full_queue_costs_is_no_multiple_of_what_it_takes(tmp_path: Path) -> None:
+    sink = ScriptedSink(*[OK, FULL] * 40)
+    outbox = outbox_on(sink, tmp_path)
+    await sent_at_once(outbox, sink, [make_group(index) for index in range(30)])
+    assert sum(sink.sizes) < 64 + 3 * 30
+    assert outbox.sent == 30
 
 
 async def test_what_was_taken_before_the_queue_was_full_is_settled(tmp_path: Path) -> None:
@@ -179,3 +187,28 @@ async def test_what_was_taken_before_the_queue_was_full_is_settled(tmp_path: Pat
     outbox = outbox_on(sink, tmp_path)
     await sent_at_once(outbox, sink, [make_group(index) for index in range(5)])
     assert [seq for _, seq, _, _ in sink.offers] == [1, 2, 3, 4, 4, 5]
+
+
+async def test_a_late_one_between_others_goes_and_those_behind_it_move_up(tmp_path: Path) -> None:
+    sink = ScriptedSink(OK, OK, OK, LATE)
+    outbox = outbox_on(sink, tmp_path)
+    await sent_at_once(outbox, sink, [make_group(index) for index in range(6)])
+    offered = [(seq, index) for _, seq, _, index in sink.offers]
+    assert [seq for seq, _ in offered] == [1, 2, 3, 4, 4, 5]
+    late = offered[3][1]
+    assert sorted(index for _, index in offered if index != late) == [index for index in range(6) if index != late]
+    assert (outbox.sent, outbox.late, outbox.unconfirmed) == (5, 1, 5)
+    assert files(tmp_path) == [f"p.0/{seq}.group" for seq in range(1, 6)]
+
+
+async def test_a_file_that_cannot_be_read_holds_up_none_before_it(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path, "p.0")
+    for seq in range(1, 6):
+        spool.write(seq, encode_group(make_group(seq)))
+    spool.close()
+    (spool,), sink = Spool.adopt(tmp_path), ScriptedSink()
+    outbox = Outbox.adopted(sink, spool, epoch="epoch-1", outage_s=5.0)
+    (tmp_path / "p.0" / "4.group").unlink()
+    with pytest.raises(ConfigError, match="free it"):
+        await outbox.poll()
+    assert [seq for _, seq, _, _ in sink.offers] == [1, 2, 3]

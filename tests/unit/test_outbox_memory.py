@@ -4,7 +4,7 @@ import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.outbox import Outbox
+from actors.outbox import AT_ONCE_BYTES, Outbox
 from actors.spool import Spool
 from lambdapo_async.broker.interface import Delivery, EnqueueReply, EnqueueStatus, Marks
 from lambdapo_async.wire import decode_group, encode_group
@@ -63,7 +63,7 @@ async def test_what_a_dead_actor_left_is_read_when_it_is_offered(tmp_path: Path)
     finally:
         tracemalloc.stop()
     assert (orphan.unconfirmed, sink.indices) == (NUM_GROUPS, list(range(1, NUM_GROUPS + 1)))
-    assert held < one_payload() * 3
+    assert held < AT_ONCE_BYTES + one_payload()  # a thread may not have let go of what it sent
 
 
 def one_payload() -> int:
