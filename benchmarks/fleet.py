@@ -204,8 +204,15 @@ def measure_reverb(python: Path, num_actors: int, num_bytes: int, seconds: float
     return found
 
 
-def main(seconds: float = 2.0, rounds: int = 3, output: Path = RESULT, reverb_python: Path | None = None) -> None:
-    """Measure every fleet and size, the streams in turn; write the medians.
+def main(
+    seconds: float = 2.0,
+    rounds: int = 3,
+    actors: list[int] | None = None,
+    group_bytes: list[int] | None = None,
+    output: Path = RESULT,
+    reverb_python: Path | None = None,
+) -> None:
+    """Measure every fleet and size, or those that are named, the streams in turn; write the medians.
 
     ``--reverb-python`` is the interpreter of an environment with ``dm-reverb[tensorflow]``; without it that column is
     left out.
@@ -216,7 +223,7 @@ def main(seconds: float = 2.0, rounds: int = 3, output: Path = RESULT, reverb_py
         settings = {"seconds": seconds, "rounds": rounds, "max_bytes": MAX_BYTES, "leased_at_once": LEASED_AT_ONCE}
         result: dict[str, object] = {"machine": {**describe_machine(), "redis_server": version}, "settings": settings}
         rows: list[dict[str, object]] = []
-        for num_bytes, num_actors in itertools.product(SIZES, FLEETS):
+        for num_bytes, num_actors in itertools.product(group_bytes or SIZES, actors or FLEETS):
             rows.append(row := compare(url, num_actors, num_bytes, seconds, rounds, reverb_python))
             output.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
             typer.echo(json.dumps(row))
