@@ -162,9 +162,7 @@ class RolloutSink(Protocol):
     def enqueue(self, deliveries: Sequence[Delivery], *, epoch: str) -> EnqueueReply:
         """Offer consecutive groups of one producer, each any number of times.
 
-        Returns:
-            The answer to the last one, or to the first that was refused and refused those behind it. ``last`` is what
-            the queue has: after ``FULL`` and ``LATE`` the one before the refused.
+        The answer is to the last one, or to the first that was refused, and those behind it with it.
         """
 
     def marks(self, producer: str) -> Marks:
@@ -230,11 +228,7 @@ class RunStore(Protocol):
     """What an actor needs to join: config, model files (no weights), rows, phase."""
 
     def take_over(self, *, fence: int) -> None:
-        """Own the run, before anything is loaded: an older learner can commit nothing from here on.
-
-        Raises:
-            FencedError: a newer learner owns the run id.
-        """
+        """Own the run before anything is loaded, so that no older learner can commit; ``FencedError`` if a newer does."""
 
     def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
         """Publish config and model files; ``FencedError`` if a newer learner owns the run id."""
