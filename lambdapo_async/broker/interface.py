@@ -228,7 +228,7 @@ class RunStore(Protocol):
     """What an actor needs to join: config, model files (no weights), rows, phase."""
 
     def take_over(self, *, fence: int) -> None:
-        """Own the run before anything is loaded, so that no older learner can commit; ``FencedError`` if a newer does."""
+        """Own the run before anything is loaded: no older learner can commit then; ``FencedError`` if a newer does."""
 
     def create(self, config_json: bytes, model_files: Mapping[str, bytes], *, fence: int) -> None:
         """Publish config and model files; ``FencedError`` if a newer learner owns the run id."""
