@@ -15,8 +15,8 @@ import typer
 from benchmarks.machine import describe_machine
 from tests.chaos.campaign import Outcome, run_under_faults
 from tests.chaos.folders import scene_folder, sockets
-from tests.chaos.ledger import Kind
 from tests.chaos.profiles import PROFILES
+from tests.chaos.proof import Kind
 from tests.chaos.spec import VARIANTS
 
 _FAULTS_PER_RUN = 40

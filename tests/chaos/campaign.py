@@ -11,9 +11,10 @@ from pathlib import Path
 
 from tests.chaos.endings import bad_endings
 from tests.chaos.faults import COMBINED_FAULTS, FAULTS, POINT_FAULTS, PROCESS_FAULTS, lose
-from tests.chaos.ledger import Kind, Violation, check, read_ledger
+from tests.chaos.ledger import read_ledger
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.profiles import PROFILES, Profile
+from tests.chaos.proof import Kind, Violation, check
 from tests.chaos.remains import read_remains
 from tests.chaos.scene import STUCK_S, Scene, StuckError
 from tests.chaos.spec import VARIANTS, Variant

@@ -4,7 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from tests.chaos.ledger import Entry, Violation
+from tests.chaos.ledger import Entry
+from tests.chaos.proof import Violation
 
 MOST_ENDS = 4
 """Learners of one run that may end by themselves, all saying the same."""

@@ -117,7 +117,7 @@ class _Taps:
         tap(CheckpointStore, "save", "save", after=self._saved)
         tap(CheckpointStore, "prune", "prune")
         tap(checkpoint_module, "sync_tree", "renamed")
-        tap(Journal, "open", "open")
+        tap(Journal, "open", "open", before=self._opening)
         tap(Journal, "append", "append", after=self._appended)
         tap(Journal, "prune", "forget")
         tap(ReceiptBook, "enter", "enter", after=self._entered)
@@ -141,6 +141,9 @@ class _Taps:
 
     def _took_fence(self, fence: int, _: object) -> None:
         self._ledger.write("claimed", fence=fence)
+
+    def _opening(self, *_: object) -> None:
+        self._ledger.write("opening")
 
     def _saved(self, _: object, __: object, state: LearnerState, policy: CountingPolicy) -> None:
         self._ledger.write("checkpoint", step=state.step, version=state.version, digest=digest(policy.history))

@@ -34,7 +34,7 @@ from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.learner import Learner
 from learner.pool import Pool
 from learner.versions import VersionCounter
-from tests.chaos.ledger import Kind
+from tests.chaos.proof import Kind
 from tests.chaos.spec import VARIANTS, Variant
 
 _PATIENCE_S = 5.0

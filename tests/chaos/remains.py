@@ -16,7 +16,7 @@ from lambdapo_async.wire import decode_group
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.pool import PoolState
 from tests.chaos.counting_policy import read_history
-from tests.chaos.ledger import Remains
+from tests.chaos.proof import Remains
 from tests.chaos.redis_control import RedisControl
 from tests.chaos.spec import RUN_ID, output_dir, spool_dir
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.ledger import Bounds
+from tests.chaos.proof import Bounds
 
 RUN_ID = "chaos"
 GROUPS_PER_STEP = 4

@@ -9,8 +9,9 @@ import pytest
 
 from lambdapo_async.keys import RunKeys
 from tests.chaos.folders import scene_folder
-from tests.chaos.ledger import check, read_ledger
+from tests.chaos.ledger import read_ledger
 from tests.chaos.profiles import PROFILES
+from tests.chaos.proof import check
 from tests.chaos.redis_control import RedisControl
 from tests.chaos.remains import read_remains
 from tests.chaos.scene import Scene

@@ -12,7 +12,8 @@ import pytest
 
 from lambdapo_async.journal.history import History
 from lambdapo_async.journal.records import GroupRecord, StepRecord, VersionRecord
-from tests.chaos.ledger import Bounds, Entry, Group, Step, Violation, check
+from tests.chaos.ledger import Entry, Group, Step
+from tests.chaos.proof import Bounds, Violation, check
 from tests.chaos.redis_control import RedisControl
 from tests.chaos.remains import look_around
 from tests.nursery import Nursery
