@@ -14,7 +14,12 @@ from learner.projection import CHUNK_LOGITS, project
 
 
 def packed_logprobs(
-    model: PreTrainedModel, micro_batch: MicroBatch, *, temperature: float, context: dist.ProcessGroup | None = None
+    model: PreTrainedModel,
+    micro_batch: MicroBatch,
+    *,
+    temperature: float,
+    context: dist.ProcessGroup | None = None,
+    kept_logits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each packed token under the model, and the entropy it was drawn with.
 
@@ -27,6 +32,7 @@ def packed_logprobs(
         micro_batch: a rollout's first token has no loss, for nothing predicts it.
         temperature: of the behavior policy's softmax.
         context: ranks that share the tokens; all call this, with attention from ``sharded_backend``.
+        kept_logits: most logits that the backward pass need not compute again.
 
     Returns:
         ``logprobs_T`` and ``entropy_T`` in nats, both float32, with gradient, and 0 where ``loss_mask_T`` is False;
@@ -56,6 +62,7 @@ def packed_logprobs(
         temperature=temperature / logit_scale(model),
         soft_cap=soft_cap(model),
         chunk_logits=CHUNK_LOGITS[hidden_tE.device.type],
+        kept_logits=kept_logits,
     )
     zeros_T = torch.zeros_like(micro_batch.behavior_logprobs_T)
     logprobs_T, entropy_T = (zeros_T.index_copy(0, index_S, found_S) for found_S in (logprobs_S, entropy_S))
@@ -87,12 +94,21 @@ class LogprobModel(nn.Module):
     and its backward pass run. ``model.named_parameters()`` keeps its names.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, context: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        context: dist.ProcessGroup | None = None,
+        kept_logits: int = 0,
+    ) -> None:
         super().__init__()
         self.model = model
-        self._temperature, self._context = temperature, context
+        self._temperature, self._context, self._kept_logits = temperature, context, kept_logits
 
     def forward(self, micro_batch: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         """``logprobs_T`` and ``entropy_T`` of :func:`packed_logprobs`; None is the run's temperature."""
         chosen = self._temperature if temperature is None else temperature
-        return packed_logprobs(self.model, micro_batch, temperature=chosen, context=self._context)
+        return packed_logprobs(
+            self.model, micro_batch, temperature=chosen, context=self._context, kept_logits=self._kept_logits
+        )

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.weights.adapter import target_linears
+from learner.activations import kept_logits
 from learner.flops import expert_share
 from learner.projection import CHUNK_LOGITS
 
@@ -42,7 +43,7 @@ class MemoryPlan:
     recomputed: int
     """One layer's activations, computed again in the backward pass."""
     logits: int
-    """One chunk of the output layer."""
+    """One chunk of the output layer, and what is kept of all of them."""
     gathered: int = 0
     """With several ranks: weights, gradients and their float32 sums, of the parts that are whole at a time."""
     loading: int = 0
@@ -121,7 +122,8 @@ def plan_memory(
     all_layers = _activation_bytes_per_token(model, compute) * num_tokens
     text = model.config.get_text_config()
     inputs = (text.num_hidden_layers + END_BUFFERS) * text.hidden_size * FLOAT32 * num_tokens
-    num_logits = min(num_tokens * text.vocab_size, CHUNK_LOGITS[device])
+    num_logits = num_tokens * text.vocab_size
+    kept = min(num_logits, kept_logits(device, is_checkpointed=learner.activation_checkpointing))
     return MemoryPlan(
         weights=weights // world_size,
         masters=num_trained * FLOAT32 // world_size if has_bfloat16 or learner.optimizer_offload else 0,
@@ -129,7 +131,7 @@ def plan_memory(
         optimizer=num_trained * FLOAT32 * (3 if learner.optimizer_offload else 2) // world_size,
         activations=inputs if learner.activation_checkpointing else all_layers,
         recomputed=all_layers // text.num_hidden_layers if learner.activation_checkpointing else 0,
-        logits=num_logits * FLOAT32 * LOGIT_BUFFERS,
+        logits=min(num_logits, CHUNK_LOGITS[device]) * FLOAT32 * LOGIT_BUFFERS + kept * compute,
         # Weights, gradients, and the float32 buffer in which FSDP adds these up.
         gathered=_gathered_elements(model) * (2 * compute + FLOAT32) if world_size > 1 else 0,
         loading=0 if device == "cpu" and world_size == 1 else num_weights * (compute if learner.lora else FLOAT32),

@@ -21,12 +21,14 @@ class Shaping:
     temperature: float
     soft_cap: float | None
 
-    def __call__(self, output: Tensor) -> Tensor:
-        """Logits in float32 or better; may overwrite ``output``."""
+    def __call__(self, output: Tensor, *, overwrites: bool = False) -> Tensor:
+        """Logits in float32 or better; maybe ``output`` itself, which is as it was or ``overwrites`` is set."""
         logits = output.to(at_least_float32(output.dtype))
         if self.soft_cap is not None:
             logits = (logits / self.soft_cap).tanh() * self.soft_cap
-        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+        if self.temperature == 1.0:
+            return logits
+        return logits.div_(self.temperature) if overwrites or logits is not output else logits / self.temperature
 
     def cap_slope(self, logits: Tensor) -> Tensor | None:
         """Derivative of the soft cap, which is 1 - tanh^2, from the logits; None without one."""
@@ -38,7 +40,7 @@ class Chunk:
     """What the layer says of C token ids."""
 
     output_SC: Tensor
-    """In the compute type; whoever gets it may overwrite it."""
+    """In the compute type."""
     column_S: Tensor
     """int64 column of the target, outside of 0 to C where it is in another chunk."""
 
@@ -71,7 +73,7 @@ class SoftmaxState:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """What turns recomputed logits into their gradient; all [S], the incoming ones divided by the temperature."""
+    """What turns logits into their gradient; all [S], the incoming ones divided by the temperature."""
 
     grad_logprobs_S: Tensor
     grad_entropy_S: Tensor | None
@@ -86,9 +88,9 @@ class Passes:
     """What is done with each chunk, for one kind of device."""
 
     fold: Callable[[SoftmaxState, Chunk, Shaping], None]
-    """Take a chunk into the state."""
+    """Take a chunk into the state, and leave it as it is."""
     grad: Callable[[Upstream, Chunk, Shaping], Tensor]
-    """[S, C] gradient of the layer's output, in its type."""
+    """[S, C] gradient of the layer's output, in its type; may overwrite the chunk."""
 
 
 def fold_chunk(state: SoftmaxState, chunk: Chunk, shaping: Shaping) -> None:
@@ -98,7 +100,8 @@ def fold_chunk(state: SoftmaxState, chunk: Chunk, shaping: Shaping) -> None:
     found_S = logits_SC.gather(1, column_S1)[:, 0]
     state.target_logit_S = torch.where(is_target_S, found_S, state.target_logit_S)
     peak_S = torch.maximum(state.peak_S, logits_SC.amax(dim=1))
-    exponent_SC = logits_SC.sub_(peak_S[:, None])
+    scratch_SC = None if logits_SC is chunk.output_SC else logits_SC
+    exponent_SC = torch.sub(logits_SC, peak_S[:, None], out=scratch_SC)
     weight_SC = exponent_SC.exp()
     shift_S = state.peak_S - peak_S
     scale_S = shift_S.exp()
@@ -110,7 +113,7 @@ def fold_chunk(state: SoftmaxState, chunk: Chunk, shaping: Shaping) -> None:
 
 def grad_of_output(upstream: Upstream, chunk: Chunk, shaping: Shaping) -> Tensor:
     """[S, C]: d log p_t / d l_j = [j = t] - p_j and d H / d l_j = -p_j (log p_j + H); any type and device."""
-    logits_SC = shaping(chunk.output_SC)
+    logits_SC = shaping(chunk.output_SC, overwrites=True)
     cap_slope_SC = shaping.cap_slope(logits_SC)
     log_p_SC = logits_SC.sub_(upstream.log_sum_S[:, None])
     if upstream.grad_entropy_S is None:

@@ -50,7 +50,7 @@ class LearnerConfig(Section):
     router_aux_coef: float = Field(0.0, ge=0.0)
     """Weight of the load-balancing loss of a mixture of experts (arXiv:2101.03961); 0 leaves it out."""
     activation_checkpointing: bool = False
-    """Keep only each layer's input and compute the rest again in the backward pass."""
+    """Keep only each layer's input and compute the rest, logits too, again in the backward pass."""
     activation_offload: bool = False
     """Keep those inputs in the host's memory; needs ``activation_checkpointing``."""
     optimizer_offload: bool = False

@@ -6,17 +6,19 @@ from torch import Tensor, nn
 
 from learner import online_softmax
 from learner.online_softmax import Chunk, Shaping, SoftmaxState, Upstream
-from learner.projection import CHUNK_LOGITS, project
+from learner.projection import CHUNK_LOGITS, KEPT_LOGITS, project
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 E, V = 1024, 151_936
 
 
-def run(head: nn.Linear, hidden_SE: Tensor, target_S: Tensor, chunk_logits: int) -> list[Tensor]:
+def run(head: nn.Linear, hidden_SE: Tensor, target_S: Tensor, chunk_logits: int, kept_logits: int = 0) -> list[Tensor]:
     """Log-probabilities, entropies, and the gradients of hidden states and weight."""
     with torch.autocast("cuda", torch.bfloat16):
-        logprobs_S, entropy_S = project(head, hidden_SE, target_S, temperature=0.9, chunk_logits=chunk_logits)
+        logprobs_S, entropy_S = project(
+            head, hidden_SE, target_S, temperature=0.9, chunk_logits=chunk_logits, kept_logits=kept_logits
+        )
     loss = logprobs_S.sum() + 0.1 * entropy_S.sum()
     return [logprobs_S.detach(), entropy_S.detach(), *torch.autograd.grad(loss, [hidden_SE, head.weight])]
 
@@ -35,13 +37,20 @@ def test_cut_equals_whole() -> None:
         assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
+def test_kept_logits_change_no_bit() -> None:
+    given = inputs(300)
+    for kept_logits in (2**23, 2**26):  # some chunks, all of them
+        found, expected = run(*given, 2**22, kept_logits), run(*given, 2**22)
+        assert all(map(torch.equal, found, expected))
+
+
 def test_peak_memory_is_a_fraction_of_the_logits() -> None:
     """The issue's goal: at 32,768 positions, at least four times below logits in float32 kept once (19 GiB)."""
     given = inputs(32_768)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run(*given, CHUNK_LOGITS["cuda"])
+    run(*given, CHUNK_LOGITS["cuda"], KEPT_LOGITS["cuda"])
     assert torch.cuda.max_memory_allocated() - before < 4 * 32_768 * V / 4
 
 

@@ -1,14 +1,20 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
+from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
 from learner.activations import enable_checkpointing, offload_to_host
 from learner.attention import select_attention
 from learner.logprobs import packed_logprobs
-from tests.tiny_models import micro_batch, tiny_model
+from learner.policy import Policy
+from learner.projection import CHUNK_LOGITS, KEPT_LOGITS
+from tests.products import Products
+from tests.tiny_models import micro_batch, tiny_model, tiny_model_folder
 
 BATCH = micro_batch((40, 25, 31))
 
@@ -79,3 +85,21 @@ def test_offload_copies_what_is_kept_and_leaves_parameters_where_they_are() -> N
     output.sum().backward()
     torch.testing.assert_close(weight.grad, torch.tensor([0.0, 2.0, 4.0]).expand(3, 3))
     torch.testing.assert_close(hidden.grad, torch.full((3,), 2.0 * 3 * 5.0))
+
+
+def test_logits_are_computed_again_where_layers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of the output layer is one product forward; of those backward one is its logits'."""
+    folder = tiny_model_folder(tmp_path / "model")
+
+    def products(num_chunks: int, *, is_checkpointed: bool) -> int:
+        settings = LearnerConfig(activation_checkpointing=is_checkpointed)
+        policy = Policy.load(folder, revision=None, config=settings, temperature=0.7, device=torch.device("cpu"))
+        columns = -(-policy.vocab_size // num_chunks)
+        monkeypatch.setitem(CHUNK_LOGITS, "cpu", columns * BATCH.num_loss_tokens)
+        with Products() as counted:
+            policy.backward(BATCH, lambda logprobs_T, _: logprobs_T.sum())
+        return counted.count
+
+    monkeypatch.setitem(KEPT_LOGITS, "cpu", 2**20)
+    more = [products(3, is_checkpointed=each) - products(2, is_checkpointed=each) for each in (False, True)]
+    assert more == [3, 4]

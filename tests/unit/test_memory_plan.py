@@ -16,6 +16,7 @@ from learner.activations import enable_checkpointing
 from learner.attention import select_attention
 from learner.memory_plan import GIB, MemoryPlan, check_fits, free_memory, plan_memory, read_shape
 from learner.policy import Policy
+from learner.projection import CHUNK_LOGITS, KEPT_LOGITS
 from tests.tiny_models import micro_batch, tiny_model, tiny_model_folder
 from tests.unit.test_activations import BATCH, saved_bytes
 
@@ -106,9 +107,9 @@ def test_the_plan_is_not_below_what_an_h100_took(size: str) -> None:
     with torch.device("meta"):
         model = SHAPES[size]._build()
     plan = plan_memory(model, LearnerConfig(micro_batch_tokens=8192), "cuda")
-    # It was measured with float32 weights and gradients, their bfloat16 copy and two moments.
+    # It was measured with float32 weights and gradients, their bfloat16 copy and two moments, and one chunk of logits.
     states = sum(parameter.numel() for parameter in model.parameters()) * (4 + 4 + 2 + 8)
-    measured = peak * GIB - states - plan.logits
+    measured = peak * GIB - states - 3 * 4 * CHUNK_LOGITS["cuda"]
     assert measured < plan.activations < 1.06 * measured
 
 
@@ -208,3 +209,17 @@ def test_a_policy_that_does_not_fit_is_refused_before_its_weights_are_read(tmp_p
 def test_free_memory_is_plausible() -> None:
     free = free_memory("cpu")
     assert free is None or 2**26 < free < 2**46
+
+
+def test_logits_are_kept_up_to_a_limit_and_not_where_layers_are_recomputed() -> None:
+    with torch.device("meta"):
+        model = SHAPES["0.6b"]._build()
+    chunk = 3 * 4 * CHUNK_LOGITS["cuda"]
+
+    def planned(num_tokens: int, *, is_checkpointed: bool = False) -> int:
+        settings = LearnerConfig(micro_batch_tokens=num_tokens, activation_checkpointing=is_checkpointed)
+        return plan_memory(model, settings, "cuda").logits - chunk
+
+    assert planned(4096) == 2 * 4096 * model.config.vocab_size
+    assert planned(2**16) == planned(2**15) == 2 * KEPT_LOGITS["cuda"], "whatever the tokens"
+    assert planned(2**16, is_checkpointed=True) == 0

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lambdapo_async.errors import ConfigError
 from learner.projection import project
+from tests.products import Products
 
 S, V, E = 7, 11, 5
 ALL = S * V
@@ -171,6 +172,45 @@ def test_gradients_accumulate() -> None:
         torch.testing.assert_close(tensor.grad, 2 * gradient, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize(("kept_logits", "num_kept"), [(0, 0), (3 * S - 1, 0), (3 * S, 1), (9 * S, 3), (ALL, 4)])
+def test_logits_that_are_kept_are_not_computed_again(
+    kept_logits: int, num_kept: int, temperature: float, soft_cap: float | None, autocast: bool
+) -> None:
+    """Four chunks: of 3, 3, 3 and 2 columns; each takes one product forward and, computed again, three backward."""
+    head, (hidden_SE, target_S) = layer(), inputs()
+
+    def run(kept: int) -> tuple[int, int, tuple[Tensor, ...]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Products() as forward:
+            outputs = project(
+                head,
+                hidden_SE,
+                target_S,
+                temperature=temperature,
+                soft_cap=soft_cap,
+                chunk_logits=3 * S,
+                kept_logits=kept,
+            )
+        with Products() as backward:
+            found = gradients(outputs, parameters_and(hidden_SE, head))
+        return forward.count, backward.count, (*outputs, *found)
+
+    num_forward, num_backward, found = run(kept_logits)
+    assert (num_forward, num_backward) == (4, 12 - num_kept)
+    assert all(map(torch.equal, found, run(0)[2]))
+
+
+def test_kept_logits_last_for_one_backward_pass() -> None:
+    head, (hidden_SE, target_S) = layer(), inputs()
+    outputs = project(head, hidden_SE, target_S, temperature=0.8, chunk_logits=3 * S, kept_logits=6 * S)
+    with Products() as products:
+        found = [torch.autograd.grad(outputs[0].sum(), hidden_SE, retain_graph=True)[0] for _ in range(2)]
+    assert products.count == (12 - 2) + 12
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("backward_under_autocast", [True, False])
 def test_autocast_keeps_masters_in_float32(backward_under_autocast: bool) -> None:
     head, (hidden_SE, target_S) = layer(), inputs()
@@ -256,12 +296,14 @@ class LiveMemory(TorchDispatchMode):
         self._references[key] = weakref.ref(storage, lambda _: self._sizes.pop(key))
 
 
-def peak_bytes(positions: int, vocabulary: int, chunk_logits: int) -> int:
+def peak_bytes(positions: int, vocabulary: int, chunk_logits: int, kept_logits: int = 0) -> int:
     """Of forward and backward pass, entropy in the loss."""
     head = nn.Linear(4, vocabulary)
     hidden_SE, target_S = torch.randn(positions, 4, requires_grad=True), torch.randint(vocabulary, (positions,))
     with LiveMemory() as memory:
-        logprobs_S, entropy_S = project(head, hidden_SE, target_S, temperature=0.9, chunk_logits=chunk_logits)
+        logprobs_S, entropy_S = project(
+            head, hidden_SE, target_S, temperature=0.9, chunk_logits=chunk_logits, kept_logits=kept_logits
+        )
         (logprobs_S.sum() + entropy_S.sum()).backward()
     return memory.peak
 
@@ -273,3 +315,12 @@ def test_memory_does_not_grow_with_positions_times_vocabulary() -> None:
     assert large < 3 * 4 * 2**14 + 2 * own
     assert large - small < 2 * own
     assert peak_bytes(256, 2048, 256 * 2048) > 4 * 256 * 2048  # the measure sees logits where they are kept
+
+
+def test_kept_logits_take_what_they_may_and_nothing_without_gradient() -> None:
+    kept, none = (peak_bytes(256, 2048, 2**14, kept_logits) for kept_logits in (2**17, 0))
+    assert 0.8 * 4 * 2**17 < kept - none < 1.1 * 4 * 2**17
+    head, hidden_SE, target_S = nn.Linear(4, 2048), torch.randn(256, 4, requires_grad=True), torch.randint(2048, (256,))
+    with torch.no_grad(), LiveMemory() as memory:
+        project(head, hidden_SE, target_S, temperature=0.9, chunk_logits=2**14, kept_logits=2**17)
+    assert memory.peak < none
