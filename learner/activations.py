@@ -17,24 +17,33 @@ TOLERANCE = 0.02
 """Largest difference of hidden states, in units of their standard deviation: rounding is below, dropout far above."""
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
+def recompute_layers(model: PreTrainedModel) -> None:
     """Recompute each layer in the backward pass instead of keeping its activations.
 
     transformers recomputes only layers in training mode. The mode of the layers alone is changed: what lies inside
-    them, dropout included, stays in evaluation mode, and that the outputs are the same is verified.
+    them, dropout included, stays in evaluation mode.
 
     Raises:
-        ConfigError: the model cannot be checkpointed, or a layer computes something else in training mode.
+        ConfigError: the model cannot be checkpointed.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not model.supports_gradient_checkpointing or not layers:
         raise ConfigError(
             f"{type(model).__name__} has no layers that can be recomputed: set learner.activation_checkpointing = false"
         )
-    expected = _probe(model)
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     for layer in layers:
         layer.training = True
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """:func:`recompute_layers`, with proof that the outputs are the same.
+
+    Raises:
+        ConfigError: the model cannot be checkpointed, or a layer computes something else in training mode.
+    """
+    expected = _probe(model)
+    recompute_layers(model)
     difference = float((_probe(model) - expected).abs().max() / expected.std())
     if not difference < TOLERANCE:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """What training will need of the device's memory, told before the weights are loaded."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,15 +13,15 @@ from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.weights.adapter import target_linears
 from learner.activations import kept_logits
-from learner.flops import expert_share
 from learner.projection import CHUNK_LOGITS
+from learner.saved_tensors import saved_bytes
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
 LOGIT_BUFFERS = 3
 """Logits, probabilities and gradient of one chunk."""
-END_BUFFERS = 4
-"""Hidden states kept behind the last layer: its output, the norm's two, the output layer's input."""
 _MEMINFO = Path("/proc/meminfo")
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -39,9 +40,9 @@ class MemoryPlan:
     optimizer: int
     """AdamW's two moments, with ``optimizer_offload`` the gradients' copy too."""
     activations: int
-    """What autograd keeps of ``micro_batch_tokens`` tokens; an estimate."""
-    recomputed: int
-    """One layer's activations, computed again in the backward pass."""
+    """What autograd keeps of ``micro_batch_tokens`` tokens; layers left out where only running the model could tell."""
+    layer: int
+    """One layer's in the backward pass: gradients of its activations, and these again where they are recomputed."""
     logits: int
     """One chunk of the output layer, and what is kept of all of them."""
     gathered: int = 0
@@ -65,7 +66,7 @@ class MemoryPlan:
     @property
     def _total(self) -> int:
         states = self.weights + self.masters + self.gradients + self.optimizer
-        return states + self.activations + self.recomputed + self.logits + self.gathered
+        return states + self.activations + self.layer + self.logits + self.gathered
 
     def describe(self) -> str:
         """One line for the log."""
@@ -75,7 +76,7 @@ class MemoryPlan:
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "activations": self.activations,
-            "recomputed": self.recomputed,
+            "layer": self.layer,
             "logits": self.logits,
             "gathered": self.gathered,
         }
@@ -119,19 +120,22 @@ def plan_memory(
         weights = num_weights * compute + num_trained * FLOAT32
     largest = max(parameter.numel() for parameter in model.parameters())
     num_tokens = -(-learner.micro_batch_tokens // context_size)
-    all_layers = _activation_bytes_per_token(model, compute) * num_tokens
     text = model.config.get_text_config()
-    inputs = (text.num_hidden_layers + END_BUFFERS) * text.hidden_size * FLOAT32 * num_tokens
+    saved = {
+        is_checkpointed: _saved_bytes(model, num_tokens, device, is_checkpointed=is_checkpointed)
+        for is_checkpointed in {False, learner.activation_checkpointing}
+    }
     num_logits = num_tokens * text.vocab_size
-    kept = min(num_logits, kept_logits(device, is_checkpointed=learner.activation_checkpointing))
+    num_kept = min(num_logits, kept_logits(device, is_checkpointed=learner.activation_checkpointing))
     return MemoryPlan(
         weights=weights // world_size,
         masters=num_trained * FLOAT32 // world_size if has_bfloat16 or learner.optimizer_offload else 0,
         gradients=num_trained * FLOAT32 // world_size + (largest * BFLOAT16 if has_bfloat16 else 0),
         optimizer=num_trained * FLOAT32 * (3 if learner.optimizer_offload else 2) // world_size,
-        activations=inputs if learner.activation_checkpointing else all_layers,
-        recomputed=all_layers // text.num_hidden_layers if learner.activation_checkpointing else 0,
-        logits=min(num_logits, CHUNK_LOGITS[device]) * FLOAT32 * LOGIT_BUFFERS + kept * compute,
+        # What the output layer takes comes on top.
+        activations=saved[learner.activation_checkpointing] + num_tokens * text.hidden_size * compute,
+        layer=saved[False] // text.num_hidden_layers * (1 + learner.activation_checkpointing),
+        logits=min(num_logits, CHUNK_LOGITS[device]) * FLOAT32 * LOGIT_BUFFERS + num_kept * compute,
         # Weights, gradients, and the float32 buffer in which FSDP adds these up.
         gathered=_gathered_elements(model) * (2 * compute + FLOAT32) if world_size > 1 else 0,
         loading=0 if device == "cpu" and world_size == 1 else num_weights * (compute if learner.lora else FLOAT32),
@@ -193,34 +197,10 @@ def _gathered_elements(model: PreTrainedModel) -> int:
     return _count(model) - sum(sizes) + 2 * max(sizes, default=0)
 
 
-def _activation_bytes_per_token(model: PreTrainedModel, compute: int) -> int:
-    """What autograd keeps per token: each matrix its input and output, each norm its input twice in float32.
-
-    A gate's output is kept before and after its activation, and is as large as what ``down_proj`` takes. Norms of
-    single heads keep their input in float32 and in the compute type.
-    """
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    head_states = _head_states(model)
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        if id(parameter) in embeddings or name.endswith(".bias"):
-            continue
-        module = name.removesuffix(".weight").rpartition(".")[2]
-        if module in head_states:
-            total += (FLOAT32 + compute) * head_states[module]
-        elif parameter.ndim == 1:
-            total += 2 * FLOAT32 * parameter.numel()
-        else:
-            uses = expert_share(model, name) * (parameter.shape[0] if parameter.ndim == 3 else 1)
-            inputs = 2 if module == "down_proj" else 1
-            total += compute * uses * (parameter.shape[-2] + inputs * parameter.shape[-1])
-    return int(total)
-
-
-def _head_states(model: PreTrainedModel) -> dict[str, int]:
-    """Elements per token that a layer's norms of query and key heads see, by the norm's name."""
-    text = model.config.get_text_config()
-    heads: int = text.num_attention_heads
-    fields = text.to_dict()
-    head_dim = fields.get("head_dim") or text.hidden_size // heads
-    return {"q_norm": heads * head_dim, "k_norm": (fields.get("num_key_value_heads") or heads) * head_dim}
+def _saved_bytes(model: PreTrainedModel, num_tokens: int, device: DeviceKind, *, is_checkpointed: bool) -> int:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        return saved_bytes(model.config, num_tokens, dtype=dtype, is_checkpointed=is_checkpointed)
+    except (NotImplementedError, RuntimeError) as error:
+        logger.warning("the memory plan leaves out the activations of a %s: %s", type(model).__name__, error)
+        return 0

@@ -98,10 +98,10 @@ def test_experts_count_by_the_tokens_they_see(folder: Path) -> None:
     assert ModelFlops.of(model).body == dense + routers + 2 * TOP_K * 3 * 32 * 24
 
 
-def test_planned_activations_are_within_a_factor_of_two(folder: Path) -> None:
+def test_activations_are_within_the_plan(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=select_attention(CPU))
     plan = plan_memory(model, LearnerConfig(micro_batch_tokens=len(BATCH.input_ids_T)), "cpu")
-    assert plan.activations / 2 < saved_bytes(model.eval()) < plan.activations * 2
+    assert 0.7 * plan.activations < saved_bytes(model.eval()) < plan.activations + plan.logits
 
 
 def test_balance_loss_is_the_papers(folder: Path) -> None:
