@@ -43,7 +43,7 @@ CONFIG = RunConfig.model_validate(
         "sampling": {"max_tokens": 16},
         "rollout": {"group_size": 3, "groups_per_step": 4},
         "staleness": {"max_staleness": 1},
-        "broker": {"heartbeat_s": 0.02, "lease_s": 5.0},
+        "broker": {"heartbeat_s": 0.02, "lease_s": 60.0},
         "actor": {"max_groups_in_flight": 3, "drain_s": 5.0},
     }
 )

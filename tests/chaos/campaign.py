@@ -25,7 +25,7 @@ _GAP_S = (0.05, 0.5)
 _WITHOUT_PROGRESS = 0.25
 """Share of the faults that come before anything has recovered from the last one."""
 
-_MUTANT_STUCK_S = 8.0
+_MUTANT_STUCK_S = 20.0
 """A broken run may well be stuck, and that is not what has to show."""
 
 
@@ -108,6 +108,7 @@ def _run(
             scene.finish(trouble)
         except StuckError as error:
             problems.append(str(error))
+            scene.stop_processes()  # what they hold is read while nobody writes
         remains = read_remains(scene.folder, scene.redis, problems, max_uses=scene.variant.max_uses)
     entries = read_ledger(scene.folder)
     violations = [*check(entries, remains, scene.variant.bounds), *bad_endings(entries)]

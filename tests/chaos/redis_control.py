@@ -92,7 +92,7 @@ class RedisControl:
         if self._process is not None:
             self.kill()
 
-    def client(self, *, timeout_s: float = 2.0) -> redis.Redis:
+    def client(self, *, timeout_s: float = 10.0) -> redis.Redis:
         return connect(self.url, timeout_s=timeout_s)
 
     def save_snapshot(self) -> None:

@@ -166,13 +166,20 @@ class Scene:
             self.tend(_TEND_S)
         self._wait_for_the_others()
 
+    def stop_processes(self) -> None:
+        """Kill all but Redis, which still has its part to tell."""
+        for process in self._processes():
+            process.kill()
+
     def _wait_for_the_learner(self) -> None:
-        deadline = time.monotonic() + 2 * self._stuck_s
+        newest, deadline = self.newest_step, time.monotonic() + 2 * self._stuck_s
         while self.learner is not None:
             self.tend(_TEND_S)
+            if self.newest_step > newest:
+                newest, deadline = self.newest_step, time.monotonic() + 2 * self._stuck_s
             if time.monotonic() > deadline:
                 self._show_stacks()
-                raise StuckError(f"the learner did not finish within {2 * self._stuck_s:g} s")
+                raise StuckError(f"the learner did not go on for {2 * self._stuck_s:g} s, nor finish")
 
     def _wait_for_the_others(self) -> None:
         for process in [*self.actors, *self.sleepers]:
@@ -267,8 +274,7 @@ class Scene:
         time.sleep(0.3)
 
     def _end_everything(self) -> None:
-        for process in self._processes():
-            process.kill()
+        self.stop_processes()
         if self.proxy is not None:
             self.proxy.close()
         self.redis_is_up = False

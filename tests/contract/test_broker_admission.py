@@ -117,7 +117,7 @@ def test_renew_keeps_ours_and_names_the_lost(broker_run: BrokerRun) -> None:
 
 
 def test_renewed_leases_do_not_expire(broker_run: BrokerRun) -> None:
-    source = start(broker_run, dataclasses.replace(LIMITS, max_staleness=0, lease_s=0.5))
+    source = start(broker_run, dataclasses.replace(LIMITS, max_staleness=0, lease_s=3.0))
     mine, other = broker_run.admission("a"), broker_run.admission("b")
     source.request_evaluation(heldout(0))
     (kept,) = mine.lease(1)

@@ -32,7 +32,7 @@ def test_passwords_are_not_shown(url: str, shown: str) -> None:
 
 def test_an_unreachable_redis_is_named_after_the_deadline(tmp_path: Path) -> None:
     run = RedisRun(f"unix://:secret@{tmp_path}/nobody", "r", timeout_s=0.2)
-    with pytest.raises(BrokerUnavailable, match=r"unix://:\*\*\*@.*nobody did not answer for 0\.\d s"):
+    with pytest.raises(BrokerUnavailable, match=r"unix://:\*\*\*@.*nobody did not answer for \d+\.\d s"):
         run.run_store.state()
 
 

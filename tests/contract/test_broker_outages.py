@@ -234,7 +234,7 @@ def test_a_replica_is_waited_for_until_it_takes_writes(own: RedisServer, own_run
 
 
 def test_a_frozen_server_is_waited_for(own: RedisServer, tmp_path: Path) -> None:
-    with contextlib.closing(RedisRun(own.url, "test", timeout_s=0.6)) as run:
+    with contextlib.closing(RedisRun(own.url, "test", timeout_s=3.0)) as run:
         source = start(run)
         own.freeze()
         with pytest.raises(BrokerUnavailable, match="did not answer"):

@@ -23,7 +23,7 @@ def own(tmp_path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def own_run(own: RedisServer) -> RedisRun:
-    return RedisRun(own.url, "test", timeout_s=6.0)
+    return RedisRun(own.url, "test", timeout_s=30.0)
 
 
 def test_a_blocked_reader_survives_its_servers_demotion(own: RedisServer, own_run: RedisRun) -> None:
@@ -31,7 +31,7 @@ def test_a_blocked_reader_survives_its_servers_demotion(own: RedisServer, own_ru
 
     def read() -> None:
         try:
-            found.append(source.read(1, timeout_s=1.0))
+            found.append(source.read(1, timeout_s=5.0))
         except Exception as error:  # noqa: BLE001
             found.append(error)
 
@@ -40,7 +40,7 @@ def test_a_blocked_reader_survives_its_servers_demotion(own: RedisServer, own_ru
     until(lambda: bool(own.client.info("clients")["blocked_clients"]))
     own.client.replicaof("127.0.0.1", "1")
     own.client.replicaof("NO", "ONE")
-    reader.join()
+    reader.join(30)
     assert found == [[]]
 
 

@@ -70,12 +70,12 @@ def test_groups_travel_encrypted(tls_address: str, certificates: Path) -> None:
 
 @pytest.mark.parametrize("options", ["", "?ssl_ca_certs={folder}/other.crt"])
 def test_a_stranger_with_another_certificate_is_not_trusted(tls_address: str, certificates: Path, options: str) -> None:
-    run = RedisRun(tls_address + options.format(folder=certificates), "tls", timeout_s=0.5)
+    run = RedisRun(tls_address + options.format(folder=certificates), "tls", timeout_s=3.0)
     with contextlib.closing(run), pytest.raises(BrokerUnreachableError, match="certificate verify failed"):
         run.check_reachable()
 
 
 def test_without_tls_nobody_is_let_in(tls_address: str) -> None:
-    run = RedisRun(tls_address.replace("rediss", "redis"), "tls", timeout_s=0.5)
+    run = RedisRun(tls_address.replace("rediss", "redis"), "tls", timeout_s=3.0)
     with contextlib.closing(run), pytest.raises(BrokerUnavailable):
         run.run_store.state()

@@ -11,7 +11,7 @@ from lambdapo_async.metrics import EVENT
 from tests.processes import Process, wait_until
 from tests.system.test_run import DEMO, RUN_S, START_S, last_step, rows
 
-pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(1000)]
 
 
 def demo(output_dir: Path, run_id: str, log: Path, *overrides: str) -> Process:

@@ -16,7 +16,7 @@ from tests.nursery import Nursery
 from tests.processes import wait_until
 from tests.system.test_run import DEMO, RUN_S, Scene, learner, rows
 
-pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(1000)]
 
 # Many groups at once, no time to end them, and a gate that engines far ahead of a starved learner do not close: whoever
 # is drained leaves some.
@@ -49,9 +49,7 @@ def test_another_actor_continues_what_a_drained_one_had_begun(
 
     with learner(DEMO, *scene.learner_arguments(*OVERRIDES), log=scene.logs / "learner.log") as process:
         scene.wait_open(process)
-        leaver = scene.start_actor("leaver")
-        scene.wait_step(2, process)
-        heir = scene.start_actor("heir")
+        leaver, heir = scene.start_actor("leaver"), scene.start_actor("heir")
         wait_until(
             lambda: [actor.state for actor in run.fleet.members()] == ["sampling"] * 2,
             "both actors sample", timeout_s=RUN_S, alive=process,

@@ -19,7 +19,7 @@ from tests.chaos.remains import look_around
 from tests.nursery import Nursery
 from tests.system.test_run import DEMO, RUN_S, Scene, learner
 
-pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(1000)]
 
 BOUNDS = Bounds(groups_per_step=16, drop_above=16)
 

@@ -50,7 +50,7 @@ def test_sigterm_ends_the_actors_and_says_so(tmp_path: Path) -> None:
     with Nursery(WITHOUT_VLLM) as nursery:
         pid = nursery.start_actor(WAITING, tmp_path / "log")
         nursery.process.send_signal(signal.SIGTERM)
-        assert nursery.wait_exit(pid) == -signal.SIGTERM
+        assert nursery.wait_exit(pid) in (-signal.SIGTERM, 0), "before it listens to signals, or after"
         assert nursery.process.wait(30) == 0
 
 

@@ -15,9 +15,9 @@ import multiprocessing, os, sys, time
 def burn():
     while sum(os.times()[:2]) < 0.5: pass
     print("burnt", flush=True)
-    sys.stdin.close()
     time.sleep(60)
 if __name__ == "__main__":
+    sys.stdin.readline()
     multiprocessing.get_context("fork").Process(target=burn, daemon=True).start()
     time.sleep(60)
 """
@@ -26,11 +26,16 @@ if __name__ == "__main__":
 def test_processor_time_counts_children_and_only_the_asked_time(tmp_path: Path) -> None:
     script = tmp_path / "burns.py"
     script.write_text(BURNS_IN_A_CHILD)
-    popen = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, start_new_session=True)
-    started = time.time()
+    popen = subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
     running = Running(popen, tmp_path / "log")
     try:
+        assert popen.stdin is not None
         assert popen.stdout is not None
+        running.wait_sampled()
+        started = time.time()
+        popen.stdin.close()
         assert popen.stdout.readline() == b"burnt\n"
         running.wait_sampled()
         burnt = time.time()

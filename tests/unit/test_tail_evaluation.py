@@ -32,7 +32,7 @@ def test_the_last_evaluation_is_waited_for(folder: Path) -> None:
 def test_a_last_evaluation_that_nobody_answers_keeps_nothing_from_its_end(folder: Path) -> None:
     run = FakeRun("run")
     settings = stage_config(
-        evaluation={"every_steps": 1}, learner={"num_steps": 1, "data_timeout_s": 0.2}, staleness={"max_staleness": 0}
+        evaluation={"every_steps": 1}, learner={"num_steps": 1, "data_timeout_s": 3.0}, staleness={"max_staleness": 0}
     )
     with staged(run, folder, settings) as stage, acting(run, settings) as actor:
         stepping = threading.Thread(target=stage.learner.run)
@@ -41,7 +41,7 @@ def test_a_last_evaluation_that_nobody_answers_keeps_nothing_from_its_end(folder
         stepping.join(30)
     assert not stepping.is_alive()
     (text,) = left_out(folder)
-    assert text.startswith("evaluations left out because no answer came for learner.data_timeout_s = 0.2 s: ")
+    assert text.startswith("evaluations left out because no answer came for learner.data_timeout_s = 3 s: ")
     assert text.endswith("step 1 has 0 of 2 answers")
     assert [row.step for row in rows_of(folder, EVENT) if row.text == "checkpoint"] == [0, 1]
     assert (folder / "final" / "config.json").exists()
