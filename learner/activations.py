@@ -10,7 +10,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.packed_layout import Segment, packed_layout
-from learner.projection import KEPT_LOGITS
 
 PROBE_TOKENS = 16
 TOLERANCE = 0.02
@@ -64,11 +63,6 @@ def _probe(model: PreTrainedModel) -> Tensor:
     )
     hidden: Tensor = output.last_hidden_state
     return hidden
-
-
-def kept_logits(device: str, *, is_checkpointed: bool) -> int:
-    """Logits that stay until the backward pass; none where layers are recomputed for want of memory."""
-    return 0 if is_checkpointed else KEPT_LOGITS[device]
 
 
 def offload_to_host(model: nn.Module, *, is_on: bool) -> AbstractContextManager[object]:

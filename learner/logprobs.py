@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lambdapo_async.packing import MicroBatch
 from learner.context_parallel import add_parts, own_tokens, shard_tokens
-from learner.projection import CHUNK_LOGITS, project
+from learner.projection import CHUNK_LOGITS, KEPT_LOGITS, project
 
 
 def packed_logprobs(
@@ -19,7 +19,7 @@ def packed_logprobs(
     *,
     temperature: float,
     context: dist.ProcessGroup | None = None,
-    kept_logits: int = 0,
+    keeps_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each packed token under the model, and the entropy it was drawn with.
 
@@ -32,7 +32,7 @@ def packed_logprobs(
         micro_batch: a rollout's first token has no loss, for nothing predicts it.
         temperature: of the behavior policy's softmax.
         context: ranks that share the tokens; all call this, with attention from ``sharded_backend``.
-        kept_logits: most logits that the backward pass need not compute again.
+        keeps_logits: whether the backward pass finds the first ``KEPT_LOGITS`` of the device, or computes all again.
 
     Returns:
         ``logprobs_T`` and ``entropy_T`` in nats, both float32, with gradient, and 0 where ``loss_mask_T`` is False;
@@ -62,7 +62,7 @@ def packed_logprobs(
         temperature=temperature / logit_scale(model),
         soft_cap=soft_cap(model),
         chunk_logits=CHUNK_LOGITS[hidden_tE.device.type],
-        kept_logits=kept_logits,
+        kept_logits=KEPT_LOGITS[hidden_tE.device.type] if keeps_logits else 0,
     )
     zeros_T = torch.zeros_like(micro_batch.behavior_logprobs_T)
     logprobs_T, entropy_T = (zeros_T.index_copy(0, index_S, found_S) for found_S in (logprobs_S, entropy_S))
@@ -100,15 +100,15 @@ class LogprobModel(nn.Module):
         *,
         temperature: float,
         context: dist.ProcessGroup | None = None,
-        kept_logits: int = 0,
+        keeps_logits: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self._temperature, self._context, self._kept_logits = temperature, context, kept_logits
+        self._temperature, self._context, self._keeps_logits = temperature, context, keeps_logits
 
     def forward(self, micro_batch: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         """``logprobs_T`` and ``entropy_T`` of :func:`packed_logprobs`; None is the run's temperature."""
         chosen = self._temperature if temperature is None else temperature
         return packed_logprobs(
-            self.model, micro_batch, temperature=chosen, context=self._context, kept_logits=self._kept_logits
+            self.model, micro_batch, temperature=chosen, context=self._context, keeps_logits=self._keeps_logits
         )

@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.weights.adapter import target_linears
-from learner.activations import kept_logits
-from learner.projection import CHUNK_LOGITS
-from learner.saved_tensors import saved_bytes
+from learner.projection import CHUNK_LOGITS, KEPT_LOGITS
+from learner.saved_tensors import SavedBytes, saved_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +85,15 @@ class MemoryPlan:
         return f"{listed}: {self._total / GIB:.2f} GiB{moved}{read}"
 
 
-def read_shape(folder: Path) -> PreTrainedModel:
-    """The model of a folder without memory for its weights."""
+def read_shape(folder: Path, attention: str | None = None) -> PreTrainedModel:
+    """The model of a folder without memory for its weights.
+
+    Raises:
+        OSError, ValueError, KeyError: there is none, or it does not run with ``attention``, an ``attn_implementation``.
+    """
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model
 
 
@@ -121,20 +125,17 @@ def plan_memory(
     largest = max(parameter.numel() for parameter in model.parameters())
     num_tokens = -(-learner.micro_batch_tokens // context_size)
     text = model.config.get_text_config()
-    saved = {
-        is_checkpointed: _saved_bytes(model, num_tokens, device, is_checkpointed=is_checkpointed)
-        for is_checkpointed in {False, learner.activation_checkpointing}
-    }
+    saved = _saved_bytes(model, num_tokens, device, is_checkpointed=learner.activation_checkpointing)
     num_logits = num_tokens * text.vocab_size
-    num_kept = min(num_logits, kept_logits(device, is_checkpointed=learner.activation_checkpointing))
+    num_kept = 0 if learner.activation_checkpointing else min(num_logits, KEPT_LOGITS[device])
     return MemoryPlan(
         weights=weights // world_size,
         masters=num_trained * FLOAT32 // world_size if has_bfloat16 or learner.optimizer_offload else 0,
         gradients=num_trained * FLOAT32 // world_size + (largest * BFLOAT16 if has_bfloat16 else 0),
         optimizer=num_trained * FLOAT32 * (3 if learner.optimizer_offload else 2) // world_size,
         # What the output layer takes comes on top.
-        activations=saved[learner.activation_checkpointing] + num_tokens * text.hidden_size * compute,
-        layer=saved[False] // text.num_hidden_layers * (1 + learner.activation_checkpointing),
+        activations=saved.kept + num_tokens * text.hidden_size * compute,
+        layer=saved.layer * (1 + learner.activation_checkpointing),
         logits=min(num_logits, CHUNK_LOGITS[device]) * FLOAT32 * LOGIT_BUFFERS + num_kept * compute,
         # Weights, gradients, and the float32 buffer in which FSDP adds these up.
         gathered=_gathered_elements(model) * (2 * compute + FLOAT32) if world_size > 1 else 0,
@@ -197,10 +198,10 @@ def _gathered_elements(model: PreTrainedModel) -> int:
     return _count(model) - sum(sizes) + 2 * max(sizes, default=0)
 
 
-def _saved_bytes(model: PreTrainedModel, num_tokens: int, device: DeviceKind, *, is_checkpointed: bool) -> int:
+def _saved_bytes(model: PreTrainedModel, num_tokens: int, device: DeviceKind, *, is_checkpointed: bool) -> SavedBytes:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         return saved_bytes(model.config, num_tokens, dtype=dtype, is_checkpointed=is_checkpointed)
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         logger.warning("the memory plan leaves out the activations of a %s: %s", type(model).__name__, error)
-        return 0
+        return SavedBytes(0, 0)

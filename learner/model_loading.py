@@ -58,7 +58,7 @@ def load_model(
     if source.adapter is not None and config.lora is None:
         raise ConfigError(f"{source.adapter} holds LoRA adapters: set learner.lora to go on with them")
     _check_ranks(config, ranks)
-    described = _described(source)
+    described = _described(source, device)
     check_heads(described, ranks.context_size)
     _check_memory(described, config, device, ranks)
     # Frozen weights are read as they are computed with: a master is for what small updates must not get lost in.
@@ -120,11 +120,15 @@ def _check_memory(described: PreTrainedModel, config: LearnerConfig, device: tor
     check_fits(plan, kind, device_free=free_memory(kind), host_free=share)
 
 
-def _described(source: ModelSource) -> PreTrainedModel:
+def _described(source: ModelSource, device: torch.device) -> PreTrainedModel:
     try:
-        return read_shape(source.folder)
+        return read_shape(source.folder, select_attention(device))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {source.folder} cannot be loaded: {error!s:.300}") from error
+    except KeyError as error:  # Falcon looks its layers up by the name
+        raise ConfigError(
+            f"model {source.folder} has no layers for the attention {error}: choose another model"
+        ) from error
 
 
 def _read(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
 from lambdapo_async.packing import MicroBatch
-from learner.activations import kept_logits, offload_to_host
+from learner.activations import offload_to_host
 from learner.flops import ModelFlops
 from learner.logprobs import LogprobModel
 from learner.lora import adapter_tensors, frozen, merged, save_adapter
@@ -74,8 +74,12 @@ class Policy:
         self._model, self._ranks = model, ranks
         self._source, self._config = source, config
         self._flops = ModelFlops.of(model)
-        kept = kept_logits(model.device.type, is_checkpointed=config.activation_checkpointing)
-        self._forward = LogprobModel(model, temperature=temperature, context=ranks.context, kept_logits=kept)
+        self._forward = LogprobModel(
+            model,
+            temperature=temperature,
+            context=ranks.context,
+            keeps_logits=not config.activation_checkpointing,
+        )
         shard(self._forward, model, ranks)
         # Tied weights appear once, under the name that comes first in the model.
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}

@@ -3,8 +3,8 @@
 S positions, V vocabulary, E hidden size, C columns: a run of consecutive token ids. Where S * V logits are too many,
 the output layer is applied to C columns at a time, in the forward and again in the backward pass, as an online
 softmax (arXiv:1805.02867). Cutting the vocabulary and not the positions, each row of the weight's gradient is
-finished by one multiplication, and the layer is cast to the compute type C rows at a time. As many logits as there is
-room for stay from the forward to the backward pass, which saves one multiplication of four.
+finished by one multiplication, and the layer is cast to the compute type C rows at a time. Up to a limit, the first
+logits stay from the forward to the backward pass, which saves one multiplication of four.
 """
 
 from collections import deque
@@ -166,6 +166,7 @@ class _Projection(torch.autograd.Function):
         ctx: Any, grad_logprobs_S: Tensor | None, grad_entropy_S: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden_SE, weight_VE, bias_V, target_S, log_sum_S, entropy_S = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, deque()  # a chunk's gradient overwrites it: they last for one pass, if it fails, too
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         upstream = Upstream(
             torch.zeros_like(log_sum_S) if grad_logprobs_S is None else grad_logprobs_S / ctx.shaping.temperature,
@@ -178,7 +179,7 @@ class _Projection(torch.autograd.Function):
         grad_bias_V = torch.empty_like(bias_V) if wants_bias else None
         grad_of = _passes(hidden_SE).grad
         with torch.autocast(hidden_SE.device.type, enabled=False):
-            for columns, weight_CE, chunk in _chunks(hidden_SE, weight_VE, bias_V, target_S, ctx.limits, ctx.kept):
+            for columns, weight_CE, chunk in _chunks(hidden_SE, weight_VE, bias_V, target_S, ctx.limits, kept):
                 grad_SC = grad_of(upstream, chunk, ctx.shaping)
                 if grad_bias_V is not None:
                     grad_bias_V[columns] = grad_SC.sum(dim=0, dtype=log_sum_S.dtype)

@@ -4,20 +4,31 @@ B = 1, H query heads, T tokens, D size of a head.
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from learner.activations import recompute_layers
 
 _ATTENTION = "lambdapo_saved_tensors"
 
 
-def saved_bytes(config: PreTrainedConfig, num_tokens: int, *, dtype: torch.dtype, is_checkpointed: bool) -> int:
-    """Bytes that stay until the backward pass of one document, parameters and output layer left out.
+@dataclass(frozen=True, slots=True)
+class SavedBytes:
+    """Of one document, parameters and output layer left out."""
+
+    kept: int
+    """From the forward to the backward pass."""
+    layer: int
+    """A layer's activations, of all layers the mean."""
+
+
+def saved_bytes(config: PreTrainedConfig, num_tokens: int, *, dtype: torch.dtype, is_checkpointed: bool) -> SavedBytes:
+    """Sizes without a number being computed. Copies that autocast makes are not among them.
 
     Args:
         config: of a causal language model.
@@ -27,16 +38,38 @@ def saved_bytes(config: PreTrainedConfig, num_tokens: int, *, dtype: torch.dtype
 
     Raises:
         ConfigError: layers that cannot be recomputed.
-        NotImplementedError, RuntimeError: a model that looks at numbers.
+        RuntimeError: a model that looks at numbers.
     """
+    model = _shaped(config, dtype)
+    if dtype == torch.float32 and any(parameter.ndim == 3 for parameter in model.parameters()):
+        half = saved_bytes(config, num_tokens, dtype=torch.bfloat16, is_checkpointed=is_checkpointed)
+        return SavedBytes(2 * half.kept, 2 * half.layer)
+    kept = _saved_by(model, num_tokens)
+    layer = kept // model.config.get_text_config().num_hidden_layers
+    if is_checkpointed:
+        recompute_layers(model)
+        kept = _saved_by(model, num_tokens)
+    return SavedBytes(kept, layer)
+
+
+def _shaped(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     AttentionInterface.register(_ATTENTION, _attention_layer)
     described = copy.deepcopy(config)  # building a model writes into it
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(described, attn_implementation=_ATTENTION, dtype=dtype).eval()
-    if dtype == torch.float32 and any(parameter.ndim == 3 for parameter in model.parameters()):
-        return 2 * saved_bytes(config, num_tokens, dtype=torch.bfloat16, is_checkpointed=is_checkpointed)
-    if is_checkpointed:
-        recompute_layers(model)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            described, attn_implementation=_ATTENTION, dtype=dtype
+        )
+    for module in model.modules():
+        # Those that stretch ask for the largest position; sizes are the same.
+        match getattr(module, "rope_type", None):
+            case str():
+                module.rope_type = "default"
+            case dict() as types:
+                module.rope_type = dict.fromkeys(types, "default")
+    return model.eval()
+
+
+def _saved_by(model: PreTrainedModel, num_tokens: int) -> int:
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -63,7 +96,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention_layer(
-    _module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, **_: object
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object
 ) -> tuple[Tensor, None]:
-    """[B, T, H, D], which the layer copies for what follows: SDPA does, and kernels that join parts."""
-    return _Attention.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]
+    """[B, T, H, D], a copy of what is saved: SDPA makes one, and kernels that join parts."""
+    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]

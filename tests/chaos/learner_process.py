@@ -117,7 +117,7 @@ class _Taps:
         tap(CheckpointStore, "save", "save", after=self._saved)
         tap(CheckpointStore, "prune", "prune")
         tap(checkpoint_module, "sync_tree", "renamed")
-        tap(Journal, "open", "open", before=self._opening)
+        tap(Journal, "open", "open", after=self._opened)
         tap(Journal, "append", "append", after=self._appended)
         tap(Journal, "prune", "forget")
         tap(ReceiptBook, "enter", "enter", after=self._entered)
@@ -142,8 +142,8 @@ class _Taps:
     def _took_fence(self, fence: int, _: object) -> None:
         self._ledger.write("claimed", fence=fence)
 
-    def _opening(self, *_: object) -> None:
-        self._ledger.write("opening")
+    def _opened(self, journal: Journal, *_: object) -> None:
+        self._ledger.write("opened", next=journal.next_number)
 
     def _saved(self, _: object, __: object, state: LearnerState, policy: CountingPolicy) -> None:
         self._ledger.write("checkpoint", step=state.step, version=state.version, digest=digest(policy.history))
@@ -171,10 +171,10 @@ class _Taps:
         record, batch = chosen
         self._sampled[record.step] = [received.descriptor.lease.index for received in batch.groups]
 
-    def _appended(self, _: object, __: object, records: Sequence[Record]) -> None:
-        for record in records:
+    def _appended(self, numbers: range, _: object, records: Sequence[Record]) -> None:
+        for number, record in zip(numbers, records, strict=True):
             if isinstance(record, StepRecord):
-                self._ledger.write("step", step=record.step, indices=self._sampled[record.step])
+                self._ledger.write("step", number=number, step=record.step, indices=self._sampled[record.step])
 
     def _initialised(self, _: object, __: object, durable: Durable) -> None:
         self._ledger.write("initialised", to=repr(durable)[:2000])

@@ -15,7 +15,7 @@ from typing import Literal
 
 Field = int | float | str | None | list["Field"] | dict[str, "Field"]
 What = Literal[
-    "started", "leased", "handed_back", "offered", "received", "discarded", "used", "claimed", "opening", "step",
+    "started", "leased", "handed_back", "offered", "received", "discarded", "used", "claimed", "opened", "step",
     "checkpoint", "resumed", "published", "adopted", "committed", "initialised", "sampled", "attempted", "fault",
     "dying", "ended",
 ]  # fmt: skip

@@ -188,23 +188,22 @@ def _rewritten(entries: Sequence[Entry], remains: Remains) -> list[Violation]:
 
 
 def _redone_differently(entries: Sequence[Entry], remains: Remains) -> list[Violation]:
-    """Of a step's records the one with the highest fence counts; a fenced learner may write one later.
+    """A journaled step is trained as it was written, by whoever comes to it.
 
-    Where the run ends before its successor comes to that step, nobody ever writes another one.
+    Records behind what a later fence found in the journal count for nobody: a learner that lost the run goes on writing
+    until it notices.
     """
     fences = {entry.who: int(entry.fields["fence"]) for entry in entries if entry.what == "claimed"}  # type: ignore[arg-type]
-    openings = {fences.get(entry.who, 0): entry.at_ns for entry in entries if entry.what == "opening"}
-    steps = sorted((e for e in entries if e.what == "step"), key=lambda e: fences.get(e.who, 0))  # stable in time
-    last: dict[int, Entry] = {int(entry.fields["step"]): entry for entry in steps}  # type: ignore[arg-type]
-
-    def is_late(entry: Entry) -> bool:
-        return any(fence > fences.get(entry.who, 0) and at_ns < entry.at_ns for fence, at_ns in openings.items())
-
+    found = [(fences.get(e.who, 0), int(e.fields["next"])) for e in entries if e.what == "opened"]  # type: ignore[arg-type]
     violations = []
-    for step, entry in sorted(last.items()):
+    for entry in entries:
+        if entry.what != "step":
+            continue
+        fence, number, step = fences.get(entry.who, 0), int(entry.fields["number"]), int(entry.fields["step"])  # type: ignore[arg-type]
+        if any(later > fence and next_number <= number for later, next_number in found):
+            continue
         if step > len(remains.history):
-            if not is_late(entry):
-                violations.append(Violation("rewritten", f"step {step}, journaled by {entry.who}, was never trained"))
+            violations.append(Violation("rewritten", f"step {step}, journaled by {entry.who}, was never trained"))
         elif [group.index for group in remains.history[step - 1].groups] != entry.fields["indices"]:
             violations.append(
                 Violation("rewritten", f"step {step} was trained otherwise than {entry.who} journaled it")

@@ -27,7 +27,7 @@ GOOD = [
     entry("published", version=0, weights="aa"),
     entry("adopted", "actor-1", version=0, weights="aa"),
     entry("checkpoint", step=1, version=1, digest=digest(HISTORY[:1])),
-    entry("step", step=2, indices=[3, 4]),
+    entry("step", number=10, step=2, indices=[3, 4]),
     entry("published", version=1, weights="bb"),
     entry("sampled", place="queue", bytes=100),
     entry("checkpoint", step=2, version=2, digest=digest(HISTORY)),
@@ -120,23 +120,43 @@ def test_a_checkpoint_that_the_final_policy_does_not_go_on_from() -> None:
     assert kinds([*GOOD, entry("checkpoint", step=3, version=1, digest=digest(HISTORY))]) == ["rewritten"]
 
 
+def journaled(number: int, who: str, *, step: int, indices: Sequence[int] = (5, 6)) -> Entry:
+    return entry("step", who, number=number, step=step, indices=list(indices))
+
+
+def opened(fence: int, next_number: int) -> list[Entry]:
+    """``learner-<fence>`` takes over and finds records below ``next_number``."""
+    who = f"learner-{fence}"
+    return [entry("claimed", who, fence=fence), entry("opened", who, next=next_number)]
+
+
 def test_a_journaled_step_that_was_trained_otherwise_or_not_at_all() -> None:
-    assert kinds([*GOOD, entry("step", "learner-2", step=2, indices=[4, 3])]) == ["rewritten"]
-    assert kinds([*GOOD, entry("step", "learner-2", step=3, indices=[5, 6])]) == ["rewritten"]
-    claims = [entry("claimed", "learner-1", fence=2), entry("claimed", "learner-0", fence=1)]
-    woken = [*claims, *GOOD, entry("step", "learner-0", step=2, indices=[4, 3])]
-    assert kinds(woken) == [], "what a fenced learner writes when it wakes up does not count"
-    earlier = [entry("step", "learner-0", step=2, indices=[4, 3]), *GOOD]
-    assert kinds(earlier) == [], "a step that a later record replaced was never durable for its successor"
+    assert kinds([*GOOD, journaled(12, "learner-1", step=2, indices=(4, 3))]) == ["rewritten"]
+    assert kinds([*GOOD, journaled(12, "learner-1", step=3)]) == ["rewritten"]
 
 
-def test_a_step_that_a_fenced_learner_journaled_behind_the_end_of_the_run() -> None:
-    claims = [entry("claimed", "learner-1", fence=2), entry("claimed", "learner-0", fence=1)]
-    opening = replace(entry("opening"), at_ns=5)
-    last = replace(entry("step", "learner-0", step=3, indices=[5, 6]), at_ns=6)
-    assert kinds([*claims, opening, *GOOD, last]) == [], "its successor looked before, and came to no third step"
-    assert kinds([*claims, opening, *GOOD, replace(last, at_ns=4)]) == ["rewritten"], "its successor must have seen it"
-    assert kinds([*claims, opening, *GOOD, replace(last, who="learner-1")]) == ["rewritten"], "it holds the last fence"
+def test_what_a_fenced_learner_journals_behind_its_successors_history_does_not_count() -> None:
+    """GOOD's second step is learner-1's, of fence 1, and has number 10."""
+    taken_over = [*opened(1, 1), *GOOD, *opened(2, 11)]
+    assert kinds([*taken_over, journaled(11, "learner-1", step=3)]) == [], "no successor came to a third step"
+    assert kinds([*taken_over, journaled(11, "learner-1", step=2, indices=(4, 3))]) == []
+    assert kinds([*taken_over, journaled(11, "learner-2", step=3)]) == ["rewritten"], "it holds the last fence"
+    in_time = journaled(10, "learner-1", step=3)
+    assert kinds([*taken_over, in_time]) == ["rewritten"], "its successor must have found it"
+    woken = journaled(11, "learner-1", step=3)
+    assert kinds([*taken_over, in_time, woken]) == ["rewritten"], "whatever was written later"
+    again = journaled(11, "learner-2", step=2)
+    assert kinds([*taken_over, again]) == ["rewritten"], "it was to train what it found"
+
+
+def test_a_successor_that_died_before_it_opened_the_journal_excuses_nobody() -> None:
+    entries = [*opened(1, 1), *GOOD, *opened(2, 11)[:1], journaled(11, "learner-1", step=3), *opened(3, 12)]
+    assert kinds(entries) == ["rewritten"]
+
+
+def test_a_step_that_a_successor_chose_again_is_the_successors() -> None:
+    replaced = journaled(10, "learner-0", step=2, indices=(4, 3))
+    assert kinds([entry("claimed", "learner-0", fence=0), replaced, *opened(1, 10), *GOOD]) == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, GPTJConfig, MptConfig, PreTrainedConfig
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import CheckpointError, ConfigError
@@ -163,6 +163,23 @@ def test_sizes(folder: Path) -> None:
 def test_a_folder_that_holds_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"without config\.json"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        (GPTJConfig(n_layer=1, n_head=1, n_embd=8, rotary_dim=4), "does not support an attention implementation"),
+        (MptConfig(n_layers=1, n_heads=1, d_model=8), "does not support an attention implementation"),
+        (FalconConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=8), "no layers for the attention"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_an_architecture_without_the_attention_interface_is_named(
+    folder: Path, shape: PreTrainedConfig, problem: str
+) -> None:
+    shape.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=problem):
+        load(folder)
 
 
 def test_damaged_weights_are_named(folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lambdapo_async.errors import ConfigError
+from learner.online_softmax import grad_of_output
 from learner.projection import project
 from tests.products import Products
 
@@ -209,6 +210,25 @@ def test_kept_logits_last_for_one_backward_pass() -> None:
         found = [torch.autograd.grad(outputs[0].sum(), hidden_SE, retain_graph=True)[0] for _ in range(2)]
     assert products.count == (12 - 2) + 12
     assert torch.equal(*found)
+
+
+def test_a_backward_pass_that_fails_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, (hidden_SE, target_S) = layer(), inputs()
+    outputs = project(head, hidden_SE, target_S, temperature=0.8, chunk_logits=3 * S, kept_logits=9 * S)
+    calls = []
+
+    def fail_at_the_second(*args: object) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return grad_of_output(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("learner.projection.grad_of_output", fail_at_the_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(outputs[0].sum(), hidden_SE, retain_graph=True)
+    found = torch.autograd.grad(outputs[0].sum(), hidden_SE)
+    expected = torch.autograd.grad(oracle(head, hidden_SE, target_S, 0.8)[0].sum(), hidden_SE)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("backward_under_autocast", [True, False])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
+    AfmoeConfig,
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
@@ -45,7 +46,16 @@ MIXTURES = [
     OlmoeConfig(**SIZES, **EXPERTS),
     MixtralConfig(**SIZES, num_local_experts=4),
 ]
-SHAPES = [*(each(**SIZES) for each in DENSE), *MIXTURES]
+FACTORS = [1.0] * 16
+STRETCHED = [
+    LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    Phi3Config(
+        **SIZES,
+        original_max_position_embeddings=128,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": FACTORS, "long_factor": FACTORS},
+    ),
+]
+SHAPES = [*(each(**SIZES) for each in DENSE), *MIXTURES, *STRETCHED]
 
 
 def measured(shape: PreTrainedConfig, num_tokens: int, dtype: torch.dtype, is_checkpointed: bool) -> int:
@@ -72,7 +82,7 @@ def measured(shape: PreTrainedConfig, num_tokens: int, dtype: torch.dtype, is_ch
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model_type)
 def test_bytes_are_foretold(shape: PreTrainedConfig, dtype: torch.dtype, is_checkpointed: bool) -> None:
     before = copy.deepcopy(shape.to_dict())
-    foretold = saved_bytes(shape, 200, dtype=dtype, is_checkpointed=is_checkpointed)
+    foretold = saved_bytes(shape, 200, dtype=dtype, is_checkpointed=is_checkpointed).kept
     assert shape.to_dict() == before
     found = measured(shape, 200, dtype, is_checkpointed)
     if shape in MIXTURES and dtype == torch.float32:
@@ -84,8 +94,13 @@ def test_bytes_are_foretold(shape: PreTrainedConfig, dtype: torch.dtype, is_chec
 def test_attention_that_no_cpu_computes_is_foretold_too() -> None:
     """Gemma 2 caps its scores, which kernels alone do; beside that it is Gemma 3 without norms of heads."""
     capped, plain = Gemma2Config(**SIZES), Gemma3TextConfig(**SIZES)
-    found = [saved_bytes(each, 200, dtype=torch.bfloat16, is_checkpointed=False) for each in (capped, plain)]
+    found = [saved_bytes(each, 200, dtype=torch.bfloat16, is_checkpointed=False).kept for each in (capped, plain)]
     assert 0.4 < found[0] / found[1] < 1
+
+
+def test_experts_that_are_called_with_names() -> None:
+    shape = AfmoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=64, num_dense_layers=1, head_dim=32)
+    assert saved_bytes(shape, 200, dtype=torch.bfloat16, is_checkpointed=False).kept > 0
 
 
 def test_no_memory_is_touched_however_large_the_model() -> None:
@@ -93,7 +108,9 @@ def test_no_memory_is_touched_however_large_the_model() -> None:
         vocab_size=151_936, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
     )  # fmt: skip
-    assert saved_bytes(large, 2**20, dtype=torch.bfloat16, is_checkpointed=True) > 2 * 64 * 5120 * 2**20
+    found = saved_bytes(large, 2**20, dtype=torch.bfloat16, is_checkpointed=True)
+    assert found.kept > 2 * 64 * 5120 * 2**20
+    assert found.layer > 2 * (5120 + 4 * 25_600) * 2**20
 
 
 def test_layers_that_cannot_be_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
