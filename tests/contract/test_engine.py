@@ -25,6 +25,7 @@ from tests.contract.engine_world import (
     with_tensor,
 )
 from tests.engine_fixtures import MAX_LENGTH, published_weights, write_weights
+from tests.running_groups import in_time
 
 # vLLM warns a lot, in this process and in the one that it forks with our filters.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.filterwarnings("default")]
@@ -145,14 +146,20 @@ async def test_only_what_changed_need_be_loaded(
 async def test_running_requests_survive_an_update_and_carry_both_versions(
     engine: InferenceEngine, weights: Callable[[int], Path]
 ) -> None:
-    tasks = await running(engine)
-    pause_s = await engine.load_weights(2, weights(2))
-    assert pause_s > 0
-    assert engine.policy_version == 2
-    completions = [completion for group in await asyncio.gather(*tasks) for completion in group]
-    assert len(completions) == 32
-    assert {"stop", "length"} >= {completion.finish_reason for completion in completions}
-    assert any(versions(completion) == [1, 2] for completion in completions)
+    old, new = weights(1), weights(2)
+
+    async def update() -> bool | None:
+        await engine.load_weights(1, old)
+        tasks = await running(engine)
+        pause_s = await engine.load_weights(2, new)
+        assert pause_s > 0
+        assert engine.policy_version == 2
+        completions = [completion for group in await asyncio.gather(*tasks) for completion in group]
+        assert len(completions) == 32
+        assert {"stop", "length"} >= {completion.finish_reason for completion in completions}
+        return any(versions(completion) == [1, 2] for completion in completions) or None
+
+    await in_time(update)
     (fresh,) = await engine.sample_group(PROMPT, size=1, sampling=SAMPLING)
     assert versions(fresh) == [2]
 

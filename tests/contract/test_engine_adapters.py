@@ -19,6 +19,7 @@ from lambdapo_async.errors import WeightsError
 from lambdapo_async.weights.adapter import PREFIX, adapter_shapes, target_linears
 from tests.engine_fixtures import MAX_LENGTH, published_weights, reference_logprobs, tiny_config, tiny_model
 from tests.engine_fixtures import write_weights as write
+from tests.running_groups import running_groups
 
 # vLLM warns a lot, in this process and in the one that it forks with our filters.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.filterwarnings("default")]
@@ -81,9 +82,7 @@ async def test_running_requests_end_under_the_version_they_began_with(
 ) -> None:
     long = SamplingConfig(max_tokens=100)
     await load(engine, tiny_model_folder, 0, tmp_path / "0")
-    old = [asyncio.create_task(engine.sample_group([*PROMPT, i], size=6, sampling=long)) for i in range(3)]
-    await engine.sample_group(PROMPT, size=1, sampling=SamplingConfig(max_tokens=3))
-    assert not any(task.done() for task in old)
+    old = await running_groups(engine, [[*PROMPT, i] for i in range(3)], size=6, sampling=long)
     await load(engine, tiny_model_folder, 1, tmp_path / "1")
     new = await engine.sample_group(PROMPT, size=6, sampling=long)
     async with asyncio.timeout(TIMEOUT_S):
