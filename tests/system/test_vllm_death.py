@@ -4,7 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,15 +12,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from actors.engine import Completion
 from actors.vllm_engine import VllmEngine
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError
 from tests.engine_fixtures import published_weights, tiny_config, write_weights
+from tests.running_groups import in_time, running_groups
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 
 LONG = SamplingConfig(max_tokens=100)
+PROMPTS = [[5, 6, i] for i in range(4)]
 EVENT_TIMEOUT_S = 30.0
+Group = tuple[Completion, ...]
 
 
 @asynccontextmanager
@@ -34,17 +38,33 @@ async def sampling_engine(folder: Path) -> AsyncIterator[VllmEngine]:
             await engine.shutdown()
 
 
+async def paused_requests(engine: VllmEngine) -> tuple[list[asyncio.Task[Group]], list[asyncio.Task[Group]]]:
+    """Groups that were being sampled as the engine paused, and groups that came after it and so cannot end."""
+    begun = await running_groups(engine, PROMPTS, size=8, sampling=LONG)
+    await engine._llm.pause_generation(mode="keep", clear_cache=False)
+    waiting = [asyncio.create_task(engine.sample_group(prompt, size=8, sampling=LONG)) for prompt in PROMPTS]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    return begun, waiting
+
+
+def assert_failed(begun: Sequence[Group | BaseException], waiting: Sequence[Group | BaseException]) -> None:
+    """Every request, except that on a busy machine groups may have ended, as they ought to, before the pause."""
+    assert [type(result) for result in waiting] == [EngineError] * len(PROMPTS)
+    for result in begun:
+        assert isinstance(result, EngineError) or {c.finish_reason for c in result} <= {"stop", "length"}
+
+
 async def test_a_killed_engine_process_fails_every_request(tiny_model_folder: Path, tmp_path: Path) -> None:
     before = set(psutil.Process().children())
     async with sampling_engine(tiny_model_folder) as engine:
         (core,) = set(psutil.Process().children()) - before
-        tasks = [asyncio.create_task(engine.sample_group([5, 6, i], size=8, sampling=LONG)) for i in range(4)]
-        await engine.sample_group([5, 6], size=1, sampling=SamplingConfig(max_tokens=3))
         assert os.getpgid(core.pid) == core.pid, "Ctrl-C in the actor's terminal must not reach the engine"
+        begun, waiting = await paused_requests(engine)
         core.kill()
         async with asyncio.timeout(EVENT_TIMEOUT_S):
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [EngineError] * 4
+            results = await asyncio.gather(*begun, *waiting, return_exceptions=True)
+        assert_failed(results[: len(begun)], results[len(begun) :])
         with pytest.raises(EngineError, match="dead"):
             await engine.sample_group([5, 6], size=1, sampling=LONG)
         weights = write_weights(tmp_path / "w", published_weights(tiny_model_folder, 1))
@@ -55,15 +75,21 @@ async def test_a_killed_engine_process_fails_every_request(tiny_model_folder: Pa
 
 async def test_a_terminated_engine_process_finishes_what_runs(tiny_model_folder: Path) -> None:
     """Some schedulers send SIGTERM to every process; the actor then drains, and its engine must let it."""
-    before = set(psutil.Process().children())
-    async with sampling_engine(tiny_model_folder) as engine:
-        (core,) = set(psutil.Process().children()) - before
-        tasks = [asyncio.create_task(engine.sample_group([5, 6, i], size=8, sampling=LONG)) for i in range(4)]
-        await engine.sample_group([5, 6], size=1, sampling=SamplingConfig(max_tokens=3))
-        core.terminate()
-        async with asyncio.timeout(EVENT_TIMEOUT_S):
-            groups = await asyncio.gather(*tasks)
-        assert {c.finish_reason for group in groups for c in group} <= {"stop", "length"}
+
+    async def drain() -> list[Group] | None:
+        before = set(psutil.Process().children())
+        async with sampling_engine(tiny_model_folder) as engine:
+            (core,) = set(psutil.Process().children()) - before
+            tasks = await running_groups(engine, PROMPTS, size=8, sampling=LONG)
+            core.terminate()
+            try:
+                async with asyncio.timeout(EVENT_TIMEOUT_S):
+                    return await asyncio.gather(*tasks)
+            except EngineError:  # it ended with its last group, and we may not have read that by then
+                return None
+
+    groups = await in_time(drain, num_attempts=3)
+    assert {c.finish_reason for group in groups for c in group} <= {"stop", "length"}
 
 
 async def test_a_failed_swap_kills_the_engine(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -72,12 +98,12 @@ async def test_a_failed_swap_kills_the_engine(tiny_model_folder: Path, tmp_path:
     async with sampling_engine(tiny_model_folder) as engine:
         with weights.open("rb") as file:
             only_we_can_open_it = Path(f"/proc/self/fd/{file.fileno()}")
-            tasks = [asyncio.create_task(engine.sample_group([5, 6, i], size=8, sampling=LONG)) for i in range(2)]
+            begun, waiting = await paused_requests(engine)
             async with asyncio.timeout(EVENT_TIMEOUT_S):
-                swap = engine.load_weights(1, only_we_can_open_it)
-                results = await asyncio.gather(swap, *tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [EngineError] * 3
-        assert "version 1 failed" in str(results[0])
+                with pytest.raises(EngineError, match="version 1 failed"):
+                    await engine.load_weights(1, only_we_can_open_it)
+                results = await asyncio.gather(*begun, *waiting, return_exceptions=True)
+        assert_failed(results[: len(begun)], results[len(begun) :])
         with pytest.raises(EngineError, match="version 1 failed"):
             await engine.sample_group([5, 6], size=1, sampling=LONG)
         assert engine.policy_version == 0
