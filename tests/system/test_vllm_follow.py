@@ -1,6 +1,5 @@
 """The real engine behind a chain of deltas: its log-probabilities against transformers on the learner's own state."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from actors.engine import Completion
 from actors.mirror import Mirror
 from actors.vllm_engine import VllmEngine
 from lambdapo_async.config.sections import SamplingConfig
@@ -22,6 +22,7 @@ from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import make_delta, write_full
 from lambdapo_async.weights.state import State
 from tests.engine_fixtures import published_weights, reference_logprobs, tiny_config, write_weights
+from tests.running_groups import in_time, running_groups
 
 # vLLM warns a lot, in this process and in the one that it forks with our filters.
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
@@ -163,24 +164,33 @@ async def test_parameters_that_a_load_leaves_out_kill_the_engine(
             await engine.sample_group(PROMPT, size=1, sampling=SamplingConfig(max_tokens=3))
 
 
+def is_across(sample: Completion) -> bool:
+    """Sampled under two versions, and long enough under the second for its context to show."""
+    return len(sample.version_spans) == 2 and sample.version_spans[1].num_tokens >= 4
+
+
 async def test_with_stale_kv_running_groups_keep_their_context_and_new_ones_see_none_of_it(
     tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    scratch = tmp_path_factory.mktemp("s")
+    folder, scratch = tiny_model_folder, tmp_path_factory.mktemp("s")
     prompt = [5 + i % 40 for i in range(70)]  # two whole blocks that a later request would find in the cache
-    async with started(tiny_model_folder, scratch, stale_kv=True) as engine:
-        await engine.load_weights(0, write_weights(scratch / "0", published_weights(tiny_model_folder, 0)))
-        running = asyncio.create_task(engine.sample_group(prompt, size=8, sampling=SamplingConfig(max_tokens=50)))
-        await engine.sample_group(prompt, size=1, sampling=SamplingConfig(max_tokens=3))
-        weights = published_weights(tiny_model_folder, 1)
-        await engine.load_weights(1, write_weights(scratch / "1", weights))
-        fresh = await engine.sample_group(prompt, size=4, sampling=SamplingConfig(max_tokens=20))
-        across = [sample for sample in await running if len(sample.version_spans) == 2]
-    model = model_of(tiny_model_folder, weights)
+    async with started(folder, scratch, stale_kv=True) as engine:
+
+        async def update() -> tuple[int, tuple[Completion, ...], list[Completion]] | None:
+            old, new = engine.policy_version + 1, engine.policy_version + 2  # which nothing in the cache is of
+            paths = [write_weights(scratch / str(each), published_weights(folder, each)) for each in (old, new)]
+            await engine.load_weights(old, paths[0])
+            (running,) = await running_groups(engine, [prompt], size=8, sampling=SamplingConfig(max_tokens=58))
+            await engine.load_weights(new, paths[1])
+            fresh = await engine.sample_group(prompt, size=4, sampling=SamplingConfig(max_tokens=20))
+            across = [sample for sample in await running if is_across(sample)]
+            return (new, fresh, across) if across else None
+
+        new, fresh, across = await in_time(update)
+    model = model_of(folder, published_weights(folder, new))
     for sample in fresh:
         expected = reference_logprobs(model, prompt, sample.token_ids.tolist(), temperature=1.0)
         assert np.abs(sample.logprobs - expected).max() < 1e-3
-    assert across
     for sample in across:
         anew = reference_logprobs(model, prompt, sample.token_ids.tolist(), temperature=1.0)
         num_old = sample.version_spans[0].num_tokens
