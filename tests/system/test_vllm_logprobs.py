@@ -18,6 +18,7 @@ from actors.vllm_engine import VllmEngine
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import WeightsError
 from tests.engine_fixtures import published_weights, reference_logprobs, tiny_config, tiny_model, write_weights
+from tests.running_groups import in_time, running_groups
 
 # vLLM warns a lot, in this process and in the one that it forks with our filters.
 pytestmark = [
@@ -120,10 +121,15 @@ async def test_a_continued_sample_is_transformers_under_the_weights_of_each_part
     """As between two actors: cut off under one version, prefilled and sampled on under the next."""
     sampling = SamplingConfig(max_tokens=100, temperature=0.7)
     models = {1: await load(tied, tiny_model_folder, 1, tmp_path)}
-    tasks = [asyncio.create_task(tied.sample_group(prompt, size=8, sampling=sampling)) for prompt in PROMPTS]
-    await tied.sample_group(PROMPTS[0], size=1, sampling=SamplingConfig(max_tokens=5, top_k=1))
-    await tied.abort_all()
-    cut_off = await asyncio.gather(*tasks)
+
+    async def cut() -> list[tuple[Completion, ...]] | None:
+        tasks = await running_groups(tied, PROMPTS, size=8, sampling=sampling)
+        await tied.abort_all()
+        groups = await asyncio.gather(*tasks)
+        num_cut = sum(len(c.token_ids) > 0 and c.finish_reason == "abort" for group in groups for c in group)
+        return groups if num_cut >= 4 else None
+
+    cut_off = await in_time(cut)
     models[2] = await load(tied, tiny_model_folder, 2, tmp_path)
     num_continued = 0
     for prompt, partials in zip(PROMPTS, cut_off, strict=True):
@@ -153,22 +159,31 @@ async def test_truncated_sampling_reports_the_truncated_distribution(
         assert np.allclose(completion.logprobs, expected, atol=FLOAT32_MAX)
 
 
+def is_across(completion: Completion) -> bool:
+    """Sampled under three versions, and long enough under each for it to differ from the others."""
+    return len(completion.version_spans) == 3 and all(span.num_tokens >= 4 for span in completion.version_spans)
+
+
 async def test_each_token_has_the_version_that_sampled_it(
     tied: VllmEngine, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     """Recorded log-probabilities are those of the tagged version given the whole context, and of no other version."""
-    models = {1: await load(tied, tiny_model_folder, 1, tmp_path)}
-    tasks = [
-        asyncio.create_task(tied.sample_group(prompt, size=8, sampling=SamplingConfig(max_tokens=100)))
-        for prompt in PROMPTS
-    ]
-    for version in (2, 3):
+    paths = [tmp_path / f"{version}.safetensors" for version in (1, 2, 3)]
+    for version, path in enumerate(paths, start=1):
+        write_weights(path, published_weights(tiny_model_folder, version))
+
+    async def update_twice() -> list[tuple[Completion, ...]] | None:
+        await tied.load_weights(1, paths[0])
+        tasks = await running_groups(tied, PROMPTS, size=8, sampling=SamplingConfig(max_tokens=100))
+        await tied.load_weights(2, paths[1])
         await tied.sample_group(PROMPTS[0], size=1, sampling=SamplingConfig(max_tokens=5, top_k=1))
-        models[version] = await load(tied, tiny_model_folder, version, tmp_path)
-    groups = await asyncio.gather(*tasks)
+        await tied.load_weights(3, paths[2])
+        groups = await asyncio.gather(*tasks)
+        return groups if any(is_across(c) for group in groups for c in group) else None
+
+    groups = await in_time(update_twice)
     samples = [(prompt, c) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
-    across = [(prompt, c) for prompt, c in samples if len(c.version_spans) == 3]
-    assert len(across) >= 1, "no sample lived through both updates"
+    models = {version: tiny_model(tiny_model_folder, version) for version in (1, 2, 3)}
     for prompt, completion in samples:
         spans = completion.version_spans
         versions = np.repeat([span.policy_version for span in spans], [span.num_tokens for span in spans])
@@ -180,6 +195,6 @@ async def test_each_token_has_the_version_that_sampled_it(
         }
         for version in models:
             assert (under[version][versions == version] < FLOAT32_MAX).all()
-        if len(spans) == 3:
+        if is_across(completion):
             for version in models:
                 assert under[version][versions != version].mean() > 0.3
