@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._library.custom_ops import CustomOpDef
 
 NARROW = (192, 128)
@@ -82,7 +82,7 @@ def as_operator(
 def _forward(flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]]) -> CustomOpDef:
     """(query, key, value, where segments and their keys lie, scores) -> output [T, H, D], log-sum-exp [H, T]."""
 
-    @torch.library.custom_op("lambdapo::flash4", mutates_args=())
+    @library.custom_op("lambdapo::flash4", mutates_args=())
     def forward(  # noqa: PLR0913 - an operator's arguments are its tensors and numbers
         query: Tensor,
         key: Tensor,
@@ -124,7 +124,7 @@ def _forward(flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]]) -> Cu
 def _backward(flash_attn_bwd: Callable[..., tuple[Tensor, ...]]) -> CustomOpDef:
     """(the output's gradient, what :func:`_forward` took and gave) -> the gradients of query, key and value."""
 
-    @torch.library.custom_op("lambdapo::flash4_backward", mutates_args=())
+    @library.custom_op("lambdapo::flash4_backward", mutates_args=())
     def backward(  # noqa: PLR0913 - an operator's arguments are its tensors and numbers
         gradient: Tensor,
         query: Tensor,
