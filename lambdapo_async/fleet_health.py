@@ -1,8 +1,8 @@
 """What the learner knows of each actor from its groups, and the rule by which one is set aside.
 
 An actor whose engine computes other log-probabilities than the learner trains on a policy that nobody asked for. At
-staleness 0 both have the same weights, so the k3 estimate of KL(mu || pi) over those tokens is the engine's error
-alone. It depends on kernels and types, which is why an actor is held against the others and not against a constant.
+staleness 0, context included, both have the same weights, so the k3 estimate of KL(mu || pi) over those tokens is the
+engine's error alone. It depends on kernels and types, so an actor is held against the others, not against a constant.
 """
 
 import math
@@ -26,7 +26,7 @@ MAX_ACTORS = 4096
 
 @dataclass(frozen=True, slots=True)
 class FreshTokens:
-    """The tokens of a group that the learner's own version sampled."""
+    """The tokens of a group that the learner's own version sampled, on a context of its own."""
 
     count: int
     k3_sum: float

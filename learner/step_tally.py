@@ -19,11 +19,13 @@ class StepTally:
 
     group_numbers: Mapping[str, int]
     """Group key -> its place in the step."""
+    keeps_contexts: bool
+    """``actor.stale_kv``: a token's context is of all versions that sampled its rollout, and not of the token's own."""
     grad_norms: list[float] = field(default_factory=list)
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _diagnostics: TokenDiagnostics = field(default_factory=TokenDiagnostics)
     _fresh_B2: Tensor | None = None
-    """float64 number of each group's tokens of the learner's own version, and the sum of their k3."""
+    """float64 number of each group's tokens that are the learner's own version's, and the sum of their k3."""
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Add what one micro-batch contributes: scalars by name."""
@@ -34,8 +36,10 @@ class StepTally:
         """Take one micro-batch into the diagnostics; both lie on one device."""
         logprobs_T, behavior_T, mask_T = statistics.logprobs_T, columns.behavior_logprobs_T, columns.loss_mask_T
         ages_T = version - columns.token_versions_T
-        self._diagnostics.add(logprobs_T, behavior_T, mask_T, columns.segment_ids_T, ages_T)
         fresh_T = mask_T & (ages_T == 0)
+        if self.keeps_contexts:
+            fresh_T &= _oldest(ages_T, columns) == 0
+        self._diagnostics.add(logprobs_T, behavior_T, mask_T, columns.segment_ids_T, ages_T, fresh_T)
         k3_T = torch.where(fresh_T, k3_divergence(logprobs_T, behavior_T), 0.0)
         # A filler's rollouts are of no group of the step; they have no loss either.
         numbers_N = torch.tensor([self.group_numbers.get(key, 0) for key in columns.group_keys])
@@ -62,3 +66,10 @@ class StepTally:
             {f"{number}.{column}": value for number, row in enumerate(rows) for column, value in enumerate(row)}
         )
         return tuple(FreshTokens(int(total[f"{number}.0"]), total[f"{number}.1"]) for number in range(len(rows)))
+
+
+def _oldest(ages_T: Tensor, columns: MicroBatch) -> Tensor:
+    """[T] int64 largest age of a token of the same rollout; there are no more rollouts than tokens."""
+    sampled_T = torch.where(columns.loss_mask_T, ages_T, 0)
+    oldest_N = torch.zeros_like(ages_T).scatter_reduce(0, columns.segment_ids_T, sampled_T, "amax")
+    return oldest_N[columns.segment_ids_T]

@@ -108,7 +108,7 @@ class Trainer:
         confidence_BG = self._confidence(groups)
         advantages_BG = estimate_advantages(rewards_BG, confidence_BG, self._config.objective.advantage)
         numbers = {received.group.lease.id: number for number, received in enumerate(groups)}
-        lr, tally = self._policy.lr, StepTally(group_numbers=numbers)
+        lr, tally = self._policy.lr, StepTally(group_numbers=numbers, keeps_contexts=self._config.actor.stale_kv)
         minibatches = self._minibatches(groups, advantages_BG) * self._config.learner.epochs
         for number, minibatch in enumerate(minibatches):
             self._update(minibatch, _Moment(version, number / self._num_updates), tally)

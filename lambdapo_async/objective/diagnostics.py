@@ -10,8 +10,8 @@ of a group.
 ``ratio/log_mean``         mean log pi - log mu of a token, nats; negative where the policy left what was sampled
 ``ratio/abs_log_mean``     mean and largest abs(log pi - log mu) of a token, nats
 ``ratio/abs_log_max``
-``mismatch/fresh``         the mean over tokens that the learner's own version sampled: kernels, not staleness (with
-                           ``actor.stale_kv`` also the older contexts); absent in a step without such tokens
+``mismatch/fresh``         the mean over tokens that the learner's own version sampled on a context of its own: kernels,
+                           not staleness; absent in a step without such tokens
 ``mismatch/fresh_share``   their share of the tokens
 ``staleness/share_<age>``  share of the tokens sampled so many versions before the step: 0, 1, 2, 3, 4-7, 8+
 ``advantage/shift``        mean advantage
@@ -51,6 +51,7 @@ class TokenDiagnostics:
         loss_mask_T: Tensor,
         segment_ids_T: Tensor,
         ages_T: Tensor,
+        fresh_T: Tensor,
     ) -> None:
         """Count one micro-batch.
 
@@ -60,6 +61,7 @@ class TokenDiagnostics:
             loss_mask_T: [T] bool.
             segment_ids_T: [T] int64 number of the token's sequence, 0..N-1.
             ages_T: [T] int64 versions between the one that sampled the token and the step's.
+            fresh_T: [T] bool what pi itself sampled, context and all; False where masked.
         """
         # Masks weigh and nothing is selected: how much would be is known on the device alone.
         log_ratio_T = torch.where(loss_mask_T, logprobs_T.detach().double() - behavior_logprobs_T.detach().double(), 0)
@@ -69,7 +71,7 @@ class TokenDiagnostics:
         has_loss_N = (zeros_N.index_add(0, segment_ids_T, mask_T) > 0).double()
         ratio_T = _ratio(log_ratio_T) * mask_T
         ratio_N = _ratio(zeros_N.index_add(0, segment_ids_T, log_ratio_T)) * has_loss_N
-        fresh_T = (ages_T == 0) * mask_T
+        is_fresh_T = fresh_T.double()
         columns = {
             "tokens": mask_T,
             "ratio": ratio_T,
@@ -77,8 +79,8 @@ class TokenDiagnostics:
             "k3": _k3(log_ratio_T),
             "log": log_ratio_T,
             "abs_log": abs_log_T,
-            "fresh_tokens": fresh_T,
-            "fresh_abs_log": abs_log_T * fresh_T,
+            "fresh_tokens": is_fresh_T,
+            "fresh_abs_log": abs_log_T * is_fresh_T,
             "sequences": has_loss_N,
             "sequence_ratio": ratio_N,
             "sequence_ratio_squared": ratio_N.square(),

@@ -14,7 +14,7 @@ from lambdapo_async.objective.diagnostics import (
     token_metrics,
 )
 
-Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def columns(seed: int = 0) -> Columns:
@@ -24,7 +24,8 @@ def columns(seed: int = 0) -> Columns:
     logprobs_T = behavior_T + 0.3 * torch.randn(10, generator=generator)
     mask_T = torch.tensor([False, True, True, False, True, True, True, False, False, False])
     ages_T = torch.tensor([99, 1, 9, 0, 5, 0, 0, 0, 0, 0])
-    return logprobs_T, behavior_T, mask_T, segments_T, ages_T
+    fresh_T = torch.tensor([False, False, False, False, False, False, True, False, False, False])
+    return logprobs_T, behavior_T, mask_T, segments_T, ages_T, fresh_T
 
 
 def measured(*batches: Columns) -> dict[str, float]:
@@ -35,11 +36,10 @@ def measured(*batches: Columns) -> dict[str, float]:
 
 
 def test_equals_the_formulas() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
+    logprobs_T, behavior_T, mask_T, segments_T, _, fresh_T = columns()
     gaps = (logprobs_T - behavior_T).double()
     ratios = [math.exp(gap) for gap, keep in zip(gaps.tolist(), mask_T.tolist(), strict=True) if keep]
     sequence_ratios = [math.exp(float(gaps[mask_T & (segments_T == segment)].sum())) for segment in (0, 1)]
-    both = mask_T & (ages_T == 0)
     expected = {
         "ratio/ess_token": sum(ratios) ** 2 / sum(r * r for r in ratios) / 5,
         "ratio/ess_sequence": sum(sequence_ratios) ** 2 / sum(r * r for r in sequence_ratios) / 2,
@@ -47,8 +47,8 @@ def test_equals_the_formulas() -> None:
         "ratio/log_mean": float(gaps[mask_T].mean()),
         "ratio/abs_log_mean": float(gaps[mask_T].abs().mean()),
         "ratio/abs_log_max": float(gaps[mask_T].abs().max()),
-        "mismatch/fresh": float(gaps[both].abs().mean()),
-        "mismatch/fresh_share": 2 / 5,
+        "mismatch/fresh": float(gaps[fresh_T].abs()),
+        "mismatch/fresh_share": 1 / 5,
         "staleness/share_0": 2 / 5,
         "staleness/share_1": 1 / 5,
         "staleness/share_2": 0.0,
@@ -67,30 +67,31 @@ def test_micro_batches_add_up() -> None:
 
 
 def test_masked_positions_never_leak() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
+    logprobs_T, behavior_T, mask_T, *rest = columns()
     logprobs_T[~mask_T], behavior_T[~mask_T] = math.nan, -math.inf
-    assert measured((logprobs_T, behavior_T, mask_T, segments_T, ages_T)) == measured(columns())
+    assert measured((logprobs_T, behavior_T, mask_T, *rest)) == measured(columns())
 
 
 def test_on_policy_is_clean() -> None:
-    logprobs_T, _, mask_T, segments_T, ages_T = columns()
-    metrics = measured((logprobs_T, logprobs_T, mask_T, segments_T, ages_T))
+    logprobs_T, _, *rest = columns()
+    metrics = measured((logprobs_T, logprobs_T, *rest))
     assert (metrics["ratio/ess_token"], metrics["ratio/ess_sequence"]) == (1.0, 1.0)
     assert metrics["mismatch_kl"] == metrics["mismatch/fresh"] == metrics["ratio/abs_log_max"] == 0.0
 
 
 def test_without_fresh_or_any_tokens() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
-    stale = measured((logprobs_T, behavior_T, mask_T, segments_T, torch.ones_like(ages_T)))
+    logprobs_T, behavior_T, mask_T, segments_T, ages_T, _ = columns()
+    none_T = torch.zeros_like(mask_T)
+    stale = measured((logprobs_T, behavior_T, mask_T, segments_T, ages_T, none_T))
     assert "mismatch/fresh" not in stale
     assert stale["mismatch/fresh_share"] == 0.0
-    assert measured((logprobs_T, behavior_T, torch.zeros_like(mask_T), segments_T, ages_T)) == {}
+    assert measured((logprobs_T, behavior_T, none_T, segments_T, ages_T, none_T)) == {}
     assert measured() == {}
 
 
 def test_extreme_ratios_stay_finite() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
-    metrics = measured((logprobs_T, behavior_T * 1000, mask_T, segments_T, ages_T))
+    logprobs_T, behavior_T, *rest = columns()
+    metrics = measured((logprobs_T, behavior_T * 1000, *rest))
     assert all(math.isfinite(value) for value in metrics.values())
 
 

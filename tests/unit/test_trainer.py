@@ -196,6 +196,27 @@ def test_mismatch_counts_only_tokens_of_the_newest_version() -> None:
     assert fresh.metrics["mismatch/fresh"] == pytest.approx(0.3, abs=1e-3)
 
 
+def test_where_contexts_are_kept_a_token_is_fresh_if_all_of_its_rollout_are() -> None:
+    """The first group's rollouts began under an older version, and are further off for it."""
+    policy = bigram(lr=0.0)
+    begun_before = groups_by(shifted(policy.completion_logprobs, 0.9), versions=(1, 2))[0]
+    begun_now = groups_by(shifted(policy.completion_logprobs, 0.1), versions=(2,))[1]
+    results = [
+        Trainer(policy, config(actor={"stale_kv": keeps})).step([begun_before, begun_now], version=2)  # type: ignore[arg-type]
+        for keeps in (False, True)
+    ]
+    late = sum(length // 2 for length in LENGTHS[0])
+    assert [[fresh.count for fresh in each.fresh_by_group] for each in results] == [
+        [late, sum(LENGTHS[1])],
+        [0, sum(LENGTHS[1])],
+    ]
+    anew, kept = (each.metrics for each in results)
+    assert kept["mismatch/fresh"] == pytest.approx(0.1, abs=1e-3)
+    assert anew["mismatch/fresh"] > 0.3
+    assert kept["mismatch/fresh_share"] == pytest.approx(sum(LENGTHS[1]) / sum(sum(each) for each in LENGTHS))
+    assert kept["staleness/share_0"] == anew["staleness/share_0"] == anew["mismatch/fresh_share"]
+
+
 def test_a_wrong_dotted_path_ends_it_before_anything_is_trained() -> None:
     run = config(objective={"policy_loss": {"preset": "tests.unit.test_trainer:NOTHING"}})
     with pytest.raises(ConfigError, match="has no NOTHING"):
