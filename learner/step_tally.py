@@ -30,16 +30,26 @@ class StepTally:
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
 
-    def count(self, statistics: TokenStatistics, columns: MicroBatch, *, version: int) -> None:
-        """Take one micro-batch into the diagnostics; both lie on one device."""
+    def count(
+        self, statistics: TokenStatistics, columns: MicroBatch, *, version: int, start_logprobs_T: Tensor | None
+    ) -> None:
+        """Take one micro-batch into the diagnostics; all lie on one device.
+
+        Args:
+            start_logprobs_T: [T] log pi of the step's start, once for each micro-batch: engines are held against the
+                weights they were given. None is left out of that.
+        """
         logprobs_T, behavior_T, mask_T = statistics.logprobs_T, columns.behavior_logprobs_T, columns.loss_mask_T
         ages_T = version - columns.token_versions_T
-        self._diagnostics.add(logprobs_T, behavior_T, mask_T, columns.segment_ids_T, ages_T)
-        fresh_T = mask_T & (ages_T == 0)
-        k3_T = torch.where(fresh_T, k3_divergence(logprobs_T, behavior_T), 0.0)
+        self._diagnostics.add(logprobs_T, behavior_T, mask_T, columns.segment_ids_T, ages_T, start_logprobs_T)
+        if start_logprobs_T is not None:
+            self._count_fresh(k3_divergence(start_logprobs_T, behavior_T), mask_T & (ages_T == 0), columns)
+
+    def _count_fresh(self, k3_T: Tensor, fresh_T: Tensor, columns: MicroBatch) -> None:
         # A filler's rollouts are of no group of the step; they have no loss either.
         numbers_N = torch.tensor([self.group_numbers.get(key, 0) for key in columns.group_keys])
-        groups_T = numbers_N.to(mask_T.device, non_blocking=True)[columns.segment_ids_T]
+        groups_T = numbers_N.to(fresh_T.device, non_blocking=True)[columns.segment_ids_T]
+        k3_T = torch.where(fresh_T, k3_T, 0.0)
         if self._fresh_B2 is None:
             self._fresh_B2 = k3_T.new_zeros(len(self.group_numbers), 2)
         self._fresh_B2.index_add_(0, groups_T, torch.stack([fresh_T.double(), k3_T], dim=1))
@@ -56,7 +66,7 @@ class StepTally:
 
     def fresh_by_group(self, ranks: Ranks) -> tuple[FreshTokens, ...]:
         """On all ranks: how far each group's engine is from the learner, over its tokens of the learner's version."""
-        assert self._fresh_B2 is not None, "every share has a micro-batch"
+        assert self._fresh_B2 is not None, "every share has a micro-batch in the first update"
         rows: list[list[float]] = self._fresh_B2.tolist()
         total = ranks.add_up(
             {f"{number}.{column}": value for number, row in enumerate(rows) for column, value in enumerate(row)}

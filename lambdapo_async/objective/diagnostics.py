@@ -10,9 +10,10 @@ of a group.
 ``ratio/log_mean``         mean log pi - log mu of a token, nats; negative where the policy left what was sampled
 ``ratio/abs_log_mean``     mean and largest abs(log pi - log mu) of a token, nats
 ``ratio/abs_log_max``
-``mismatch/fresh``         the mean over tokens that the learner's own version sampled: kernels, not staleness (with
-                           ``actor.stale_kv`` also the older contexts); absent in a step without such tokens
-``mismatch/fresh_share``   their share of the tokens
+``mismatch/fresh``         the mean over tokens that the learner's own version sampled, with pi of the step's start:
+                           kernels, neither staleness nor the step's updates (with ``actor.stale_kv`` also the older
+                           contexts); absent in a step without such tokens
+``mismatch/fresh_share``   share of the tokens that the learner's own version sampled
 ``staleness/share_<age>``  share of the tokens sampled so many versions before the step: 0, 1, 2, 3, 4-7, 8+
 ``advantage/shift``        mean advantage
 ``advantage/abs_mean``     mean abs(advantage)
@@ -51,6 +52,7 @@ class TokenDiagnostics:
         loss_mask_T: Tensor,
         segment_ids_T: Tensor,
         ages_T: Tensor,
+        start_logprobs_T: Tensor | None,
     ) -> None:
         """Count one micro-batch.
 
@@ -60,6 +62,8 @@ class TokenDiagnostics:
             loss_mask_T: [T] bool.
             segment_ids_T: [T] int64 number of the token's sequence, 0..N-1.
             ages_T: [T] int64 versions between the one that sampled the token and the step's.
+            start_logprobs_T: [T] float32 log pi of the step's start; None to leave the micro-batch out of
+                ``mismatch/fresh``.
         """
         # Masks weigh and nothing is selected: how much would be is known on the device alone.
         log_ratio_T = torch.where(loss_mask_T, logprobs_T.detach().double() - behavior_logprobs_T.detach().double(), 0)
@@ -69,7 +73,9 @@ class TokenDiagnostics:
         has_loss_N = (zeros_N.index_add(0, segment_ids_T, mask_T) > 0).double()
         ratio_T = _ratio(log_ratio_T) * mask_T
         ratio_N = _ratio(zeros_N.index_add(0, segment_ids_T, log_ratio_T)) * has_loss_N
-        fresh_T = (ages_T == 0) * mask_T
+        fresh_T = loss_mask_T & (ages_T == 0) & (start_logprobs_T is not None)
+        start_T = logprobs_T if start_logprobs_T is None else start_logprobs_T
+        fresh_gap_T = torch.where(fresh_T, start_T.detach().double() - behavior_logprobs_T.detach().double(), 0)
         columns = {
             "tokens": mask_T,
             "ratio": ratio_T,
@@ -77,8 +83,8 @@ class TokenDiagnostics:
             "k3": _k3(log_ratio_T),
             "log": log_ratio_T,
             "abs_log": abs_log_T,
-            "fresh_tokens": fresh_T,
-            "fresh_abs_log": abs_log_T * fresh_T,
+            "fresh_tokens": fresh_T.double(),
+            "fresh_abs_log": fresh_gap_T.abs(),
             "sequences": has_loss_N,
             "sequence_ratio": ratio_N,
             "sequence_ratio_squared": ratio_N.square(),
@@ -114,7 +120,7 @@ def token_metrics(sums: Mapping[str, float], abs_log_max: float) -> dict[str, fl
         "ratio/log_mean": sums["log"] / tokens,
         "ratio/abs_log_mean": sums["abs_log"] / tokens,
         "ratio/abs_log_max": abs_log_max,
-        "mismatch/fresh_share": sums["fresh_tokens"] / tokens,
+        "mismatch/fresh_share": (sums["at_least_0"] - sums["at_least_1"]) / tokens,
         **{
             f"staleness/share_{name}": (older - oldest) / tokens
             for name, older, oldest in zip(AGE_BUCKETS, at_least, [*at_least[1:], 0.0], strict=True)

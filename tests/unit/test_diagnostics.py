@@ -30,7 +30,7 @@ def columns(seed: int = 0) -> Columns:
 def measured(*batches: Columns) -> dict[str, float]:
     diagnostics = TokenDiagnostics()
     for batch in batches:
-        diagnostics.add(*batch)
+        diagnostics.add(*batch, batch[0])
     return token_metrics(diagnostics.sums(), diagnostics.abs_log_max())
 
 
