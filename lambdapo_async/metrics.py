@@ -62,7 +62,7 @@ METRICS: Mapping[str, str] = {
     "ratio/rejected_pos": "share of tokens with advantage > 0 that a filter rejected",
     "ratio/rejected_neg": "share of tokens with advantage < 0 that a filter rejected",
     "mismatch_kl": "k3 estimate of KL(mu || pi), nats per token",
-    "mismatch/fresh": "mean |log pi - log mu| of tokens sampled under the step's version, nats, before its first update",
+    "mismatch/fresh": "mean |log pi - log mu| of tokens sampled under the step's version and its start, nats",
     "mismatch/fresh_share": "share of the tokens sampled under the step's version",
     "alarm/ess_token": "1 while the token ratios' effective sample size is below 0.3",
     "alarm/ess_sequence": "1 while the sequence ratios' effective sample size is below 0.3",
