@@ -7,7 +7,7 @@ engine's error alone. It depends on kernels and types, so an actor is held again
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
@@ -31,6 +31,8 @@ class FreshTokens:
     count: int
     k3_sum: float
     """Sum of k3 = pi/mu - 1 - log(pi/mu) over them, in nats."""
+    gap_sum: float
+    """Sum of |log pi - log mu| over them, in nats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +126,15 @@ def outliers(mismatch: Mapping[str, float]) -> list[str]:
         if others and not value <= max(MISMATCH_FLOOR, MISMATCH_FACTOR * median(others)):
             found.append(actor_id)
     return sorted(found) if 2 * len(found) <= len(mismatch) else []
+
+
+def mismatch_metrics(fresh: Sequence[FreshTokens], *, num_tokens: int) -> dict[str, float]:
+    """``mismatch/*`` of a step with ``num_tokens`` completion tokens, whatever their age; empty without any."""
+    if num_tokens == 0:
+        return {}
+    count = sum(each.count for each in fresh)
+    metrics = {"mismatch/fresh_share": count / num_tokens}
+    return metrics if count == 0 else {**metrics, "mismatch/fresh": sum(each.gap_sum for each in fresh) / count}
 
 
 def _share(part: float, whole: float) -> float:

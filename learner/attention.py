@@ -47,7 +47,7 @@ def _attention_layer(  # noqa: PLR0913 - the signature is transformers'
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: PackedLayout,
+    layout: PackedLayout | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -59,6 +59,11 @@ def _attention_layer(  # noqa: PLR0913 - the signature is transformers'
     transformers passes more keywords (dropout, position ids, output switches), none of which changes the
     result of a model in evaluation mode; those that would are refused.
     """
+    if layout is None:
+        raise UserError(
+            f"{type(module).__name__} is not told which tokens are packed together, for its model passes nothing down: "
+            "choose another model"
+        )
     if s_aux is not None or attention_mask is not None:
         raise UserError(
             f"{type(module).__name__} needs a mask or attention sinks, which packed training does not support: "

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -34,6 +35,9 @@ PEAK_BF16 = {
     "RTX 3090": 71e12,
 }
 """Words of the device's name -> dense bfloat16 FLOP/s of the vendor's data sheet; the longest match counts."""
+
+CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""What configs call the experts of a token: most, Aria and HunYuan (one number a layer, perhaps), Ernie, Gemma 4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +82,15 @@ class ModelFlops:
 
 
 def expert_share(model: PreTrainedModel, name: str) -> float:
-    """Share of the tokens that a parameter of the model sees: experts are stacked as [experts, out, in]."""
+    """Share of the tokens that a parameter of the model sees: experts are stacked as [experts, out, in].
+
+    All of them where the config does not say how many experts a token has.
+    """
     if ".experts." not in name:
         return 1.0
-    share: float = model.config.get_text_config().num_experts_per_tok / model.get_parameter(name).shape[0]
-    return share
+    settings = model.config.get_text_config().to_dict()
+    chosen = [np.mean(settings[key]) for key in CHOSEN_EXPERTS if settings.get(key)]
+    return float(chosen[0]) / model.get_parameter(name).shape[0] if chosen else 1.0
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -202,6 +202,6 @@ def _saved_bytes(model: PreTrainedModel, num_tokens: int, device: DeviceKind, *,
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         return saved_bytes(model.config, num_tokens, dtype=dtype, is_checkpointed=is_checkpointed)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # whatever others' code says to tensors without numbers
         logger.warning("the memory plan leaves out the activations of a %s: %s", type(model).__name__, error)
         return SavedBytes(0, 0)

@@ -21,6 +21,7 @@ from learner.lora import adapter_tensors, frozen, merged, save_adapter
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
 from learner.model_loading import autocast, load_model, parameter_dtypes, trained_dtype
 from learner.optimizer import MasterOptimizer
+from learner.packing_check import packable_positions
 from learner.parallel import ALONE, Ranks
 from learner.router_loss import RouterLoss
 from learner.sharding import full_tensors, shard, whole_tensor
@@ -143,9 +144,8 @@ class Policy:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model was made for."""
-        max_positions: int = self._model.config.max_position_embeddings
-        return max_positions
+        """Longest sequence that can be trained on."""
+        return packable_positions(self._model.config)
 
     @property
     def lr(self) -> float:

@@ -38,7 +38,7 @@ def saved_bytes(config: PreTrainedConfig, num_tokens: int, *, dtype: torch.dtype
 
     Raises:
         ConfigError: layers that cannot be recomputed.
-        RuntimeError: a model that looks at numbers.
+        RuntimeError, TypeError, ValueError: a model that looks at numbers, or does not run like this.
     """
     model = _shaped(config, dtype)
     if dtype == torch.float32 and any(parameter.ndim == 3 for parameter in model.parameters()):

@@ -119,8 +119,8 @@ def _load_tokenizer(policy: Policy, folder: Path) -> Tokenizer:
 def _check_length(config: RunConfig, policy: Policy) -> None:
     if config.model.max_length > policy.max_positions:
         raise ConfigError(
-            f"model.max_length = {config.model.max_length} exceeds the {policy.max_positions} positions of "
-            f"{config.model.path}: lower it"
+            f"model.max_length = {config.model.max_length} exceeds the {policy.max_positions} positions that "
+            f"{config.model.path} can be trained on: lower it"
         )
     logger.info("policy with %.2f M parameters on %s", policy.num_parameters / 1e6, policy.device)
 

@@ -24,29 +24,41 @@ class StepTally:
     grad_norms: list[float] = field(default_factory=list)
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _diagnostics: TokenDiagnostics = field(default_factory=TokenDiagnostics)
-    _fresh_B2: Tensor | None = None
-    """float64 number of each group's tokens that are the learner's own version's, and the sum of their k3."""
+    _fresh_B3: Tensor | None = None
+    """float64 ``FreshTokens`` of each group."""
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Add what one micro-batch contributes: scalars by name."""
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
 
-    def count(self, statistics: TokenStatistics, columns: MicroBatch, *, version: int) -> None:
-        """Take one micro-batch into the diagnostics; both lie on one device."""
+    def count(
+        self, statistics: TokenStatistics, columns: MicroBatch, *, version: int, start_logprobs_T: Tensor | None
+    ) -> None:
+        """Take one micro-batch into the diagnostics; all lie on one device.
+
+        Args:
+            start_logprobs_T: [T] log pi of the step's start, once for each micro-batch: engines are held against the
+                weights they were given. None is left out of that.
+        """
         logprobs_T, behavior_T, mask_T = statistics.logprobs_T, columns.behavior_logprobs_T, columns.loss_mask_T
         ages_T = version - columns.token_versions_T
-        fresh_T = mask_T & (ages_T == 0)
+        self._diagnostics.add(logprobs_T, behavior_T, mask_T, columns.segment_ids_T, ages_T)
+        if start_logprobs_T is not None:
+            self._count_fresh(start_logprobs_T, ages_T, columns)
+
+    def _count_fresh(self, start_logprobs_T: Tensor, ages_T: Tensor, columns: MicroBatch) -> None:
+        fresh_T = columns.loss_mask_T & (ages_T == 0)
         if self.keeps_contexts:
             fresh_T &= _oldest(ages_T, columns) == 0
-        self._diagnostics.add(logprobs_T, behavior_T, mask_T, columns.segment_ids_T, ages_T, fresh_T)
-        k3_T = torch.where(fresh_T, k3_divergence(logprobs_T, behavior_T), 0.0)
+        k3_T = torch.where(fresh_T, k3_divergence(start_logprobs_T, columns.behavior_logprobs_T), 0.0)
+        gap_T = torch.where(fresh_T, start_logprobs_T.double() - columns.behavior_logprobs_T, 0.0)
         # A filler's rollouts are of no group of the step; they have no loss either.
         numbers_N = torch.tensor([self.group_numbers.get(key, 0) for key in columns.group_keys])
-        groups_T = numbers_N.to(mask_T.device, non_blocking=True)[columns.segment_ids_T]
-        if self._fresh_B2 is None:
-            self._fresh_B2 = k3_T.new_zeros(len(self.group_numbers), 2)
-        self._fresh_B2.index_add_(0, groups_T, torch.stack([fresh_T.double(), k3_T], dim=1))
+        groups_T = numbers_N.to(fresh_T.device, non_blocking=True)[columns.segment_ids_T]
+        if self._fresh_B3 is None:
+            self._fresh_B3 = k3_T.new_zeros(len(self.group_numbers), 3)
+        self._fresh_B3.index_add_(0, groups_T, torch.stack([fresh_T.double(), k3_T, gap_T.abs()], dim=1))
 
     def sums(self, ranks: Ranks) -> dict[str, float]:
         """On all ranks: name -> sum of what was added, over the shares."""
@@ -60,12 +72,15 @@ class StepTally:
 
     def fresh_by_group(self, ranks: Ranks) -> tuple[FreshTokens, ...]:
         """On all ranks: how far each group's engine is from the learner, over its tokens of the learner's version."""
-        assert self._fresh_B2 is not None, "every share has a micro-batch"
-        rows: list[list[float]] = self._fresh_B2.tolist()
+        assert self._fresh_B3 is not None, "every share has a micro-batch in the first update"
+        rows: list[list[float]] = self._fresh_B3.tolist()
         total = ranks.add_up(
             {f"{number}.{column}": value for number, row in enumerate(rows) for column, value in enumerate(row)}
         )
-        return tuple(FreshTokens(int(total[f"{number}.0"]), total[f"{number}.1"]) for number in range(len(rows)))
+        return tuple(
+            FreshTokens(int(total[f"{number}.0"]), total[f"{number}.1"], total[f"{number}.2"])
+            for number in range(len(rows))
+        )
 
 
 def _oldest(ages_T: Tensor, columns: MicroBatch) -> Tensor:

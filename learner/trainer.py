@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lambdapo_async.config import RunConfig
-from lambdapo_async.fleet_health import FreshTokens
+from lambdapo_async.fleet_health import FreshTokens, mismatch_metrics
 from lambdapo_async.objective.advantage import estimate_advantages
 from lambdapo_async.objective.anchor import anchor_of, version_alpha
 from lambdapo_async.objective.diagnostics import density_diagnostics, group_diagnostics
@@ -21,7 +21,7 @@ from lambdapo_async.objective.second_moment import solve_trust_region
 from lambdapo_async.packing import MicroBatch
 from learner.arrivals import ReceivedGroup
 from learner.parallel import ALONE, Ranks
-from learner.policy import Policy
+from learner.policy import Policy, TokenStatistics
 from learner.sequences import proximal_confidence, rank_shares, training_sequences
 from learner.step_tally import StepTally
 
@@ -35,8 +35,8 @@ class StepResult:
     """What one step did, as numbers with stable names."""
 
     metrics: dict[str, float]
-    fresh_by_group: tuple[FreshTokens, ...] = ()
-    """Of each group, in order; empty where nothing was trained."""
+    fresh_by_group: tuple[FreshTokens, ...]
+    """Of each group, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,8 @@ class _Moment:
     """The version that the step started from."""
     progress: float
     """Share of the step's updates already taken, in [0, 1)."""
+    is_first_pass: bool
+    """Over the step's groups."""
 
 
 class Trainer:
@@ -111,17 +113,20 @@ class Trainer:
         lr, tally = self._policy.lr, StepTally(group_numbers=numbers, keeps_contexts=self._config.actor.stale_kv)
         minibatches = self._minibatches(groups, advantages_BG) * self._config.learner.epochs
         for number, minibatch in enumerate(minibatches):
-            self._update(minibatch, _Moment(version, number / self._num_updates), tally)
+            is_first_pass = number < self._config.learner.minibatches
+            self._update(minibatch, _Moment(version, number / self._num_updates, is_first_pass), tally)
+        fresh = tally.fresh_by_group(self._ranks)
         metrics = {
             **self._loss_metrics(tally),
             **tally.token_metrics(self._ranks),
+            **mismatch_metrics(fresh, num_tokens=sum(received.group.num_completion_tokens for received in groups)),
             **group_diagnostics(rewards_BG, confidence_BG, advantages_BG),
             **_density_metrics(groups),
-            "optim/grad_norm": max(tally.grad_norms),
+            "optim/grad_norm": float(np.max(tally.grad_norms)),  # NaN if one is
             "optim/lr": lr,
             "optim/skipped": float(self._policy.num_skipped),
         }
-        return StepResult(metrics, tally.fresh_by_group(self._ranks))
+        return StepResult(metrics, fresh)
 
     def _confidence(self, groups: Sequence[ReceivedGroup]) -> Tensor:
         """[B, G] float64 s."""
@@ -140,7 +145,8 @@ class Trainer:
         shares = rank_shares(sequences, token_budget=budget, num_shares=self._ranks.num_shares)
         num_tokens = sum(each.layout.num_tokens for each in chain.from_iterable(shares) if each.loss_mask_T.any())
         denominator = LossDenominator(
-            num_loss_tokens=sum(int(sequence.loss_mask.sum()) for sequence in sequences),
+            # Where no completion has a token the gradient is 0, whatever it is divided by.
+            num_loss_tokens=max(1, sum(int(sequence.loss_mask.sum()) for sequence in sequences)),
             num_sequences=len(sequences),
             max_tokens=self._config.sampling.max_tokens,
         )
@@ -222,7 +228,8 @@ class Trainer:
 
         statistics = self._policy.backward(columns, loss_of, token_share=batch.token_share)
         tally.add(_sums_of(*outcome[0], statistics.entropy_T, columns))
-        tally.count(statistics, columns, version=moment.version)
+        start_T = _start_logprobs(batch, statistics, moment)
+        tally.count(statistics, columns, version=moment.version, start_logprobs_T=start_T)
 
     def _loss_metrics(self, tally: StepTally) -> dict[str, float]:
         """Sums over the step and the shares -> losses per update, entropy and KL per token, shares of tokens."""
@@ -235,6 +242,13 @@ class Trainer:
             metrics["kl/reference"] = sums["kl"] / tokens
         shares = {name: value / tokens for name, value in sums.items() if name.startswith("event/")}
         return {**metrics, **{name.replace("event/", "ratio/"): share for name, share in shares.items()}}
+
+
+def _start_logprobs(batch: _Batch, statistics: TokenStatistics, moment: _Moment) -> Tensor | None:
+    """[T] log pi of the step's start, once for each micro-batch; None where nobody computed it."""
+    if moment.progress == 0:
+        return statistics.logprobs_T
+    return batch.proximal_T if moment.is_first_pass else None
 
 
 def _sums_of(policy: PolicyLoss, extra: Regularisation, entropy_T: Tensor, columns: MicroBatch) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What one training step of three rollouts a group is given, and how it is configured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -37,13 +37,19 @@ def preset(name: str, **sections: object) -> dict[str, object]:
     return {"policy_loss": {"preset": name}, **sections}
 
 
-def groups_by(score: Scorer, *, noise: float = 0.0, versions: tuple[int, ...] = (0,)) -> list[ReceivedGroup]:
+def groups_by(
+    score: Scorer,
+    *,
+    noise: float = 0.0,
+    versions: tuple[int, ...] = (0,),
+    lengths: Sequence[tuple[int, ...]] = LENGTHS,
+) -> list[ReceivedGroup]:
     """Random groups with log mu = log pi plus noise; a rollout's tokens come from ``versions`` in turn."""
     rng, received = np.random.default_rng(0), []
-    for index, (rewards, lengths) in enumerate(zip(REWARDS, LENGTHS, strict=True)):
+    for index, (rewards, tokens) in enumerate(zip(REWARDS, lengths, strict=True)):
         prompt = rng.integers(0, VOCAB, 4)
         rollouts = []
-        for reward, length in zip(rewards, lengths, strict=True):
+        for reward, length in zip(rewards, tokens, strict=False):
             completion = rng.integers(0, VOCAB, length)
             logprobs = score(prompt, completion) + noise * rng.standard_normal(length)
             rollouts.append(

@@ -124,6 +124,8 @@ def _describe(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not location:
         return message
+    if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):  # of a section's keys together
+        return f"{field}: {message}"
     return f"{field} = {_shown(field, detail['input'])}: {message[0].lower()}{message[1:]}"
 
 

@@ -1,11 +1,19 @@
 """The objective's sections: how rewards become advantages and advantages a gradient."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from lambdapo_async.config.sections import Section
 
@@ -76,6 +84,10 @@ class RatioWeight(Knob):
     """``negative``: only rollouts with a negative advantage are weighted."""
 
 
+ON_POLICY = {"token_ratio": 1.0, "token_prob_diff": 0.0, "seq_ratio": 1.0, "seq_geo": 1.0, "seq_k3": 0.0}
+"""What each statistic is where pi = mu."""
+
+
 class Rejection(Section):
     """Tokens or sequences outside [lo, hi] of a statistic get no gradient."""
 
@@ -87,6 +99,17 @@ class Rejection(Section):
     """Upper bound, in the statistic's unit."""
     sign: Literal["any", "advantage", "negative"] = "any"
     """``advantage``: only where the ratio moved with the advantage's sign; ``negative``: only A < 0."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.lo == -math.inf and self.hi == math.inf:
+            raise ValueError("a filter without bounds rejects nothing: set lo or hi, or leave it out")
+        if not self.lo <= ON_POLICY[self.statistic] <= self.hi:
+            raise ValueError(
+                f"[{self.lo:g}, {self.hi:g}] leaves out {ON_POLICY[self.statistic]:g}, which is {self.statistic} where "
+                "pi = mu, so what was just sampled would be rejected: widen it"
+            )
+        return self
 
 
 class Surrogate(Knob):
@@ -100,7 +123,7 @@ class Surrogate(Knob):
     """r is clipped below 1 - eps_lo."""
     eps_hi: float = Field(0.2, ge=0.0)
     """r is clipped above 1 + eps_hi."""
-    dual: PositiveFloat | None = None
+    dual: float | None = Field(None, gt=1.0)
     """Dual clip: bound of r for A < 0; None is off."""
     second_moment: PositiveFloat | None = None
     """Budget of the mean (log r)^2, from which both eps are solved before every update (M2PO); None is off."""

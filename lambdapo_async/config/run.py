@@ -21,6 +21,7 @@ from lambdapo_async.config.sections import (
     TaskConfig,
 )
 from lambdapo_async.config.weights import WeightsConfig
+from lambdapo_async.errors import ConfigError
 
 CONFIG_SCHEMA = 1
 """Published with a config; raised when an older actor could misread one."""
@@ -132,7 +133,10 @@ def _check_policy_loss(config: RunConfig) -> str | None:
     if preset is not None and is_dotted(preset):
         return None  # the user's own code: only the learner imports it, and checks the same
     num_updates = config.learner.minibatches * config.learner.epochs
-    spec = resolve_policy_loss(config.objective.policy_loss, num_updates=num_updates)
+    try:
+        spec = resolve_policy_loss(config.objective.policy_loss, num_updates=num_updates)
+    except ConfigError as error:
+        return str(error)
     return trust_region_problem(spec, num_updates=num_updates)
 
 

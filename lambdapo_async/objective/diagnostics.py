@@ -10,9 +10,6 @@ of a group.
 ``ratio/log_mean``         mean log pi - log mu of a token, nats; negative where the policy left what was sampled
 ``ratio/abs_log_mean``     mean and largest abs(log pi - log mu) of a token, nats
 ``ratio/abs_log_max``
-``mismatch/fresh``         the mean over tokens that the learner's own version sampled on a context of its own: kernels,
-                           not staleness; absent in a step without such tokens
-``mismatch/fresh_share``   their share of the tokens
 ``staleness/share_<age>``  share of the tokens sampled so many versions before the step: 0, 1, 2, 3, 4-7, 8+
 ``advantage/shift``        mean advantage
 ``advantage/abs_mean``     mean abs(advantage)
@@ -51,7 +48,6 @@ class TokenDiagnostics:
         loss_mask_T: Tensor,
         segment_ids_T: Tensor,
         ages_T: Tensor,
-        fresh_T: Tensor,
     ) -> None:
         """Count one micro-batch.
 
@@ -61,7 +57,6 @@ class TokenDiagnostics:
             loss_mask_T: [T] bool.
             segment_ids_T: [T] int64 number of the token's sequence, 0..N-1.
             ages_T: [T] int64 versions between the one that sampled the token and the step's.
-            fresh_T: [T] bool what pi itself sampled, context and all; False where masked.
         """
         # Masks weigh and nothing is selected: how much would be is known on the device alone.
         log_ratio_T = torch.where(loss_mask_T, logprobs_T.detach().double() - behavior_logprobs_T.detach().double(), 0)
@@ -71,7 +66,6 @@ class TokenDiagnostics:
         has_loss_N = (zeros_N.index_add(0, segment_ids_T, mask_T) > 0).double()
         ratio_T = _ratio(log_ratio_T) * mask_T
         ratio_N = _ratio(zeros_N.index_add(0, segment_ids_T, log_ratio_T)) * has_loss_N
-        is_fresh_T = fresh_T.double()
         columns = {
             "tokens": mask_T,
             "ratio": ratio_T,
@@ -79,8 +73,6 @@ class TokenDiagnostics:
             "k3": _k3(log_ratio_T),
             "log": log_ratio_T,
             "abs_log": abs_log_T,
-            "fresh_tokens": is_fresh_T,
-            "fresh_abs_log": abs_log_T * is_fresh_T,
             "sequences": has_loss_N,
             "sequence_ratio": ratio_N,
             "sequence_ratio_squared": ratio_N.square(),
@@ -109,22 +101,18 @@ def token_metrics(sums: Mapping[str, float], abs_log_max: float) -> dict[str, fl
     if tokens == 0:
         return {}
     at_least = [sums[f"at_least_{name}"] for name in AGE_BUCKETS]
-    metrics = {
+    return {
         "ratio/ess_token": sums["ratio"] ** 2 / sums["ratio_squared"] / tokens,
         "ratio/ess_sequence": sums["sequence_ratio"] ** 2 / sums["sequence_ratio_squared"] / sums["sequences"],
         "mismatch_kl": sums["k3"] / tokens,
         "ratio/log_mean": sums["log"] / tokens,
         "ratio/abs_log_mean": sums["abs_log"] / tokens,
         "ratio/abs_log_max": abs_log_max,
-        "mismatch/fresh_share": sums["fresh_tokens"] / tokens,
         **{
             f"staleness/share_{name}": (older - oldest) / tokens
             for name, older, oldest in zip(AGE_BUCKETS, at_least, [*at_least[1:], 0.0], strict=True)
         },
     }
-    if sums["fresh_tokens"] > 0:
-        metrics["mismatch/fresh"] = sums["fresh_abs_log"] / sums["fresh_tokens"]
-    return metrics
 
 
 def k3_divergence(logprobs_K: Tensor, behavior_logprobs_K: Tensor) -> Tensor:

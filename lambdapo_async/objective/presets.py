@@ -37,10 +37,12 @@ class PolicyLossSpec:
     def has_trust_region(self) -> bool:
         """Whether something stops a token that has moved far, once pi has left the anchor or mu.
 
-        A clipped ratio to an anchor other than pi itself does, and so does a filter, which compares pi with mu; a
-        truncated weight only bounds the size of an update. A surrogate of the user's own is trusted.
+        A clipped ratio to an anchor other than pi itself does, and so does a filter, which compares pi with mu, if it
+        knows no sign or both; a truncated weight only bounds the size of an update. A surrogate of the user's own is
+        trusted.
         """
-        return bool(self.reject) or (self.surrogate.kind != "score" and self.anchor != "latest")
+        filters = any(rejection.sign != "negative" for rejection in self.reject)
+        return filters or (self.surrogate.kind != "score" and self.anchor != "latest")
 
 
 def resolve_policy_loss(config: PolicyLossConfig, *, num_updates: int = 1) -> PolicyLossSpec:
@@ -63,7 +65,7 @@ def resolve_policy_loss(config: PolicyLossConfig, *, num_updates: int = 1) -> Po
         surrogate=_merged(base.surrogate, config.surrogate, keep_base=config.preset is not None),
         reduce=config.reduce or base.reduce,
     )
-    _check_weight(spec.weight)
+    _check_weight(spec, config.weight)
     _check_surrogate(spec, config.surrogate)
     return spec
 
@@ -125,9 +127,9 @@ def _own_preset(path: str) -> PolicyLossSpec:
     return spec
 
 
-def _check_weight(weight: RatioWeight) -> None:
-    """Bounds beside ``op = none`` would silently be ignored."""
-    unused = RatioWeight()
+def _check_weight(spec: PolicyLossSpec, given: RatioWeight | None) -> None:
+    """Bounds that nothing applies, or that do not hold a weight of 1: that is what an on-policy token has."""
+    weight, unused = spec.weight, RatioWeight()
     if weight.op == "none" and (weight.lo, weight.hi) != (unused.lo, unused.hi):
         raise ConfigError(
             f"objective.policy_loss.weight has bounds [{weight.lo:g}, {weight.hi:g}] but op = 'none', which ignores "
@@ -135,6 +137,16 @@ def _check_weight(weight: RatioWeight) -> None:
         )
     if weight.lo > weight.hi:
         raise ConfigError(f"objective.policy_loss.weight: lo = {weight.lo:g} exceeds hi = {weight.hi:g}")
+    if not weight.lo <= 1 <= weight.hi:
+        raise ConfigError(
+            f"objective.policy_loss.weight: [{weight.lo:g}, {weight.hi:g}] leaves out 1, the weight of what was just "
+            "sampled: widen it"
+        )
+    if given is not None and weight.op != "none" and spec.anchor == "behavior":
+        raise ConfigError(
+            "objective.policy_loss.weight cannot matter with anchor = 'behavior', where rho = 1: leave it out, or set "
+            "anchor to proximal, latest or interpolated"
+        )
 
 
 def _check_surrogate(spec: PolicyLossSpec, given: Surrogate | None) -> None:
@@ -144,6 +156,11 @@ def _check_surrogate(spec: PolicyLossSpec, given: Surrogate | None) -> None:
         raise ConfigError(
             "objective.policy_loss.surrogate: dual and second_moment belong to kind = 'ppo', but kind is 'score', "
             'which ignores them: set surrogate.kind = "ppo" or leave them out'
+        )
+    if surrogate.second_moment is not None and (fixed := sorted(written & {"eps_lo", "eps_hi"})):
+        raise ConfigError(
+            f"objective.policy_loss.surrogate: {', '.join(fixed)} beside second_moment, which decides both eps: "
+            "leave one of them out"
         )
     if surrogate.second_moment is not None and surrogate.level != "token":
         raise ConfigError(

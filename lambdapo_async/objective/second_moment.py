@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lambdapo_async.config.objective import Surrogate
+from lambdapo_async.objective.policy_loss import MAX_LOG_RATIO
 
 
 def solve_trust_region(surrogate: Surrogate, log_ratio_K: Tensor, advantages_K: Tensor) -> Surrogate:
@@ -23,7 +24,8 @@ def solve_trust_region(surrogate: Surrogate, log_ratio_K: Tensor, advantages_K: 
     budget = surrogate.second_moment
     if budget is None:
         return surrogate
-    bound = _largest_bound(log_ratio_K.double()[advantages_K * log_ratio_K > 0].abs(), budget)
+    outward_M = log_ratio_K.double()[advantages_K * log_ratio_K > 0].abs()
+    bound = _largest_bound(outward_M.clamp(max=MAX_LOG_RATIO), budget)
     return surrogate.model_copy(
         update={"eps_lo": -math.expm1(-bound), "eps_hi": math.expm1(bound), "second_moment": None}
     )

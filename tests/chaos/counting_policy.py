@@ -103,7 +103,7 @@ class CountingTrainer:
             "used", step=len(self._policy.history), version=version, indices=[group.index for group in trained]
         )
         metrics = {"loss/policy": 0.0, "optim/grad_norm": 0.0, "optim/lr": 1.0, "optim/skipped": 0.0}
-        return StepResult(metrics, tuple(FreshTokens(1, 0.0) for _ in groups))
+        return StepResult(metrics, tuple(FreshTokens(1, 0.0, 0.0) for _ in groups))
 
 
 def dump_history(history: Sequence[Step]) -> str:

@@ -65,7 +65,12 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ("learner.betas=[0.9, 1.0]", "learner.betas.1 = 1.0: input should be less than 1"),
         ("learner.lr=fast", "learner.lr = 'fast': input should be a valid number"),
         ("density.gate=maybe", "density.gate = 'maybe': input should be 'off', 'wrong' or 'always'"),
-        ("objective.policy_loss.preset=cipso", "cispo"),
+        ("objective.policy_loss.preset=cipso", "run.toml: objective.policy_loss.preset = 'cipso' is unknown; did you"),
+        ("objective.policy_loss.surrogate.dual=1", "surrogate.dual = 1: input should be greater than 1"),
+        ('objective.policy_loss.reject=[{statistic="seq_k3"}]', "reject.0: a filter without bounds rejects nothing"),
+        ('objective.policy_loss.reject=[{statistic="seq_k3", hi=nan}]', "[-inf, nan] leaves out 0"),
+        ('objective.policy_loss.reject=[{statistic="token_ratio", lo=2}]', "[2, inf] leaves out 1, which is token_r"),
+        ("learner.activation_offload=true", "run.toml: learner: activation_offload moves what"),
         ("learner", "--set learner: expected section.key=value"),
         ("name.x=1", "name"),
     ],
@@ -119,6 +124,9 @@ def test_all_problems_of_one_file_come_at_once(config_file: Path) -> None:
     message = complaint(config_file, "learner.lr=-1", "rollout.group_siz=2")
     assert "learner.lr" in message
     assert "did you mean group_size?" in message
+    message = complaint(config_file, "objective.policy_loss.preset=cipso", "rollout.group_size=1")
+    assert "did you mean cispo?" in message
+    assert "no pairs" in message
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lambdapo_async.objective.diagnostics import (
     token_metrics,
 )
 
-Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def columns(seed: int = 0) -> Columns:
@@ -24,8 +24,7 @@ def columns(seed: int = 0) -> Columns:
     logprobs_T = behavior_T + 0.3 * torch.randn(10, generator=generator)
     mask_T = torch.tensor([False, True, True, False, True, True, True, False, False, False])
     ages_T = torch.tensor([99, 1, 9, 0, 5, 0, 0, 0, 0, 0])
-    fresh_T = torch.tensor([False, False, False, False, False, False, True, False, False, False])
-    return logprobs_T, behavior_T, mask_T, segments_T, ages_T, fresh_T
+    return logprobs_T, behavior_T, mask_T, segments_T, ages_T
 
 
 def measured(*batches: Columns) -> dict[str, float]:
@@ -36,7 +35,7 @@ def measured(*batches: Columns) -> dict[str, float]:
 
 
 def test_equals_the_formulas() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, _, fresh_T = columns()
+    logprobs_T, behavior_T, mask_T, segments_T, _ = columns()
     gaps = (logprobs_T - behavior_T).double()
     ratios = [math.exp(gap) for gap, keep in zip(gaps.tolist(), mask_T.tolist(), strict=True) if keep]
     sequence_ratios = [math.exp(float(gaps[mask_T & (segments_T == segment)].sum())) for segment in (0, 1)]
@@ -47,8 +46,6 @@ def test_equals_the_formulas() -> None:
         "ratio/log_mean": float(gaps[mask_T].mean()),
         "ratio/abs_log_mean": float(gaps[mask_T].abs().mean()),
         "ratio/abs_log_max": float(gaps[mask_T].abs().max()),
-        "mismatch/fresh": float(gaps[fresh_T].abs()),
-        "mismatch/fresh_share": 1 / 5,
         "staleness/share_0": 2 / 5,
         "staleness/share_1": 1 / 5,
         "staleness/share_2": 0.0,
@@ -67,31 +64,27 @@ def test_micro_batches_add_up() -> None:
 
 
 def test_masked_positions_never_leak() -> None:
-    logprobs_T, behavior_T, mask_T, *rest = columns()
+    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
     logprobs_T[~mask_T], behavior_T[~mask_T] = math.nan, -math.inf
-    assert measured((logprobs_T, behavior_T, mask_T, *rest)) == measured(columns())
+    assert measured((logprobs_T, behavior_T, mask_T, segments_T, ages_T)) == measured(columns())
 
 
 def test_on_policy_is_clean() -> None:
-    logprobs_T, _, *rest = columns()
-    metrics = measured((logprobs_T, logprobs_T, *rest))
+    logprobs_T, _, mask_T, segments_T, ages_T = columns()
+    metrics = measured((logprobs_T, logprobs_T, mask_T, segments_T, ages_T))
     assert (metrics["ratio/ess_token"], metrics["ratio/ess_sequence"]) == (1.0, 1.0)
-    assert metrics["mismatch_kl"] == metrics["mismatch/fresh"] == metrics["ratio/abs_log_max"] == 0.0
+    assert metrics["mismatch_kl"] == metrics["ratio/abs_log_max"] == 0.0
 
 
-def test_without_fresh_or_any_tokens() -> None:
-    logprobs_T, behavior_T, mask_T, segments_T, ages_T, _ = columns()
-    none_T = torch.zeros_like(mask_T)
-    stale = measured((logprobs_T, behavior_T, mask_T, segments_T, ages_T, none_T))
-    assert "mismatch/fresh" not in stale
-    assert stale["mismatch/fresh_share"] == 0.0
-    assert measured((logprobs_T, behavior_T, none_T, segments_T, ages_T, none_T)) == {}
+def test_without_any_tokens() -> None:
+    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
+    assert measured((logprobs_T, behavior_T, torch.zeros_like(mask_T), segments_T, ages_T)) == {}
     assert measured() == {}
 
 
 def test_extreme_ratios_stay_finite() -> None:
-    logprobs_T, behavior_T, *rest = columns()
-    metrics = measured((logprobs_T, behavior_T * 1000, *rest))
+    logprobs_T, behavior_T, mask_T, segments_T, ages_T = columns()
+    metrics = measured((logprobs_T, behavior_T * 1000, mask_T, segments_T, ages_T))
     assert all(math.isfinite(value) for value in metrics.values())
 
 

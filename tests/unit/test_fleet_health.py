@@ -14,6 +14,7 @@ from lambdapo_async.fleet_health import (
     MISMATCH_FLOOR,
     FleetHealth,
     FreshTokens,
+    mismatch_metrics,
     outliers,
 )
 
@@ -24,7 +25,7 @@ FLEETS = st.dictionaries(NAMES, st.floats(0.0, 5.0), max_size=12)
 def add(health: FleetHealth, actor_id: str, *, k3: float = 0.0, tokens: int = 100, cut: int = 0) -> None:
     """A group that was received and trained."""
     health.received(actor_id, num_rollouts=8, num_truncated=cut)
-    health.trained(actor_id, FreshTokens(tokens, k3 * tokens))
+    health.trained(actor_id, FreshTokens(tokens, k3 * tokens, 0.0))
 
 
 @given(FLEETS)
@@ -74,7 +75,7 @@ def test_what_is_known_of_an_actor() -> None:
     assert (known.mismatch, known.acceptance, known.truncated) == (0.5, 1.0, 0.25)
     health.received("a", num_rollouts=8, num_truncated=0)
     assert health.actors()["a"].acceptance == 0.5
-    health.trained("resumed", FreshTokens(1, 0.0))
+    health.trained("resumed", FreshTokens(1, 0.0, 0.0))
     assert health.actors()["resumed"].acceptance != 1.0, "nothing is known of what it sent"
     add(health, "stale", tokens=0)
     assert math.isnan(health.actors()["stale"].mismatch)
@@ -94,3 +95,12 @@ def test_memory_is_bounded_and_the_silent_go_first(monkeypatch: pytest.MonkeyPat
     for actor in ("a", "b", "a", "c"):
         add(health, actor)
     assert sorted(health.actors()) == ["a", "c"]
+
+
+def test_a_steps_mismatch_is_taken_over_the_fresh_tokens_of_all_groups() -> None:
+    fresh = (FreshTokens(3, 9.0, 0.6), FreshTokens(0, 0.0, 0.0), FreshTokens(1, 9.0, 0.2))
+    assert mismatch_metrics(fresh, num_tokens=16) == pytest.approx(
+        {"mismatch/fresh": 0.2, "mismatch/fresh_share": 0.25}
+    )
+    assert mismatch_metrics(fresh[1:2], num_tokens=16) == {"mismatch/fresh_share": 0.0}
+    assert mismatch_metrics(fresh[1:2], num_tokens=0) == {}

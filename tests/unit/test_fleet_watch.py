@@ -36,7 +36,7 @@ class World:
             groups.append(
                 ReceivedGroup(Descriptor(actor_id, 1, Lease("train", index), 0, 1, 0.0), group, group.rewards, 0)
             )
-        self.watch.trained(groups, [FreshTokens(1000, 1000 * value) for value in k3.values()])
+        self.watch.trained(groups, [FreshTokens(1000, 1000 * value, 0.0) for value in k3.values()])
 
     def is_welcome(self, actor_id: str) -> bool:
         return self.watch.welcomes(make_group(actor_id=actor_id))

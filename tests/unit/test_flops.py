@@ -1,7 +1,8 @@
 import pytest
 import torch
+from transformers import AriaTextConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
-from learner.flops import ModelFlops, peak_flops, utilisation
+from learner.flops import ModelFlops, expert_share, peak_flops, utilisation
 from tests.tiny_models import SIZES, VOCAB, micro_batch, tiny_model
 
 E, INNER, LAYERS = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_hidden_layers"]
@@ -50,3 +51,18 @@ def test_a_device_has_the_peak_of_the_longest_name_that_is_its_own(name: str, pe
 
 def test_a_cpu_has_no_utilisation() -> None:
     assert utilisation(1.0, 1.0, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Qwen3MoeConfig, {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+        (AriaTextConfig, {"moe_num_experts": 8, "moe_topk": 2}),
+    ],
+)
+def test_an_expert_counts_by_its_share_of_the_tokens_whatever_the_config_calls_it(kind, words) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(kind(**SIZES, **words))
+    shares = {expert_share(model, name) for name, _ in model.named_parameters() if ".experts." in name}
+    assert shares == {2 / 8}
+    assert ModelFlops.of(model).body > 0

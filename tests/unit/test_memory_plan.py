@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, XmodConfig
 
 from benchmarks.model_shapes import SHAPES
 from lambdapo_async.config.learner import LearnerConfig
@@ -12,7 +12,7 @@ from learner.activations import enable_checkpointing
 from learner.memory_plan import GIB, MemoryPlan, check_fits, free_memory, plan_memory, read_shape
 from learner.policy import Policy
 from learner.projection import CHUNK_LOGITS, KEPT_LOGITS
-from tests.tiny_models import micro_batch, tiny_model, tiny_model_folder
+from tests.tiny_models import SIZES, micro_batch, tiny_model, tiny_model_folder
 from tests.unit.test_activations import BATCH, saved_bytes
 from tests.unit.test_moe import CONFIGS
 
@@ -66,6 +66,13 @@ def test_a_model_that_looks_at_numbers_is_planned_without_activations(caplog: py
     plan = plan_memory(model, config(), "cuda")
     assert (plan.activations, plan.layer) == (2 * NUM_TOKENS * model.config.hidden_size, 0)
     assert "leaves out the activations of a Qwen3MoeForCausalLM" in caplog.text
+
+
+def test_a_model_that_refuses_the_plan_s_forward_pass_is_planned_without_activations() -> None:
+    """It is judged by the packing check, in words."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(XmodConfig(**{**SIZES, "is_decoder": True}))
+    assert plan_memory(model, config(), "cpu").layer == 0  # no default language
 
 
 def test_ranks_share_the_states_and_gather_a_part() -> None:

@@ -1,12 +1,15 @@
 """A model that cannot be trained on packed sequences is refused before the first step."""
 
 import pytest
+import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma3Config, Phi3Config, PreTrainedConfig, StableLmConfig
 
-from lambdapo_async.errors import ConfigError
+from lambdapo_async.errors import ConfigError, UserError
 from lambdapo_async.packed_layout import PackedLayout, Segment, packed_layout
-from learner.packing_check import check_packing
-from tests.tiny_models import tiny_model
+from learner.attention import select_attention
+from learner.packing_check import check_packing, packable_positions
+from tests.tiny_models import SIZES, tiny_model
 
 
 def test_check_packing_passes_what_packs() -> None:
@@ -28,8 +31,12 @@ def test_check_packing_refuses_attention_across_documents() -> None:
         check_packing(model)
 
 
-def test_check_packing_refuses_tokens_that_mix_with_their_neighbours() -> None:
-    """As convolutions and recurrences do, if only within documents: a second completion follows the first there."""
+@pytest.mark.parametrize("share", [1.0, 0.005])
+def test_check_packing_refuses_tokens_that_mix_with_their_neighbours(share: float) -> None:
+    """As convolutions and recurrences do, if only within documents: a second completion follows the first there.
+
+    A model that was not trained yet mixes little.
+    """
     model = tiny_model("llama")
     decode = model.model.forward
 
@@ -37,7 +44,7 @@ def test_check_packing_refuses_tokens_that_mix_with_their_neighbours() -> None:
         output = decode(layout=layout, **inputs)
         before = output.last_hidden_state.roll(1, dims=1)
         before[:, layout.cu_seqlens[:3].clamp(max=before.shape[1] - 1).long()] = 0  # not across documents
-        output.last_hidden_state = output.last_hidden_state + before
+        output.last_hidden_state = output.last_hidden_state + share * before
         return output
 
     model.model.forward = decode_with_neighbours
@@ -51,7 +58,7 @@ def test_check_packing_refuses_an_output_layer_that_scales() -> None:
 
     def scaled(**inputs: object) -> object:
         output = forward(**inputs)
-        output.logits = output.logits * 2
+        output.logits = output.logits * 1.05
         return output
 
     model.forward = scaled
@@ -64,3 +71,39 @@ def test_check_packing_refuses_chunks_which_only_long_documents_would_show() -> 
     model.config.layer_types = ["chunked_attention", "full_attention"]
     with pytest.raises(ConfigError, match="layers of chunked_attention, which packed training does not support"):
         check_packing(model)
+
+
+def test_check_packing_refuses_layers_that_are_not_told_the_layout() -> None:
+    config = StableLmConfig(**{**SIZES, "head_dim": None})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=select_attention(torch.device("cpu")))
+    with pytest.raises(UserError, match="StableLmAttention is not told which tokens are packed together"):
+        check_packing(model.eval())
+
+
+def test_check_packing_refuses_a_model_that_fails_in_its_own_way() -> None:
+    model = tiny_model("llama")
+
+    def choosy(**_: object) -> object:
+        raise TypeError("'NoneType' object is not subscriptable")
+
+    model.model.forward = choosy
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be run on packed sequences, .* not subscriptable"):
+        check_packing(model)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [8.0] * 48}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Phi3Config(max_position_embeddings=128, original_max_position_embeddings=16, rope_parameters=LONGROPE), 16),
+        (Phi3Config(max_position_embeddings=128), 128),
+        (Gemma3Config(text_config={"model_type": "gemma3_text", "max_position_embeddings": 128}), 128),
+    ],
+    ids=["longrope", "plain", "the text part of several"],
+)
+def test_packable_positions_end_where_a_long_sequence_would_change_its_neighbours(
+    config: PreTrainedConfig, expected: int
+) -> None:
+    assert packable_positions(config) == expected

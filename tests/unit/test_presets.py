@@ -121,9 +121,23 @@ def test_what_was_overridden_survives_publishing(config: PolicyLossConfig) -> No
         (PolicyLossConfig(preset="cispo", surrogate=Surrogate(dual=3.0)), "which ignores them"),
         (PolicyLossConfig(preset="topr", surrogate=Surrogate(second_moment=0.1)), "which ignores them"),
         (PolicyLossConfig(preset="gspo", surrogate=Surrogate(second_moment=0.1)), "level is 'geo'"),
+        (PolicyLossConfig(preset="m2po", surrogate=Surrogate(eps_hi=0.1)), "eps_hi beside second_moment"),
+        (PolicyLossConfig(weight=RatioWeight(op="mask", lo=1.5, hi=3.0)), r"\[1.5, 3\] leaves out 1"),
+        (PolicyLossConfig(weight=RatioWeight(hi=0.5)), r"\[0, 0.5\] leaves out 1"),
+        (
+            PolicyLossConfig(preset="tis", anchor="behavior", weight=RatioWeight(hi=3.0)),
+            "weight cannot matter with",
+        ),
     ],
 )
 def test_errors_say_what_to_change(config: PolicyLossConfig, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint) as caught:
         resolve_policy_loss(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_filter_of_one_sign_is_no_trust_region_for_the_other() -> None:
+    negative = replace(PRESETS["cispo"], reject=(Rejection(statistic="seq_geo", lo=0.9, sign="negative"),))
+    assert trust_region_problem(negative, num_updates=2)
+    both = replace(negative, reject=(*negative.reject, Rejection(statistic="seq_k3", hi=0.1)))
+    assert trust_region_problem(both, num_updates=2) is None

@@ -52,7 +52,7 @@ def report(step: int, **metrics: float) -> StepReport:
         step=step,
         version=7,
         batch=batch,
-        result=StepResult({"loss/policy": 0.1, "optim/grad_norm": 1.0, **metrics}),
+        result=StepResult({"loss/policy": 0.1, "optim/grad_norm": 1.0, **metrics}, ()),
         step_s=0.5,
         surroundings=Surroundings(
             weights={"weights/bytes": 700.0},

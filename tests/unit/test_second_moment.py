@@ -69,3 +69,8 @@ def test_when_even_the_smallest_is_too_far_everything_outward_is_stopped() -> No
 def test_without_a_budget_it_is_the_surrogate_itself() -> None:
     surrogate = Surrogate(eps_hi=0.3)
     assert solve_trust_region(surrogate, torch.ones(2), torch.ones(2)) is surrogate
+
+
+def test_sizes_end_where_the_loss_clamps_them() -> None:
+    surrogate = solved([0.1, 3e4, 1e30], [1.0, 1.0, 1.0], 0.04)
+    assert surrogate.eps_hi == pytest.approx(math.expm1((0.1 + 20.0) / 2))

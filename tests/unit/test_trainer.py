@@ -223,6 +223,22 @@ def test_a_wrong_dotted_path_ends_it_before_anything_is_trained() -> None:
         Trainer(bigram(), run)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("updates", [{"epochs": 3}, {"minibatches": 2}, {"minibatches": 2, "epochs": 2}])
+@pytest.mark.parametrize("name", ["decoupled", "ppo"])
+def test_mismatch_is_the_engine_s_and_not_the_step_s_own_updates(name: str, updates: dict[str, int]) -> None:
+    policy = bigram(lr=200.0)
+    groups = groups_by(policy.completion_logprobs)  # by an engine without error
+    result = Trainer(policy, config(learner=updates, objective=preset(name))).step(groups, version=0)  # type: ignore[arg-type]
+    assert result.metrics["ratio/abs_log_mean"] > 1e-4
+    assert result.metrics["mismatch/fresh"] == pytest.approx(0.0, abs=1e-6)
+    # Of the second minibatch ppo computes nothing before it moves.
+    is_measured = name == "decoupled" or "minibatches" not in updates
+    assert [fresh.count for fresh in result.fresh_by_group] == [sum(LENGTHS[0]), sum(LENGTHS[1]) * is_measured]
+    assert sum(fresh.k3_sum for fresh in result.fresh_by_group) == pytest.approx(0.0, abs=1e-6)
+    measured = sum(fresh.count for fresh in result.fresh_by_group)
+    assert result.metrics["mismatch/fresh_share"] == pytest.approx(measured / sum(sum(each) for each in LENGTHS))
+
+
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_each_group_is_measured_over_the_tokens_of_the_learners_version(minibatches: int) -> None:
     """What an actor is judged by: k3 between its engine and the learner, stale tokens left out."""
@@ -241,3 +257,23 @@ def test_each_group_is_measured_over_the_tokens_of_the_learners_version(minibatc
         assert 0 < len(expected) < received.group.num_completion_tokens
         assert found.count == len(expected)
         assert found.k3_sum == pytest.approx(sum(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [((0, 0), (3, 5)), ((0, 0), (0, 0))])
+def test_an_update_without_a_token_is_one_without_a_gradient(lengths: tuple[tuple[int, ...], ...]) -> None:
+    """Engines that were stopped before the first token sent such groups; the journal would send them again."""
+    policy = bigram()
+    run = config(rollout={"group_size": 2}, learner={"minibatches": 2})
+    groups = groups_by(policy.completion_logprobs, lengths=lengths)
+    result = Trainer(policy, run).step(groups, version=0)  # type: ignore[arg-type]
+    assert not policy.gradients[0].any()
+    assert all(math.isfinite(value) for value in result.metrics.values())
+    assert [fresh.count for fresh in result.fresh_by_group] == [sum(each) for each in lengths]
+
+
+def test_a_gradient_that_is_no_number_shows_in_the_norm_whenever_it_came() -> None:
+    policy = bigram()
+    groups = groups_by(policy.completion_logprobs)
+    policy.step = iter([1.0, math.nan]).__next__  # type: ignore[method-assign]
+    result = Trainer(policy, config(learner={"epochs": 2})).step(groups, version=0)  # type: ignore[arg-type]
+    assert math.isnan(result.metrics["optim/grad_norm"])
