@@ -74,12 +74,12 @@ class MicroBatch:
     num_loss_tokens: int
     """S: how often ``loss_mask_T`` is True, for those on the host who want to know and not wait for a device."""
 
+    group_keys: tuple[str, ...]
+    """Of each rollout by its number; empty for a number that no token has."""
+
     def loss_indices(self) -> Tensor:
         """[S] int64 the tokens with loss, in order."""
         return torch.nonzero_static(self.loss_mask_T, size=self.num_loss_tokens)[:, 0]
-
-    group_keys: tuple[str, ...]
-    """Of each rollout by its number; empty for a number that no token has."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``, from the host; nobody waits for what the device does."""

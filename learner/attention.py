@@ -18,8 +18,6 @@ from lambdapo_async.packed_layout import PackedLayout
 from learner.attention_kernels import Backend, Scores, choose_backend
 from learner.context_parallel import sharded_backend
 
-__all__ = ["PackedLayout", "register_attention", "select_attention"]
-
 
 def select_attention(device: torch.device, context: dist.ProcessGroup | None = None) -> str:
     """Register the best kernel for ``device``; returns the name for ``attn_implementation``.

@@ -81,18 +81,21 @@ class MasterOptimizer:
     def load_state(self, moments: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state` of an optimizer of the same parameters, offloaded or not.
 
+        A parameter that no gradient had reached has no moments: of a mixture's bias that only chooses, or the part of
+        a model that sees.
+
         Raises:
             CheckpointError: the moments are of another model.
         """
-        names = list(self.masters)
-        expected = {f"{moment}:{name}" for name in names for moment in MOMENTS} if moments else set()
+        reached = {name.partition(":")[2] for name in moments} & self.masters.keys()
+        expected = {f"{moment}:{name}" for name in reached for moment in MOMENTS}
         if expected != set(moments):
             odd = sorted(expected ^ set(moments))
             raise CheckpointError(f"optimizer state is of another model: {len(odd)} names differ, first {odd[0]!r}")
         state = {
             index: {moment: moments[f"{moment}:{name}"] for moment in MOMENTS}
-            for index, name in enumerate(names)
-            if moments
+            for index, name in enumerate(self.masters)
+            if name in reached
         }
         self._adamw.load_state_dict({**self._adamw.state_dict(), "state": state})
 

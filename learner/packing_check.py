@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lambdapo_async.errors import ConfigError
@@ -12,9 +12,9 @@ from learner.logprobs import logit_scale, soft_cap
 
 SEGMENTS = (Segment(5), Segment(4), Segment(6, range(5, 9)), Segment(3, range(5, 9)))
 """A document, a prompt, and two completions of it; the second is checked."""
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+TOLERANCE, TOLERANCE_BFLOAT16 = 0.1, 0.5
 """Largest difference of logits by the type they are computed in, in units of their standard deviation: rounding is far
-below, a leak of a trained model at 1 or more."""
+below, even where it sends a token to another expert; a leak of a trained model is at 1 or more."""
 
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types of transformers that the attention layer implements; chunks, for one, would be passed over silently."""
@@ -32,6 +32,8 @@ def check_packing(model: PreTrainedModel) -> None:
         ConfigError: the logits differ, the model has attention that only shows in longer documents, or it does not run.
     """
     kinds = set(model.config.get_text_config().to_dict().get("layer_types") or ()) - PLAIN_LAYERS
+    if any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules()):
+        kinds.add("convolutions")  # as of state-space models; untrained, they mix so little that no logit shows it
     if kinds:
         raise ConfigError(
             f"{type(model).__name__} has layers of {', '.join(sorted(kinds))}, which packed training does not support: "
@@ -45,7 +47,7 @@ def check_packing(model: PreTrainedModel) -> None:
         ) from error
     difference = float((packed - alone).abs().max() / alone.std())
     is_rounded = torch.is_autocast_enabled(model.device.type) or model.dtype == torch.bfloat16
-    if not difference < TOLERANCE[torch.bfloat16 if is_rounded else torch.float32]:
+    if not difference < (TOLERANCE_BFLOAT16 if is_rounded else TOLERANCE):
         raise ConfigError(
             f"{type(model).__name__} cannot be trained on packed sequences: logits of a rollout change by "
             f"{difference:.3g} of their standard deviation when others lie beside it"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FalconConfig, GPTJConfig, MptConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma3Config, GPTJConfig, MptConfig, PreTrainedConfig
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import CheckpointError, ConfigError
 from learner.policy import Policy, pick_device
-from tests.tiny_models import VOCAB, Architecture, micro_batch, tiny_model_folder
+from tests.tiny_models import SIZES, VOCAB, Architecture, micro_batch, tiny_model_folder
 
 CPU = torch.device("cpu")
 BATCH = micro_batch((9, 6, 12))
@@ -148,6 +148,39 @@ def test_optimizer_state_of_another_model_is_refused(folder: Path, tmp_path: Pat
     other.step()
     with pytest.raises(CheckpointError, match="of another model"):
         load(folder).load_optimizer_state(other.optimizer_state(), num_updates=1, num_skipped=0)
+
+
+def test_half_an_optimizer_state_is_refused(folder: Path) -> None:
+    policy = load(folder)
+    policy.backward(BATCH, negative_likelihood)
+    policy.step()
+    some = {name: tensor for name, tensor in policy.optimizer_state().items() if not name.startswith("exp_avg_sq:")}
+    with pytest.raises(CheckpointError, match="first 'exp_avg_sq:"):
+        load(folder).load_optimizer_state(some, num_updates=1, num_skipped=0)
+
+
+def test_what_no_gradient_reaches_stays_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """The part of Gemma 3 that sees; others have biases that only choose experts."""
+    text = {**SIZES, "query_pre_attn_scalar": 8, "sliding_window": 4, "model_type": "gemma3_text"}
+    eye = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eye |= {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=eye, mm_tokens_per_image=4))
+    model.save_pretrained(tmp_path / "gemma")
+    policies = [load(tmp_path / "gemma"), load(tmp_path / "gemma")]
+    start = weights(policies[0])
+    for policy in policies:
+        policy.backward(BATCH, negative_likelihood)
+        policy.step()
+    assert policies[0].max_positions == SIZES["max_position_embeddings"]
+    stayed = {name for name, tensor in weights(policies[0]).items() if torch.equal(tensor, start[name])}
+    assert stayed == {name for name in start if ".vision_tower." in name or ".multi_modal_projector." in name}
+    policies[1].load_optimizer_state(
+        {name: tensor.clone() for name, tensor in policies[0].optimizer_state().items()}, num_updates=1, num_skipped=0
+    )
+    for policy in policies:
+        policy.backward(BATCH, negative_likelihood)
+        policy.step()
+    torch.testing.assert_close(weights(policies[1]), weights(policies[0]), rtol=0, atol=0)
 
 
 def test_model_files_hold_config_and_tokenizer_but_no_weights(folder: Path) -> None:
