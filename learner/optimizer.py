@@ -44,7 +44,7 @@ class MasterOptimizer:
             if parameter.dtype != torch.float32:
                 _add_up_in_float32(parameter, name, self._sums)
         self._adamw = torch.optim.AdamW(
-            self.masters.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            self.masters.values(), betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
     def clip(self, max_norm: float) -> Tensor:
@@ -70,7 +70,7 @@ class MasterOptimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """``moment:parameter`` -> tensor of everything AdamW remembers; empty before the first update."""
+        """``moment:parameter`` -> tensor of everything AdamW remembers; nothing of what never had a gradient."""
         return {
             f"{moment}:{name}": self._adamw.state[master][moment]
             for name, master in self.masters.items()
@@ -84,16 +84,12 @@ class MasterOptimizer:
         Raises:
             CheckpointError: the moments are of another model.
         """
-        names = list(self.masters)
-        expected = {f"{moment}:{name}" for name in names for moment in MOMENTS} if moments else set()
+        known = {index: name for index, name in enumerate(self.masters) if f"{MOMENTS[0]}:{name}" in moments}
+        expected = {f"{moment}:{name}" for name in known.values() for moment in MOMENTS}
         if expected != set(moments):
             odd = sorted(expected ^ set(moments))
             raise CheckpointError(f"optimizer state is of another model: {len(odd)} names differ, first {odd[0]!r}")
-        state = {
-            index: {moment: moments[f"{moment}:{name}"] for moment in MOMENTS}
-            for index, name in enumerate(names)
-            if moments
-        }
+        state = {index: {moment: moments[f"{moment}:{name}"] for moment in MOMENTS} for index, name in known.items()}
         self._adamw.load_state_dict({**self._adamw.state_dict(), "state": state})
 
     @torch.no_grad()
