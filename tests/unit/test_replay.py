@@ -212,6 +212,7 @@ def test_order_follows_the_definition_of_drawing_without_replacement() -> None:
 def test_what_weighs_nothing_comes_last_in_order() -> None:
     log_weight_B = log_weights(np.array([0.0, 1e-300, 0.0, 1.0]), np.array([0, 10**6, 0, 0]), half_life=1.0)
     assert weighted_order(log_weight_B, np.random.default_rng(0)).tolist() == [3, 1, 0, 2]
+    assert weighted_order(np.full(100, -np.inf), np.random.default_rng(0)).tolist() == list(range(100))
 
 
 def test_seed_and_number_of_draws_are_the_whole_random_state() -> None:
