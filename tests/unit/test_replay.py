@@ -69,6 +69,18 @@ def test_a_group_that_can_never_fit_is_dropped() -> None:
     queue = ReplayQueue[str](make_limits(max_bytes=10))
     assert queue.offer(entry(1, num_bytes=11))
     assert (queue.dropped, queue.num_bytes, queue.consumed) == ({"too_large": 1}, 0, 1)
+    assert queue.offer(entry(2, num_bytes=10))
+    assert queue.num_bytes == 10
+
+
+def test_the_ratio_holds_both_sides() -> None:
+    queue = ReplayQueue[str](make_limits(groups=2, min_size=3, ratio=1.0, buffer=2.0, max_uses=3))
+    for number, missing in ((1, 2), (2, 1), (3, 0)):
+        assert queue.offer(entry(number))
+        assert (queue.missing_inserts(), queue.can_sample()) == (missing, missing == 0)
+    assert [queue.offer(entry(number)) for number in (4, 5, 6)] == [True, True, False]
+    assert len(queue.sample()) == 2
+    assert [queue.offer(entry(number)) for number in (6, 7, 8)] == [True, True, False]
 
 
 def test_the_most_used_then_the_oldest_make_room_and_unused_ones_never() -> None:
@@ -238,6 +250,35 @@ def test_seed_and_number_of_draws_are_the_whole_random_state() -> None:
     assert batches(redone, 5) == rest
     other = ReplayQueue(make_limits(groups=3, max_uses=50, seed=8), snapshot, entries)
     assert batches(other, 5) != rest
+
+
+def test_with_reuse_what_is_fresh_is_drawn_first() -> None:
+    queue = ReplayQueue[str](make_limits(groups=3, max_uses=2, half_life=0.01))
+    for number in range(1, 11):
+        assert queue.offer(entry(number, version=number))
+    queue.advance(10)
+    assert numbers(queue.sample()) == [10, 9, 8]
+
+
+def test_a_snapshot_brings_back_all_that_the_queue_counts() -> None:
+    limits = make_limits(groups=1, max_uses=2, drop_above=3)
+    queue = ReplayQueue[str](limits)
+    assert queue.oldest_number() == 1
+    queue.advance(5)
+    for number, version in ((1, 1), (2, 5), (3, 4)):
+        assert queue.offer(entry(number, version=version))
+    queue.take([2])
+    queue.take([2])
+    restored = ReplayQueue[str](limits, queue.snapshot(), [entry(3, version=4)])
+    assert (restored.consumed, restored.dropped) == (3, {"stale": 1, "exhausted": 1})
+    assert (restored.num_groups, restored.num_bytes, restored.oldest_number()) == (1, 1, 3)
+    with pytest.raises(ReplayError, match="version 4 follows 5"):
+        restored.advance(4)
+    with pytest.raises(ReplayError, match="record 3 is offered after 3"):
+        restored.offer(entry(3))
+    restored.take([3])
+    restored.take([3])
+    assert restored.oldest_number() == 4, "of what comes next"
 
 
 def test_a_member_the_journal_lost_is_an_error() -> None:
