@@ -232,7 +232,7 @@ class ReplayQueue(Generic[Item]):
 
     def _use(self, entry: ReplayEntry[Item]) -> None:
         self._uses[entry.number] += 1
-        if self._uses[entry.number] == 1 and self._limits.max_uses == 1:
+        if self._limits.max_uses == 1:
             self._consumed += 1
         if self._uses[entry.number] == self._limits.max_uses:
             self._remove(entry, "exhausted")

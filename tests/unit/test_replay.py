@@ -89,13 +89,9 @@ def test_the_most_used_then_the_oldest_make_room_and_unused_ones_never() -> None
         assert queue.offer(entry(number, version=version))
     queue.take([1, 2])
     queue.take([2, 3])
-    queue.take_drops()
-    assert queue.offer(entry(5))
-    assert queue.offer(entry(6))
-    assert queue.offer(entry(7))
-    assert [(drop.number, drop.reason, drop.uses) for drop in queue.take_drops()] == [
-        (2, "evicted", 2), (3, "evicted", 1), (1, "evicted", 1),
-    ]  # fmt: skip
+    for number, victim, uses in ((5, 2, 2), (6, 3, 1), (7, 1, 1)):
+        assert queue.offer(entry(number))
+        assert queue.take_drops() == [Drop(victim, "evicted", uses, GroupShape(10, 0.5))]
     assert not queue.offer(entry(8))
     assert queue.can_sample()
 
