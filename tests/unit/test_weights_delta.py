@@ -92,6 +92,9 @@ def test_rare_changes_take_wide_gaps() -> None:
     assert change.gap.dtype == np.uint16
     assert change.gap.tolist() == [10, 19_989, 65_535, 54_462]
     assert list(change.step) == [1, 1, 0, 1]
+    narrow, wide = (gaps_of(*with_changes(1000, at)).gap for at in ([10, 20, 321, 622], [10, 311, 612, 913]))
+    assert (narrow.dtype, narrow.size) == (np.uint8, 6), "12 bytes with fillers and steps, as many as wide"
+    assert (wide.dtype, wide.size) == (np.uint16, 4), "12 bytes, narrow 14"
 
 
 def test_only_steps_that_int8_cannot_hold_are_exceptions() -> None:
