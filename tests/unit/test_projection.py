@@ -270,7 +270,7 @@ def test_bfloat16_weights_without_autocast() -> None:
 
 
 def test_the_gradient_of_bfloat16_hidden_states_is_added_up_in_float32() -> None:
-    """All logits are equal, so it is 1 - 1024 / 1024; subtracted one by one from 1, each 1,024th would be rounded away."""
+    """With equal logits it is 1 - 1024 / 1024; subtracted from 1 one by one, each 1,024th would be rounded away."""
     head, hidden_SE = nn.Linear(1, 1024, bias=False, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
     nn.init.ones_(head.weight)
     outputs = project(head, hidden_SE.requires_grad_(), torch.tensor([0]), temperature=1.0, chunk_logits=1)
