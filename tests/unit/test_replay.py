@@ -126,21 +126,6 @@ def test_too_few_bytes_for_a_step_is_an_error_and_no_wait() -> None:
         queue.offer(entry(3, num_bytes=4))
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"max_uses": 0}, "must be positive"),
-        ({"half_life": 0.0}, "must be positive"),
-        ({"max_groups": 1}, "must hold min_size = 2"),
-        ({"max_uses": 2, "ratio": 3.0, "buffer": 9.0}, "more than max_uses = 2 gives"),
-        ({"max_uses": 1, "ratio": 1.0, "buffer": 9.0}, "a plain stream takes no ratio"),
-    ],
-)
-def test_contradictory_limits_are_refused(changes: dict[str, float], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        make_limits(**changes)  # type: ignore[arg-type]
-
-
 def test_misuse_is_an_error() -> None:
     queue = ReplayQueue[str](make_limits(max_uses=2))
     with pytest.raises(ReplayError, match="holds 0 groups and 2 more"):
