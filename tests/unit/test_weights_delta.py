@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambdapo_async.errors import WeightsError
+from lambdapo_async.weights.adapter import PREFIX
 from lambdapo_async.weights.delta import apply, difference
 from lambdapo_async.weights.delta_file import DeltaFile, make_delta, read_delta
 from lambdapo_async.weights.gaps import GapAbs, GapStep, positions
@@ -158,6 +159,26 @@ def test_a_tensor_changed_wholly_is_replaced_only_where_that_is_smaller() -> Non
     one_exception[7] = 1000
     assert isinstance(difference(state_of(1, t=old), state_of(2, t=by_one), POOL).changes["t"], GapStep), "200 bytes"
     assert isinstance(difference(state_of(1, t=old), state_of(2, t=one_exception), POOL).changes["t"], BitTensor)
+
+
+def test_an_adapter_goes_whole_however_little_of_it_changed() -> None:
+    name = f"{PREFIX}layers.0.q_proj.lora_A.weight"
+    old, new = np.zeros(100, np.uint16), np.zeros(100, np.uint16)
+    new[7] = 1
+    before, after = ({name: tensor_of(bits), "base": tensor_of(bits)} for bits in (old, new))
+    changes = difference(State(1, before), State(2, after), POOL).changes
+    assert isinstance(changes[name], BitTensor)
+    assert isinstance(changes["base"], GapStep)
+
+
+def test_a_state_keeps_no_array_of_the_delta() -> None:
+    old, new = state_of(1), state_of(2, t=[1, 2])
+    delta = difference(old, new, POOL)
+    apply(delta, old, version=2, checksum=new.checksum(POOL), pool=POOL)
+    old.tensors["t"].bits[0] = 9
+    change = delta.changes["t"]
+    assert isinstance(change, BitTensor)
+    assert change.bits.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
