@@ -118,15 +118,15 @@ def test_changes_at_the_borders_of_blocks() -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_more_entries_than_fit_in_a_block(dtype: str) -> None:
-    """40,000 changes, most of them exceptions, so that the blocks of neither are full at once; forth and back."""
-    rng = np.random.default_rng(0)
-    old = tensor_of(rng.integers(0, 2**15, 300_000), dtype)
+    """20,000 neighbours, then 1,000 that only fillers reach; many are exceptions. Forth and back."""
+    rng, at = np.random.default_rng(0), np.cumsum([1] * 20_000 + [300] * 1000)
+    old = tensor_of(rng.integers(0, 2**15, at[-1] + 1), dtype)
     new = tensor_of(old.bits, dtype)
-    at = np.sort(rng.choice(old.bits.size, 40_000, replace=False))
     new.bits[at] += rng.integers(1, 400, at.size).astype(new.bits.dtype)
     change = difference(state_of(1, t=old), state_of(2, t=new), POOL).changes["t"]
     assert isinstance(change, GapStep if dtype == "BF16" else GapAbs)
-    assert np.concatenate(list(change.changed_positions())).tolist() == at.tolist()
+    found = np.concatenate(list(change.changed_positions())).tolist()
+    assert found == at.tolist() if dtype == "BF16" else set(found) > set(at.tolist())
     bits = old.bits.copy()
     undo = change.apply_to(bits)
     np.testing.assert_array_equal(bits, new.bits)
@@ -159,6 +159,8 @@ def test_a_tensor_changed_wholly_is_replaced_only_where_that_is_smaller() -> Non
     one_exception[7] = 1000
     assert isinstance(difference(state_of(1, t=old), state_of(2, t=by_one), POOL).changes["t"], GapStep), "200 bytes"
     assert isinstance(difference(state_of(1, t=old), state_of(2, t=one_exception), POOL).changes["t"], BitTensor)
+    zeros, ones = (tensor_of(bits, "F32") for bits in (old, by_one))
+    assert isinstance(difference(state_of(1, t=zeros), state_of(2, t=ones), POOL).changes["t"], BitTensor), "500 bytes"
 
 
 def test_an_adapter_goes_whole_however_little_of_it_changed() -> None:
