@@ -115,7 +115,7 @@ def test_a_full_queue_overrules_the_ratio() -> None:
     assert queue.offer(entry(3, num_bytes=10))  # room for it only without one of the used ones
     assert not queue.can_sample()
     assert not queue.offer(entry(4, num_bytes=11))
-    assert queue.can_sample()
+    assert (queue.can_sample(), queue.missing_inserts()) == (True, 0)
 
 
 def test_too_few_bytes_for_a_step_is_an_error_and_no_wait() -> None:
