@@ -145,7 +145,7 @@ def test_prompts_that_rollouts_need_count_in_the_bound() -> None:
     [
         ([7, 5, 1], 2),  # 13 tokens
         ([7, 7, 7], 3),  # no two of them in 12
-        ([5, 5, 5, 5, 5], 3),  # two at most
+        ([5] * 7, 4),  # two of them at most, though 35 tokens fit in three
         ([4, 4, 4], 1),
     ],
 )
