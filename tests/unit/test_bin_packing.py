@@ -144,8 +144,8 @@ def test_prompts_that_rollouts_need_count_in_the_bound() -> None:
     ("lengths", "bins"),
     [
         ([7, 5, 1], 2),  # 13 tokens
-        ([7, 7, 7], 3),  # no two of them in 12
-        ([5] * 7, 4),  # two of them at most, though 35 tokens fit in three
+        ([7, 7, 7, 1], 3),  # no two of the first in 12, though 22 tokens fit in two
+        ([*[5] * 7, 1], 4),  # two of the first at most, though 36 tokens fit in three
         ([4, 4, 4], 1),
     ],
 )
