@@ -134,8 +134,8 @@ def test_few_lengths_need_at_most_one_bin_more_than_possible(lengths: list[int])
 
 def test_prompts_that_rollouts_need_count_in_the_bound() -> None:
     """Nine completions of 224 fit behind one prompt of 32, but the ninth belongs to the next group of eight."""
-    families = [Family(32, (224,) * 8)] * 5
-    assert fewest_bins(families, 2048) == len(partition(families, 2048)) == 5
+    families = [Family(32, (224,) * 8)] * 18  # tokens alone would fit in 17 bins, completions nine by nine in 16
+    assert fewest_bins(families, 2048) == len(partition(families, 2048)) == 18
     assert fewest_bins([Family(32, (224,) * 9)] * 5, 2048) == 5
     assert fewest_bins([Family(0, (224,) * 8)] * 9, 2048) == 8
 
