@@ -74,7 +74,7 @@ def _least_tokens(family: Family, capacity: int) -> int:
     """A family too large for a bin repeats its prompt in each that it needs."""
     completions = sum(family.members)
     copies = math.ceil(completions / (capacity - family.prompt)) if completions else 1
-    return completions + max(1, copies) * family.prompt
+    return completions + copies * family.prompt
 
 
 def partition(families: Sequence[Family], capacity: int, *, multiple_of: int = 1) -> Bins:

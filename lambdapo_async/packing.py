@@ -75,7 +75,7 @@ class MicroBatch:
     """S: how often ``loss_mask_T`` is True, for those on the host who want to know and not wait for a device."""
 
     group_keys: tuple[str, ...]
-    """Of each rollout by its number; empty for a number that no token has."""
+    """Of each rollout by its number."""
 
     def loss_indices(self) -> Tensor:
         """[S] int64 the tokens with loss, in order."""
@@ -147,7 +147,7 @@ def _families(sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequen
     families: dict[bytes, list[TrainingSequence]] = {}
     for sequence in sorted(sequences, key=lambda each: (-len(each.token_ids), each.group_key)):
         families.setdefault(sequence.token_ids[: sequence.prompt_length].tobytes(), []).append(sequence)
-    return sorted(families.values(), key=lambda family: (-_lengths(family).num_tokens, family[0].group_key))
+    return list(families.values())
 
 
 def _lengths(family: Sequence[TrainingSequence]) -> Family:
@@ -166,6 +166,7 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
         starts[part] if part.before is None else _tokens_of(part.before, starts)[-1] for part in parts
     ]
     advantages = np.array([part.sequence.advantage for part in parts], np.float32)
+    keys = {part.rollout: part.sequence.group_key for part in parts}
     cut = [(part.sequence, slice(part.rows.start, part.rows.stop)) for part in parts]
     loss_mask_T = _column([sequence.loss_mask[rows] for sequence, rows in cut], np.bool_)
     return MicroBatch(
@@ -179,25 +180,22 @@ def _micro_batch(pieces: Sequence[Sequence[TrainingSequence]]) -> MicroBatch:
         token_versions_T=_column([sequence.token_versions[rows] for sequence, rows in cut], np.int64),
         segment_ids_T=torch.from_numpy(np.repeat([part.rollout for part in parts], lengths)),
         num_loss_tokens=int(loss_mask_T.sum()),
-        group_keys=_group_keys(parts),
+        group_keys=tuple(keys[rollout] for rollout in range(len(keys))),
     )
-
-
-def _group_keys(parts: Sequence[_Part]) -> tuple[str, ...]:
-    keys = {part.rollout: part.sequence.group_key for part in parts}
-    return tuple(keys.get(rollout, "") for rollout in range(max(keys) + 1))
 
 
 def _parts(pieces: Sequence[Sequence[TrainingSequence]]) -> tuple[list[_Part], list[_Part]]:
     """What lies in a micro-batch, in order: what the model is fed, and the last token of each completion that has any.
 
-    A completion of at most one token has no part in the first.
+    A completion of at most one token has no part in the first. Each number is that of some token, so there are no more
+    rollouts than tokens: those without any are the last of their prompt, and their numbers the next ones'.
     """
+    rollout = 0
     whole: list[_Part] = []
     completions: list[_Part] = []
     last: list[_Part] = []
     for first, *others in pieces:
-        rollout, end = len(whole) + len(completions), first.prompt_length
+        end = first.prompt_length
         if not others:
             whole.append(_Part(first, rollout, range(_num_fed(first, end))))
             ends = whole[-1:]
@@ -206,7 +204,9 @@ def _parts(pieces: Sequence[Sequence[TrainingSequence]]) -> tuple[list[_Part], l
             members = enumerate((first, *others), rollout)
             ends = [_Part(each, number, range(end, _num_fed(each, end)), prompt) for number, each in members]
             completions += ends
-        last += [_last_of(part) for part in ends if end < len(part.sequence.token_ids)]
+        with_tokens = [part for part in ends if end < len(part.sequence.token_ids)]
+        last += map(_last_of, with_tokens)
+        rollout += max(1, len(with_tokens))
     whole.sort(key=lambda part: -len(part.rows))
     completions.sort(key=lambda part: (-len(part.rows), -part.rows.start))
     return [part for part in (*whole, *completions) if part.rows], last

@@ -31,7 +31,7 @@ def write_moments(folder: Path, moments: Mapping[str, Tensor], ranks: Ranks, *, 
     Args:
         folder: the same for all ranks, on storage that all see.
         moments: ``moment:parameter`` -> sliced (DTensor) or equal on all ranks; the same names everywhere.
-        file_bytes: bound of a file, and about what a rank copies to the CPU at once.
+        file_bytes: bound of a file, as a mean over the ranks, and about what one copies to the CPU at once.
 
     Raises:
         CheckpointError: on every rank, when one could not write.

@@ -44,7 +44,7 @@ class MasterOptimizer:
             if parameter.dtype != torch.float32:
                 _add_up_in_float32(parameter, name, self._sums)
         self._adamw = torch.optim.AdamW(
-            self.masters.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            self.masters.values(), betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
     def clip(self, max_norm: float) -> Tensor:
@@ -70,7 +70,7 @@ class MasterOptimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """``moment:parameter`` -> tensor of everything AdamW remembers; empty before the first update."""
+        """``moment:parameter`` -> tensor of everything AdamW remembers; nothing of what never had a gradient."""
         return {
             f"{moment}:{name}": self._adamw.state[master][moment]
             for name, master in self.masters.items()

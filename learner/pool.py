@@ -67,7 +67,7 @@ class Pool:
     """Replay queue, counts and bias meter of one run. Not thread-safe: the learner's loop owns it.
 
     Args:
-        members: arrivals of the checkpoint's queue, in any order; others are ignored.
+        members: arrivals of the checkpoint's queue, in any order.
 
     Raises:
         ReplayError: a member is missing.
@@ -78,7 +78,7 @@ class Pool:
     ) -> None:
         state = state or PoolState()
         self._screen = screen
-        entries = (screen.entry(member) for member in members if member.number in state.replay.uses)
+        entries = map(screen.entry, members)
         self._queue = ReplayQueue[ReceivedGroup](ReplayLimits.of(config), state.replay, entries)
         self._taken, self._num_discarded = state.taken, state.num_discarded
         self._totals, self._dropped = Counter(state.totals), list(state.dropped)

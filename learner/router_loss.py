@@ -21,7 +21,7 @@ def balance_loss(logits_TX: Sequence[Tensor], *, top_k: int) -> Tensor:
     losses = []
     for layer_TX in logits_TX:
         probability_TX = layer_TX.float().softmax(dim=-1)
-        chosen_TK = probability_TX.topk(top_k, dim=-1).indices
+        chosen_TK = probability_TX.topk(top_k).indices
         num_experts = layer_TX.shape[-1]
         share_X = torch.bincount(chosen_TK.flatten(), minlength=num_experts) / chosen_TK.numel()
         losses.append(num_experts * (share_X * probability_TX.mean(dim=0)).sum())

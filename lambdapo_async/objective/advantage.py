@@ -35,13 +35,12 @@ def estimate_advantages(rewards_BG: Tensor, confidence_BG: Tensor, config: Advan
         config: estimator and controls, applied in the order std_norm, center, shift.
 
     Returns:
-        [B, G] float64, detached.
+        [B, G] float64.
     """
     if rewards_BG.ndim != 2 or rewards_BG.shape != confidence_BG.shape:
         raise ValueError(
             f"rewards {tuple(rewards_BG.shape)} and confidence {tuple(confidence_BG.shape)} must share one shape [B, G]"
         )
-    rewards_BG, confidence_BG = rewards_BG.detach().double(), confidence_BG.detach().double()
     if rewards_BG.numel() == 0 or rewards_BG.shape[1] < 2:
         return torch.zeros_like(rewards_BG)
     advantages_BG = estimator_of(config)(rewards_BG, confidence_BG, config)
@@ -85,7 +84,7 @@ def group_confidence(
         the others (0 when there are none).
     """
     reduce = np.sum if kind == "sum" else np.mean
-    usable_G = np.array([len(column) > 0 and bool(np.isfinite(column).all()) for column in logprobs], bool)
+    usable_G = np.array([len(column) > 0 and np.isfinite(column).all() for column in logprobs])
     confidence_G = np.zeros(len(logprobs))
     for index in np.flatnonzero(usable_G):
         confidence_G[index] = reduce(logprobs[index], dtype=np.float64)

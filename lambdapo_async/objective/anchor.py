@@ -11,28 +11,26 @@ def anchor_of(
     logprobs_T: Tensor,
     behavior_logprobs_T: Tensor,
     proximal_logprobs_T: Tensor | None,
-    alpha_T: Tensor | None = None,
+    alpha_T: Tensor,
 ) -> Tensor:
-    """[T] detached log-probabilities under the anchor.
+    """[T] log-probabilities under the anchor, without gradient.
 
     Args:
         spec: names the anchor.
-        logprobs_T: [T] float32 log pi, now.
+        logprobs_T: [T] float32 log pi, now; the only one with a gradient.
         behavior_logprobs_T: [T] float32 log mu.
         proximal_logprobs_T: [T] float32 log pi at the step's start; None in the first update, where it is pi now.
-        alpha_T: [T] float32, see :func:`version_alpha`; None in the first update, where it is 1.
+        alpha_T: [T] float32, see :func:`version_alpha`.
     """
-    logprobs_T, behavior_logprobs_T = logprobs_T.detach(), behavior_logprobs_T.detach()
+    logprobs_T = logprobs_T.detach()
     match spec.anchor:
         case "behavior":
             return behavior_logprobs_T
         case "latest":
             return logprobs_T
         case "proximal":
-            return logprobs_T if proximal_logprobs_T is None else proximal_logprobs_T.detach()
+            return logprobs_T if proximal_logprobs_T is None else proximal_logprobs_T
         case "interpolated":
-            if alpha_T is None:
-                return logprobs_T
             return logprobs_T - (1 - alpha_T) * (logprobs_T - behavior_logprobs_T)
 
 

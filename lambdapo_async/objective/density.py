@@ -79,10 +79,9 @@ def _numbers(text: str) -> list[str]:
 
 
 def _canonical(number: str) -> str:
-    """``1,000.50`` -> ``1000.5``: a spelling, not a float, because digits of a completion may have any length."""
+    """``1,000.50`` -> ``1000.5``, ``007`` -> ``7.``: no float, because digits of a completion may have any length."""
     whole, _, fraction = number.replace(",", "").partition(".")
-    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
-    return f"{whole}.{fraction}" if fraction else whole
+    return f"{whole.lstrip('0')}.{fraction.rstrip('0')}"
 
 
 def _common_multiset(ours: Sequence[str], theirs: Sequence[str]) -> int:

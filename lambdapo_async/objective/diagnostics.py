@@ -52,14 +52,14 @@ class TokenDiagnostics:
         """Count one micro-batch.
 
         Args:
-            logprobs_T: [T] float32 log pi; ignored where masked.
+            logprobs_T: [T] float32 log pi without gradient; ignored where masked.
             behavior_logprobs_T: [T] float32 log mu; ignored where masked.
             loss_mask_T: [T] bool.
             segment_ids_T: [T] int64 number of the token's sequence, 0..N-1.
             ages_T: [T] int64 versions between the one that sampled the token and the step's.
         """
         # Masks weigh and nothing is selected: how much would be is known on the device alone.
-        log_ratio_T = torch.where(loss_mask_T, logprobs_T.detach().double() - behavior_logprobs_T.detach().double(), 0)
+        log_ratio_T = torch.where(loss_mask_T, logprobs_T.double() - behavior_logprobs_T, 0)
         mask_T, abs_log_T = loss_mask_T.double(), log_ratio_T.abs()
         # There are no more sequences than tokens; one without a loss token is no sample.
         zeros_N = torch.zeros_like(log_ratio_T)
@@ -117,7 +117,7 @@ def token_metrics(sums: Mapping[str, float], abs_log_max: float) -> dict[str, fl
 
 def k3_divergence(logprobs_K: Tensor, behavior_logprobs_K: Tensor) -> Tensor:
     """[K] float64 k3 estimates of KL(mu || pi) in nats, ratio - 1 - log ratio with ratio pi / mu; never negative."""
-    return _k3(logprobs_K.detach().double() - behavior_logprobs_K.detach().double())
+    return _k3(logprobs_K.double() - behavior_logprobs_K)
 
 
 def group_diagnostics(rewards_BG: Tensor, confidence_BG: Tensor, advantages_BG: Tensor) -> dict[str, float]:

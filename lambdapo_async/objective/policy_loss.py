@@ -171,7 +171,7 @@ def _importance_weight(log_rho_T: Tensor, batch: _Batch, weight: RatioWeight) ->
         rho_T, outside_T = torch.where(applies_T, rho_T, 1.0), outside_T & applies_T
     match weight.op:
         case "none":
-            return rho_T, torch.zeros_like(outside_T)
+            return rho_T, outside_T
         case "truncate":
             return torch.where(outside_T, rho_T.clamp(weight.lo, weight.hi), rho_T), outside_T
         case "mask":
@@ -212,7 +212,7 @@ def _clipped_ratio(
         ratio_T.clamp(min=1 - surrogate.eps_lo, max=surrogate.dual),
         ratio_T.clamp(max=1 + surrogate.eps_hi),
     )
-    return bounded_T * advantages_T, (bounded_T != ratio_T).detach()
+    return bounded_T * advantages_T, bounded_T != ratio_T
 
 
 def _weighted_score(

@@ -60,9 +60,9 @@ def resolve_policy_loss(config: PolicyLossConfig, *, num_updates: int = 1) -> Po
     base = _CLIPPED if config.preset is None else _preset(config.preset, num_updates)
     spec = PolicyLossSpec(
         anchor=config.anchor or base.anchor,
-        weight=_merged(base.weight, config.weight, keep_base=config.preset is not None),
+        weight=_merged(base.weight, config.weight),
         reject=base.reject if config.reject is None else config.reject,
-        surrogate=_merged(base.surrogate, config.surrogate, keep_base=config.preset is not None),
+        surrogate=_merged(base.surrogate, config.surrogate),
         reduce=config.reduce or base.reduce,
     )
     _check_weight(spec, config.weight)
@@ -80,11 +80,9 @@ def trust_region_problem(spec: PolicyLossSpec, *, num_updates: int) -> str | Non
     )
 
 
-def _merged(base: KnobT, given: KnobT | None, *, keep_base: bool) -> KnobT:
-    """``base`` with the fields that the user wrote; values were validated when they were read."""
-    if given is None:
-        return base
-    return base.model_copy(update=given.model_dump(exclude_unset=True)) if keep_base else given
+def _merged(base: KnobT, given: KnobT | None) -> KnobT:
+    """``base`` with the fields that the user wrote, which are all that a knob dumps; they were validated when read."""
+    return base if given is None else base.model_copy(update=given.model_dump())
 
 
 def _require_all_knobs(config: PolicyLossConfig) -> None:
@@ -174,6 +172,7 @@ def _check_surrogate(spec: PolicyLossSpec, given: Surrogate | None) -> None:
         )
 
 
+# The knobs of _CLIPPED are the defaults: without a preset, what the user left out of one is theirs.
 _RAW = RatioWeight(op="none")
 _TRUNCATED = RatioWeight(level="token", op="truncate", hi=2.0)
 _PPO = Surrogate(kind="ppo", eps_lo=0.2, eps_hi=0.2)

@@ -39,14 +39,15 @@ def regularisation(  # noqa: PLR0913 - four columns of the same tokens
     Args:
         logprobs_T: [T] float32 log pi with gradient.
         entropy_T: [T] float32 entropy of the next token in nats, with gradient.
-        reference_logprobs_T: [T] float32 log-probabilities under the frozen reference; needed with a KL coefficient.
+        reference_logprobs_T: [T] float32 log-probabilities under the frozen reference, without gradient; needed with a
+            KL coefficient.
         loss_mask_T: [T] bool.
         segment_ids_T: [T] int64 number of the token's sequence.
         config: the coefficients; a term whose coefficient is 0 is not computed.
         reduce: as in the policy loss.
         denominator: counts of the whole optimizer update.
     """
-    terms_T, kl = torch.zeros_like(logprobs_T.detach()), None
+    terms_T, kl = torch.zeros_like(logprobs_T), None
     if config.kl.coefficient > 0:
         if reference_logprobs_T is None:
             raise ValueError("objective.kl.coefficient > 0 needs the reference's log-probabilities")
@@ -67,7 +68,7 @@ def kl_estimate(
     expectation 0, so k1 carries the gradient d * grad log pi, REINFORCE's for a penalty d in the reward; k2's is the
     same (arXiv:2510.01555).
     """
-    delta_T = torch.where(loss_mask_T, logprobs_T, 0.0) - torch.where(loss_mask_T, reference_logprobs_T.detach(), 0.0)
+    delta_T = torch.where(loss_mask_T, logprobs_T, 0.0) - torch.where(loss_mask_T, reference_logprobs_T, 0.0)
     match estimator:
         case "k1":
             return delta_T.detach() * (1 + delta_T - delta_T.detach())

@@ -99,5 +99,5 @@ class BiasMeter:
 
     def state(self) -> BiasState:
         """For the checkpoint."""
-        dropped = {reason: self.dropped_by_length(reason) for reason in sorted(self._dropped)}
+        dropped = {reason: self.dropped_by_length(reason) for reason in self._dropped}
         return BiasState(generated=self._generated, trained=self._trained, dropped=dropped)

@@ -75,7 +75,7 @@ class ReplayQueue(Generic[Item]):
         snapshot: ReplaySnapshot | None = None,
         members: Iterable[ReplayEntry[Item]] = (),
     ) -> None:
-        """A new queue, or the one of ``snapshot`` with its ``members`` as the journal holds them (others are ignored).
+        """A new queue, or the one of ``snapshot`` with its ``members``, in any order, as the journal holds them.
 
         Raises:
             ReplayError: a member is missing.
@@ -84,7 +84,7 @@ class ReplayQueue(Generic[Item]):
         self._limits, self._version, self._num_draws = limits, snapshot.version, snapshot.num_draws
         self._limiter = RateLimiter(limits.rate, snapshot.limiter)
         self._uses = dict(snapshot.uses)
-        self._entries = {entry.number: entry for entry in members if entry.number in self._uses}
+        self._entries = {entry.number: entry for entry in members}
         if missing := self._uses.keys() - self._entries.keys():
             raise ReplayError(
                 f"{len(missing)} of {len(self._uses)} groups of the checkpoint's replay queue are not in the journal "
@@ -129,7 +129,7 @@ class ReplayQueue(Generic[Item]):
 
     def missing_inserts(self) -> int:
         """Groups that must go in before the next batch, at least: what a waiting learner says."""
-        return 0 if self.can_sample() else max(1, self._limiter.missing_inserts())
+        return 0 if self.can_sample() else self._limiter.missing_inserts()
 
     def advance(self, version: int) -> None:
         """The policy is at ``version`` now: what is too old for it goes.
@@ -165,8 +165,7 @@ class ReplayQueue(Generic[Item]):
 
     def can_sample(self) -> bool:
         """Whether a batch can be taken. A full queue overrules the ratio: it could not go on otherwise."""
-        has_enough = self.num_groups >= self._limits.rate.groups_per_sample
-        return has_enough and (self._is_full or self._limiter.can_sample())
+        return self._is_full or self._limiter.can_sample()
 
     def sample(self) -> list[ReplayEntry[Item]]:
         """Take the groups of a step, none twice; ``ReplayError`` unless :meth:`can_sample`."""
@@ -233,7 +232,7 @@ class ReplayQueue(Generic[Item]):
 
     def _use(self, entry: ReplayEntry[Item]) -> None:
         self._uses[entry.number] += 1
-        if self._uses[entry.number] == 1 and self._limits.max_uses == 1:
+        if self._limits.max_uses == 1:
             self._consumed += 1
         if self._uses[entry.number] == self._limits.max_uses:
             self._remove(entry, "exhausted")

@@ -52,7 +52,7 @@ class RateLimit:
             )
         if self.samples_per_insert is None:
             return
-        if not 1.0 <= self.samples_per_insert < math.inf:
+        if not self.samples_per_insert >= 1.0:
             raise ValueError(
                 f"samples_per_insert = {self.samples_per_insert:g} is below 1: some groups would never be trained on"
             )
@@ -98,7 +98,7 @@ class RateLimiter:
         if limit.samples_per_insert is None:
             return below_size
         missing = -limit.error_buffer + limit.groups_per_sample - self.error
-        return max(below_size, math.ceil(missing / limit.samples_per_insert), 0)
+        return max(below_size, math.ceil(missing / limit.samples_per_insert))
 
     def missing_samples(self) -> int:
         """Samples of one group that must be taken before one more group may go in."""

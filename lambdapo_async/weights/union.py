@@ -53,7 +53,6 @@ class Union:
             mask = self._masks.setdefault(name, np.zeros((self._numel[name] + 7) // 8, np.uint8))
             for at in change.changed_positions():
                 np.bitwise_or.at(mask, at >> 3, np.left_shift(1, at & 7).astype(np.uint8))
-        self._whole.update(delta.removed)  # if it ever comes back
         for name in delta.removed:
             self._masks.pop(name, None)
 

@@ -1,6 +1,7 @@
 """Lambda advantages against a slow oracle, autograd and the properties of docs/algorithm.md, section 1."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -166,10 +167,22 @@ def test_a_batch_equals_its_groups(num_groups: int, size: int, estimator: str, w
         assert_close(together[row], alone[0])
 
 
-def test_groups_of_one_and_none() -> None:
-    for shape in [(3, 1), (0, 4), (2, 0)]:
-        zeros = torch.zeros(shape, dtype=torch.float64)
-        assert torch.equal(estimate_advantages(zeros + 1, zeros, AdvantageConfig(shift=1.0)), zeros)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("shape", [(3, 1), (1, 1), (0, 4), (2, 0)])
+def test_groups_of_one_and_none(shape: tuple[int, int], estimator: str) -> None:
+    zeros = torch.zeros(shape, dtype=torch.float64)
+    assert torch.equal(estimate_advantages(zeros + 1, zeros, AdvantageConfig(estimator=estimator, shift=1.0)), zeros)
+
+
+def test_the_shift_spares_a_group_of_equals_beside_others() -> None:
+    rewards_BG = torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
+    advantages_BG = estimate_advantages(rewards_BG, torch.zeros_like(rewards_BG), AdvantageConfig(shift=0.5))
+    assert_close(advantages_BG, torch.tensor([[0.0, 0.0], [2.5, -1.5]]).double())
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_pp"])
+def test_rewards_that_differ_by_rounding_are_not_blown_up(estimator: str) -> None:
+    assert one([0.1 + 0.2, 0.3], [0.0, 0.0], estimator=estimator).abs().max() < 1e-9
 
 
 def test_the_other_estimators() -> None:
@@ -184,7 +197,7 @@ def test_the_other_estimators() -> None:
 def test_reinforce_pp_divides_by_the_batch() -> None:
     rewards = [[1.0, 0.0], [4.0, 0.0]]
     config = AdvantageConfig(estimator="reinforce_pp")
-    actual = estimate_advantages(torch.tensor(rewards), torch.zeros(2, 2), config)
+    actual = estimate_advantages(torch.tensor(rewards, dtype=torch.float64), torch.zeros(2, 2), config)
     centred = [0.5, -0.5, 2.0, -2.0]
     assert_close(actual.flatten(), [value / reference.standard_deviation(centred) for value in centred])
 
@@ -201,20 +214,19 @@ def test_controls_come_in_order() -> None:
     assert_close(one(rewards, confidence, estimator="grpo", std_norm=True), one(rewards, confidence, estimator="grpo"))
 
 
-def test_advantages_carry_no_gradient() -> None:
-    rewards_BG = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    advantages_BG = estimate_advantages(rewards_BG, torch.zeros(1, 2, requires_grad=True), AdvantageConfig())
-    assert not advantages_BG.requires_grad
-    assert advantages_BG.dtype == torch.float64
-
-
-def test_shapes_must_agree() -> None:
-    with pytest.raises(ValueError, match=r"rewards \(2, 3\) and confidence \(3, 2\)"):
-        estimate_advantages(torch.zeros(2, 3), torch.zeros(3, 2), AdvantageConfig())
+@pytest.mark.parametrize("shape", [(2, 3), (6,)])
+def test_shapes_must_agree(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"rewards {re.escape(str(shape))} and confidence .* must share one shape"):
+        estimate_advantages(torch.zeros(shape), torch.zeros(shape if shape == (6,) else (3, 2)), AdvantageConfig())
 
 
 def columns(*rows: list[float]) -> list[np.ndarray]:
     return [np.array(row, np.float32) for row in rows]
+
+
+def test_confidence_is_summed_in_float64() -> None:
+    (row,) = columns([-0.1, -0.2, -0.7])
+    assert group_confidence([row], kind="sum")[0].tolist() == [math.fsum(row.tolist())]
 
 
 def test_confidence_kinds() -> None:

@@ -21,7 +21,11 @@ from lambdapo_async.objective.alarms import NAMES, TREND_STEPS, Alarms
             {"ratio/masked_pos": 0.05, "ratio/rejected_neg": 0.06},
             {"masked": "ratio/masked = 11% of the tokens are masked or rejected"},
         ),
+        ({"ratio/masked_pos": 0.1}, {}),
         ({"ratio/truncated_pos": 0.5, "ratio/clipped_neg": 0.5}, {}),
+        ({"reward/density": 0.5}, {}),
+        ({"reward/verifiable": 0.5}, {}),
+        ({"advantage/shift": -0.1}, {}),
         ({"advantage/shift": -0.1, "staleness/max": 0.0}, {}),
         ({"advantage/shift": -1e-17, "staleness/max": 3.0}, {}),
         (
@@ -57,6 +61,7 @@ def test_density_that_rises_alone_is_alarming() -> None:
     assert not any(density_alarm(flat, flat))
     assert not any(density_alarm(rising[::-1], flat))
     assert density_alarm(rising, rising[::-1])[-1]
+    assert not density_alarm(rising + rising[-1:] * steps, flat * 2)[-1], "what rose long ago is forgotten"
 
 
 def test_every_alarm_is_a_documented_metric() -> None:

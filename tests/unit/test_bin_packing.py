@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.lengths import draw_groups
-from lambdapo_async.bin_packing import Family, best_fit, fewest_bins, fullest, partition, spread, to_the_brim, work
+from lambdapo_async.bin_packing import (
+    LINEAR_TOKENS,
+    Family,
+    best_fit,
+    fewest_bins,
+    fullest,
+    partition,
+    spread,
+    to_the_brim,
+    work,
+)
 
 MAX_LENGTH = 4096
 FILL = {"lognormal": 0.97, "truncated": 0.965, "bimodal": 0.97, "near_max": 0.95}
@@ -124,10 +134,23 @@ def test_few_lengths_need_at_most_one_bin_more_than_possible(lengths: list[int])
 
 def test_prompts_that_rollouts_need_count_in_the_bound() -> None:
     """Nine completions of 224 fit behind one prompt of 32, but the ninth belongs to the next group of eight."""
-    families = [Family(32, (224,) * 8)] * 5
-    assert fewest_bins(families, 2048) == len(partition(families, 2048)) == 5
+    families = [Family(32, (224,) * 8)] * 18  # tokens alone would fit in 17 bins, completions nine by nine in 16
+    assert fewest_bins(families, 2048) == len(partition(families, 2048)) == 18
     assert fewest_bins([Family(32, (224,) * 9)] * 5, 2048) == 5
     assert fewest_bins([Family(0, (224,) * 8)] * 9, 2048) == 8
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bins"),
+    [
+        ([7, 5, 1], 2),  # 13 tokens
+        ([7, 7, 7, 1], 3),  # no two of the first in 12, though 22 tokens fit in two
+        ([*[5] * 7, 1], 4),  # two of the first at most, though 36 tokens fit in three
+        ([4, 4, 4], 1),
+    ],
+)
+def test_the_bound_of_a_few_lengths_in_bins_of_12(lengths: list[int], bins: int) -> None:
+    assert fewest_bins(alone(lengths), 12) == bins == exhaustive_count(lengths, 12)
 
 
 def just_over_a_quarter(random: np.random.Generator, count: int) -> np.ndarray:
@@ -187,6 +210,10 @@ def test_families_are_cut_where_that_saves_a_bin_and_only_there() -> None:
 def test_families_are_cut_so_that_every_rank_has_work() -> None:
     bins = partition([Family(8, (36,) * 8)], 1024, multiple_of=4)
     assert [[len(members) for _, members in bin_] for bin_ in bins] == [[2]] * 4
+
+
+def test_attention_costs_as_much_as_the_matrices_where_it_is_said_to() -> None:
+    assert work(LINEAR_TOKENS, ()) == 2 * LINEAR_TOKENS**2
 
 
 def test_work_counts_a_shared_prompt_once() -> None:

@@ -36,13 +36,13 @@ WIDE = replace(PRESETS["ppo"], surrogate=Surrogate(eps_lo=0.5, eps_hi=0.5))
 DECLARED_LATER: object = "no function"
 
 
-def run(*, updates: int = 1, **objective: object) -> RunConfig:
+def run(*, updates: int = 1, minibatches: int = 1, **objective: object) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": "unused", "max_length": 64},
             "task": {"kind": "arithmetic"},
             "sampling": {"max_tokens": 16},
-            "learner": {"epochs": updates},
+            "learner": {"epochs": updates, "minibatches": minibatches},
             "objective": objective,
         }
     )
@@ -130,6 +130,12 @@ def test_a_name_that_is_neither_ours_nor_a_path_is_refused_when_read(
 ) -> None:
     with pytest.raises(ValidationError, match=complaint):
         run(**objective)
+
+
+def test_the_automatic_preset_knows_how_many_updates_a_step_takes() -> None:
+    assert resolve_objective(run()) == PRESETS["cispo"]
+    for epochs, minibatches in ((2, 1), (1, 2), (2, 2)):
+        assert resolve_objective(run(updates=epochs, minibatches=minibatches)) == PRESETS["decoupled"]
 
 
 def test_one_s_own_preset_needs_a_trust_region_for_several_updates_too() -> None:

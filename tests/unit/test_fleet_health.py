@@ -49,11 +49,14 @@ def test_one_that_is_off_is_found_among_any_number(fleet: dict[str, float], valu
 def test_worked_examples() -> None:
     assert outliers({}) == outliers({"a": 9.0}) == []
     assert outliers({"a": 0.001, "b": 0.021}) == ["b"]
-    assert outliers({"a": 0.001, "b": 0.019}) == []
+    assert outliers({"a": 0.001, "b": MISMATCH_FLOOR}) == []
     assert outliers({"a": 0.01, "b": 0.09, "c": 0.01}) == []
     assert outliers({"a": 0.01, "b": MISMATCH_FACTOR * 0.01 + 1e-6, "c": 0.01}) == ["b"]
     assert outliers({"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.001}) == [], "three of four: the learner may be wrong"
     assert outliers({"a": 0.001, "b": math.nan, "c": 0.001}) == ["b"]
+    assert outliers({"a": 0.1, "b": math.nan, "c": 0.1}) == ["b"], "NaN is no part of what others are held against"
+    assert outliers({"a": math.nan, "b": math.nan, "c": 0.01}) == [], "two of three"
+    assert outliers({"a": math.nan, "b": math.nan, "c": 0.01, "d": 0.01}) == ["a", "b"]
 
 
 def test_nobody_is_judged_from_a_few_tokens() -> None:
@@ -64,7 +67,18 @@ def test_nobody_is_judged_from_a_few_tokens() -> None:
     assert health.outliers() == []
     add(health, "bad", k3=1.0, tokens=100)
     assert health.outliers() == ["bad"]
-    health.forget("bad")
+    add(health, "new", k3=1.0, tokens=MIN_FRESH_TOKENS)
+    add(health, "fair", k3=0.001, tokens=MIN_FRESH_TOKENS)
+    assert health.outliers() == ["bad", "new"]
+    for actor in ("bad", "new", "never seen"):
+        health.forget(actor)
+    assert health.outliers() == []
+
+
+def test_who_generates_more_is_not_more_off() -> None:
+    health = FleetHealth()
+    for tokens, actor in ((1000, "slow"), (1000, "slower"), (100_000, "fast")):
+        add(health, actor, k3=0.05, tokens=tokens)
     assert health.outliers() == []
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AriaTextConfig, AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AriaTextConfig, AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
 from learner.flops import ModelFlops, expert_share, peak_flops, utilisation
 from tests.tiny_models import SIZES, VOCAB, micro_batch, tiny_model
@@ -19,6 +19,14 @@ def test_the_count_is_the_one_by_hand(architecture) -> None:
     attention = LAYERS * QUERY * sum(length**2 * 2 * 2 * 3 / 2 for length in LENGTHS)
     expected = 6 * BODY * tokens + 6 * E * VOCAB * loss_tokens + attention
     assert ModelFlops.of(tiny_model(architecture)).training(batch) == expected
+
+
+def test_heads_without_a_size_of_their_own_share_the_hidden_size() -> None:
+    config = Qwen2Config(**{key: size for key, size in SIZES.items() if key != "head_dim"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert "head_dim" not in config.to_dict()
+    assert ModelFlops.of(model).attention == LAYERS * E
 
 
 def test_frozen_matrices_need_no_gradient_of_their_own() -> None:

@@ -122,6 +122,23 @@ def test_torch_compile_traces_parameters_between_micro_batches() -> None:
     assert not parameter.any()
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_what_has_no_gradient_keeps_its_weight_and_no_moments(dtype: torch.dtype) -> None:
+    def optimizer_of(used: nn.Parameter, idle: nn.Parameter) -> MasterOptimizer:
+        return MasterOptimizer({"idle": idle, "used": used}, LearnerConfig(), {"idle": dtype, "used": dtype})
+
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = optimizer_of(*parameters)
+    parameters[0].sum().backward()
+    optimizer.clip(1e9)
+    optimizer.step(lr=0.5)
+    assert [each.tolist() for each in parameters] == [[0.5] * 3, [1.0] * 3]
+    assert set(optimizer.state()) == {"exp_avg:used", "exp_avg_sq:used", "step:used"}
+    resumed = optimizer_of(*(nn.Parameter(torch.ones(3)) for _ in range(2)))
+    resumed.load_state(optimizer.state())
+    assert_equal(resumed.state(), optimizer.state())
+
+
 def test_updates_too_small_for_bfloat16_add_up_over_steps(dense: Path) -> None:
     rounded = {name: tensor.to(BF16).float() for name, tensor in load_file(dense / "model.safetensors").items()}
     save_file(rounded, dense / "model.safetensors", metadata={"format": "pt"})

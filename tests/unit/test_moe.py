@@ -1,5 +1,6 @@
 """Mixtures of experts of transformers train like any model."""
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -116,6 +117,14 @@ def test_balance_loss_is_the_papers(folder: Path) -> None:
     expected = NUM_EXPERTS * sum(f * p for f, p in zip(share, probability, strict=True))
     assert float(balance_loss([torch.tensor(logits_TX)], top_k=TOP_K)) == pytest.approx(expected, rel=1e-5)
     assert float(balance_loss([torch.zeros(8, 4)], top_k=4)) == pytest.approx(1.0)
+
+
+def test_balance_loss_of_two_layers_that_ask_one_expert_alone() -> None:
+    """Every token asks expert 0 or 1 of 4, whose probability is p, in bfloat16 as a model on a GPU says it."""
+    first, second = torch.tensor([[3.0, 0, 0, 0]] * 5), torch.tensor([[0, 1.0, 0, 0]] * 5)
+    p = [math.exp(logit) / (math.exp(logit) + 3) for logit in (3.0, 1.0)]
+    loss = float(balance_loss([first.bfloat16(), second.bfloat16()], top_k=1))
+    assert loss == pytest.approx(4 * (p[0] + p[1]) / 2, rel=1e-6)
 
 
 def test_the_auxiliary_loss_alone_evens_the_routers_out(folder: Path) -> None:

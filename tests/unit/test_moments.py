@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from lambdapo_async.durable import WAY_OUT
 from lambdapo_async.errors import CheckpointError
 from learner.moments import read_moments, write_moments
 from learner.parallel import ALONE, Ranks
@@ -43,7 +45,11 @@ def read(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("writers", "readers"), [(3, 1), (1, 2), (2, 3)])
 def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path: Path, writers: int, readers: int) -> None:
     folder = tmp_path / "optimizer"
-    write(ALONE, folder, 2**30) if writers == 1 else run_ranks(tmp_path, writers, write, folder, 2**30)
+    if writers == 1:
+        write(ALONE, folder, 2**30)
+    else:
+        run_ranks(tmp_path, writers, write, folder, 512)
+        assert len(list(folder.iterdir())) == 2 * writers, "a bound of each rank's files, not of all ranks' together"
     found = read(ALONE, folder) if readers == 1 else run_ranks(tmp_path, readers, read, folder)[0]
     torch.testing.assert_close(found, moments(ALONE), rtol=0, atol=0)
 
@@ -58,6 +64,7 @@ def test_files_are_bounded(tmp_path: Path) -> None:
 
 def test_nothing_is_written_before_the_first_update(tmp_path: Path) -> None:
     write_moments(tmp_path / "optimizer", {}, ALONE)
+    assert not (tmp_path / "optimizer").exists()
     assert read_moments(tmp_path / "optimizer", {}, ALONE) == {}
 
 
@@ -70,5 +77,5 @@ def test_a_parameter_of_another_shape_is_refused(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_reported_by_every_rank(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("no folder can be made here")
-    with pytest.raises(CheckpointError, match="rank 0"):
+    with pytest.raises(CheckpointError, match=f"rank 0: .*; {re.escape(WAY_OUT)}"):
         write_moments(blocked / "optimizer", moments(ALONE), ALONE)

@@ -1,5 +1,6 @@
 """Packing: nothing lost, nothing split, nothing over the budget, and full."""
 
+from dataclasses import replace
 from itertools import chain, pairwise
 from random import Random
 
@@ -164,6 +165,15 @@ def test_a_shared_prompt_lies_once_and_completions_alike_side_by_side() -> None:
     assert micro_batch.layout.runs == ((1, 8, 8), (2, 3, 3), (1, 3, 6), (3, 1, 4))
     assert len(micro_batch.input_ids_T) == 9 + 3 + 8 + 3 + 3
     assert micro_batch.layout.num_tokens == 26 - 6
+    (micro_batch,) = pack([*group(1, 3, [4, 2]), *group(2, 3, [4, 2])], token_budget=64)
+    assert micro_batch.layout.runs == ((2, 3, 3), (2, 3, 6), (2, 1, 4))
+
+
+def test_groups_of_one_prompt_share_it_in_any_order() -> None:
+    first, second = group(1, 3, [4, 2]), [replace(each, group_key="train:1:1") for each in group(1, 3, [4, 2])]
+    (one,), (other,) = pack([*first, *second], token_budget=64), pack([*second, *first], token_budget=64)
+    assert one.group_keys == other.group_keys == ("train:0:1", "train:1:1", "train:0:1", "train:1:1")
+    assert int((~one.loss_mask_T).sum()) == 3
 
 
 def test_a_group_larger_than_the_budget_repeats_its_prompt() -> None:
@@ -179,6 +189,13 @@ def test_rollouts_without_tokens_leave_their_prompt() -> None:
     (micro_batch,) = pack(group(1, 3, [0, 0]), token_budget=BUDGET)
     assert micro_batch.layout.runs == ((1, 3, 3),)
     assert not micro_batch.loss_mask_T.any()
+
+
+def test_there_are_no_more_rollouts_than_tokens() -> None:
+    """What is summed by rollout has room for as many as there are tokens."""
+    (micro_batch,) = pack([*group(1, 1, [3, *[0] * 9]), *group(2, 1, [0, 0]), *group(3, 1, [1])], token_budget=BUDGET)
+    assert micro_batch.group_keys == ("train:0:1", "train:0:3", "train:0:2")
+    assert sorted(set(micro_batch.segment_ids_T.tolist())) == [0, 1, 2]
 
 
 @settings(deadline=None)

@@ -7,7 +7,7 @@ import pytest
 
 from lambdapo_async.config.objective import PolicyLossConfig, RatioWeight, Rejection, Surrogate
 from lambdapo_async.errors import ConfigError
-from lambdapo_async.objective.presets import PRESETS, resolve_policy_loss, trust_region_problem
+from lambdapo_async.objective.presets import PRESETS, PolicyLossSpec, resolve_policy_loss, trust_region_problem
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -26,6 +26,14 @@ def test_a_published_preset_survives_the_knobs_written_out() -> None:
         reduce=spec.reduce,
     )
     assert resolve_policy_loss(PolicyLossConfig.model_validate_json(config.model_dump_json())) == spec
+
+
+def test_without_a_preset_a_knob_has_its_own_defaults() -> None:
+    for weight, surrogate in ((RatioWeight(), Surrogate()), (RatioWeight(op="mask"), Surrogate(kind="score"))):
+        config = PolicyLossConfig(
+            preset=None, anchor="behavior", weight=weight, reject=(), surrogate=surrogate, reduce="constant"
+        )
+        assert resolve_policy_loss(config) == PolicyLossSpec("behavior", weight, (), surrogate, "constant")
 
 
 def test_aliases() -> None:
@@ -73,6 +81,7 @@ def test_who_has_a_trust_region(name: str, expected: bool) -> None:
 def test_a_clip_around_pi_itself_is_no_trust_region() -> None:
     spec = resolve_policy_loss(PolicyLossConfig(preset="ppo", anchor="latest"))
     assert "minibatches * learner.epochs = 3" in str(trust_region_problem(spec, num_updates=3))
+    assert not resolve_policy_loss(PolicyLossConfig(preset="cispo", anchor="behavior")).has_trust_region, "nor a score"
 
 
 def test_a_knob_overrides_the_preset_s_field_by_field() -> None:
@@ -85,6 +94,15 @@ def test_a_knob_overrides_the_preset_s_field_by_field() -> None:
     assert single == replace(decoupled, surrogate=Surrogate(kind="ppo"))
     anchored = PolicyLossConfig(preset="cispo", anchor="behavior", surrogate=Surrogate(eps_lo=0.1))
     assert resolve_policy_loss(anchored).surrogate == Surrogate(kind="score", eps_lo=0.1)
+    assert resolve_policy_loss(PolicyLossConfig(preset="ppo", reduce="sequence")).reduce == "sequence"
+
+
+def test_what_may_be_written_though_it_changes_little() -> None:
+    point = resolve_policy_loss(PolicyLossConfig(weight=RatioWeight(lo=2.0)))
+    assert (point.weight.lo, point.weight.hi) == (2.0, 2.0)
+    assert resolve_policy_loss(PolicyLossConfig(surrogate=Surrogate(kind="score"))) == PRESETS["cispo"]
+    own = Surrogate(kind="somebody.s:surrogate", eps_lo=0.1)
+    assert resolve_policy_loss(PolicyLossConfig(surrogate=own)).surrogate == own, "it may read its fields as it likes"
 
 
 def test_a_rejection_replaces_the_preset_s_as_a_whole() -> None:
@@ -113,11 +131,18 @@ def test_what_was_overridden_survives_publishing(config: PolicyLossConfig) -> No
     [
         (PolicyLossConfig(preset="cipso"), "'cipso' is unknown; did you mean cispo"),
         (PolicyLossConfig(preset="grpo"), "did you mean"),
+        (PolicyLossConfig(preset="?"), "did you mean"),
         (PolicyLossConfig(preset=None), "set anchor, weight, reject, surrogate, reduce, or a preset"),
         (PolicyLossConfig(preset=None, anchor="latest", weight=RatioWeight(), reject=()), "set surrogate, reduce, or"),
         (PolicyLossConfig(preset="ppo", weight=RatioWeight(hi=5.0)), r"bounds \[0, 5\] but op = 'none'"),
         (PolicyLossConfig(weight=RatioWeight(op="mask", lo=3.0)), "lo = 3 exceeds hi = 2"),
         (PolicyLossConfig(preset="cispo", surrogate=Surrogate(eps_lo=0.1)), "eps_lo cannot matter with anchor = 'lat"),
+        (
+            PolicyLossConfig(
+                preset="ppo", anchor="latest", surrogate=Surrogate(level="geo", eps_lo=0, eps_hi=1, dual=3)
+            ),
+            ": dual, eps_hi, eps_lo, level cannot",
+        ),
         (PolicyLossConfig(preset="cispo", surrogate=Surrogate(dual=3.0)), "which ignores them"),
         (PolicyLossConfig(preset="topr", surrogate=Surrogate(second_moment=0.1)), "which ignores them"),
         (PolicyLossConfig(preset="gspo", surrogate=Surrogate(second_moment=0.1)), "level is 'geo'"),

@@ -1,5 +1,6 @@
 """Dealing micro-batches to ranks: nothing lost, equal counts, work alike, and fillers that add nothing."""
 
+from dataclasses import fields
 from itertools import chain
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lambdapo_async.packing import pack
+from lambdapo_async.bin_packing import work
+from lambdapo_async.packing import MicroBatch, pack
 from lambdapo_async.rank_balance import filler, split_over_ranks, work_of
 from learner.logprobs import packed_logprobs
 from tests.tiny_models import micro_batch, tiny_model
@@ -51,6 +53,17 @@ def test_too_few_sequences_are_filled_up(world_size: int) -> None:
     batches = pack([sequence(1, 9)], token_budget=32, multiple_of=world_size)
     shares = split_over_ranks(batches, world_size)
     assert [int(share[0].loss_mask_T.sum()) for share in shares] == [8] + [0] * (world_size - 1)
+
+
+def test_work_is_in_the_packers_units() -> None:
+    assert work_of(micro_batch((900, 60))) == work(900, ()) + work(60, ())
+
+
+def test_a_filler_has_the_columns_of_a_micro_batch() -> None:
+    (real,) = pack([sequence(1, 9)], token_budget=32)
+    for name in (field.name for field in fields(MicroBatch) if field.name.endswith("_T")):
+        column_T, expected_T = getattr(filler(), name), getattr(real, name)
+        assert (column_T.shape, column_T.dtype) == ((1,), expected_T.dtype), name
 
 
 def test_a_filler_runs_both_passes_and_adds_exactly_zero() -> None:

@@ -81,8 +81,18 @@ def test_deltas_say_when_a_side_may_go_on(limit: RateLimit, inserts: int, sample
         assert not RateLimiter(limit, LimiterCounts(inserts=inserts, samples=samples + missing - 1)).can_insert()
 
 
+def test_a_third_of_an_insert_short_is_one_short() -> None:
+    """The error would fall from 1.5 * (3 - 2) - 2 = -0.5 to -2.5, below the buffer of 2 by a third of an insert."""
+    limit = RateLimit(groups_per_sample=2, min_size=2, samples_per_insert=1.5, error_buffer=2.0)
+    limiter = RateLimiter(limit, LimiterCounts(inserts=3, samples=2))
+    assert (limiter.error, limiter.missing_inserts(), limiter.can_sample()) == (-0.5, 1, False)
+    limiter.inserted()
+    assert (limiter.error, limiter.missing_inserts(), limiter.can_sample()) == (1.0, 0, True)
+
+
 def test_without_a_ratio_only_the_size_counts() -> None:
     limiter = RateLimiter(RateLimit(groups_per_sample=2, min_size=3))
+    assert limiter.error == 0.0
     limiter.inserted()
     limiter.inserted()
     assert not limiter.can_sample()
@@ -119,6 +129,7 @@ def test_counts_restore_it() -> None:
     ("kwargs", "says"),
     [
         ({"groups_per_sample": 4, "min_size": 3}, "raise it"),
+        ({"groups_per_sample": 0, "min_size": 0}, "holds no sample of 0 groups"),
         ({"groups_per_sample": 1, "min_size": 1, "samples_per_insert": 0.5, "error_buffer": 9.0}, "never be trained"),
         ({"groups_per_sample": 4, "min_size": 4, "samples_per_insert": 2.0, "error_buffer": 3.9}, "raise it to 4"),
         ({"groups_per_sample": 1, "min_size": 1, "samples_per_insert": 3.0, "error_buffer": 2.0}, "raise it to 3"),

@@ -64,10 +64,11 @@ def test_their_expected_gradient_is_the_gradient_of_the_kl() -> None:
 
 
 def test_no_coefficient_no_term() -> None:
-    columns = (LOGPROBS_T, ENTROPY_T, None, MASK_T, SEGMENTS_T)
+    columns = (LOGPROBS_T, ENTROPY_T.clone().requires_grad_(), None, MASK_T, SEGMENTS_T)
     result = regularisation(*columns, config=ObjectiveConfig(), reduce="token", denominator=DENOMINATOR)
     assert float(result.loss) == 0.0
     assert result.kl is None
+    assert not result.loss.requires_grad, "no backward pass computes what is multiplied by 0"
 
 
 def test_entropy_is_a_bonus() -> None:

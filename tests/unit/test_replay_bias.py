@@ -10,6 +10,7 @@ from lambdapo_async.replay.bias import BiasMeter, BiasState, GroupShape
 def test_bias_meter_sees_that_long_and_hard_groups_are_starved() -> None:
     meter = BiasMeter()
     assert math.isnan(meter.length_ratio)
+    assert math.isnan(meter.difficulty_gap)
     short, long = GroupShape(100, 0.2), GroupShape(900, 0.8)
     for shape in (short, long):
         meter.generated(shape)
@@ -17,12 +18,19 @@ def test_bias_meter_sees_that_long_and_hard_groups_are_starved() -> None:
     meter.dropped("stale", long)
     meter.dropped("stale", GroupShape(1024, 1.0))
     meter.dropped("stale", GroupShape(0, 1.0))
-    assert meter.length_ratio == pytest.approx(100 / 500)
-    assert meter.difficulty_gap == pytest.approx(0.2 - 0.5)
-    assert meter.dropped_by_length("stale") == {0: 1, 1024: 2}
-    assert meter.dropped_by_length("evicted") == {}
-    restored = BiasMeter(BiasState.model_validate_json(meter.state().model_dump_json()))
-    assert restored.state() == meter.state()
+    for each in (meter, BiasMeter(BiasState.model_validate_json(meter.state().model_dump_json()))):
+        assert each.length_ratio == pytest.approx(100 / 500)
+        assert each.difficulty_gap == pytest.approx(0.2 - 0.5)
+        assert list(each.dropped_by_length("stale").items()) == [(0, 1), (1024, 2)]
+        assert each.dropped_by_length("evicted") == {}
+
+
+def test_groups_without_tokens_have_no_length_to_compare() -> None:
+    meter = BiasMeter()
+    meter.generated(GroupShape(0, 1.0))
+    meter.trained(GroupShape(0, 1.0))
+    assert math.isnan(meter.length_ratio)
+    assert meter.difficulty_gap == 0.0
 
 
 @pytest.mark.parametrize(("length", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (1025, 2048)])

@@ -47,16 +47,19 @@ def test_it_keeps_as_much_as_the_budget_allows(tokens: list[tuple[float, float]]
 
 
 def test_by_hand() -> None:
-    """Squares 0.01, 0.04, 0.09 average 0.0467: the last goes, and the bound lies between 0.2 and 0.3."""
-    surrogate = solved([0.1, -0.2, 0.3, -5.0, 0.0], [1.0, -1.0, 1.0, 1.0, -1.0], 0.04)
+    """Squares 0.01, 0.04, 0.09 average 0.0467: the last goes, and the bound lies between 0.2 and 0.3.
+
+    What did not move is not outward, else three zeros would pay for it.
+    """
+    surrogate = solved([0.1, -0.2, 0.3, -5.0, *[0.0] * 3], [1.0, -1.0, 1.0, 1.0, *[1.0] * 3], 0.04)
     assert surrogate.eps_hi == pytest.approx(math.exp(0.25) - 1)
     assert surrogate.eps_lo == pytest.approx(1 - math.exp(-0.25))
     assert (surrogate.second_moment, surrogate.dual) == (None, 3.0)
 
 
 def test_within_budget_nothing_is_clipped() -> None:
-    for log_ratios in ([0.1, -0.1], [], [-5.0, -4.0]):
-        surrogate = solved(log_ratios, [1.0] * len(log_ratios), 0.04)
+    for log_ratios, budget in (([0.1, -0.1], 0.04), ([], 0.04), ([-5.0, -4.0], 0.04), ([0.5], 0.25)):
+        surrogate = solved(log_ratios, [1.0] * len(log_ratios), budget)
         assert (surrogate.eps_hi, surrogate.eps_lo) == (math.inf, 1.0)
 
 

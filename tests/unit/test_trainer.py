@@ -15,7 +15,7 @@ from lambdapo_async.errors import ConfigError
 from lambdapo_async.objective.advantage import estimate_advantages
 from lambdapo_async.objective.presets import PRESETS
 from lambdapo_async.packing import MicroBatch
-from learner.sequences import proximal_confidence
+from learner.sequences import proximal_confidence, rank_shares, training_sequences
 from learner.trainer import Trainer
 from tests.bigram_policy import BigramPolicy
 from tests.step_groups import LENGTHS, REGULARISED, REWARDS, Scorer, advantages_of, config, groups_by, preset
@@ -60,6 +60,25 @@ def test_on_policy_every_preset_is_reinforce(name: str) -> None:
     (expected,) = torch.autograd.grad(loss / tokens, policy.logits_VV)
     Trainer(policy, run).step(groups, version=0)  # type: ignore[arg-type]
     torch.testing.assert_close(policy.gradients[0], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_every_column_of_a_sequence_tells_of_its_own_token() -> None:
+    groups = groups_by(bigram().completion_logprobs, versions=(1, 3))
+    sequences = training_sequences(groups, torch.arange(6.0).reshape(2, 3))
+    rollouts = [(received.group, rollout) for received in groups for rollout in received.group.rollouts]
+    for number, (sequence, (group, rollout)) in enumerate(zip(sequences, rollouts, strict=True)):
+        prompt = group.prompt_ids.tolist()
+        columns = (sequence.token_ids, sequence.loss_mask, sequence.behavior_logprobs, sequence.token_versions)
+        assert [column.tolist() for column in columns] == [
+            prompt + rollout.completion_ids.tolist(),
+            [False] * len(prompt) + [True] * rollout.num_tokens,
+            [0.0] * len(prompt) + rollout.behavior_logprobs.tolist(),
+            [-1] * len(prompt) + rollout.token_versions.tolist(),
+        ]
+        assert [column.dtype for column in columns] == [np.int32, np.bool_, np.float32, np.int64]
+        assert (sequence.advantage, sequence.group_key) == (number, group.lease.id)
+    shares = rank_shares(sequences, token_budget=64, num_shares=3)
+    assert all(batch.loss_mask_T.any() for share in shares for batch in share), "work for every rank"
 
 
 @pytest.mark.parametrize("name", ["cispo", "m2po", "gspo", "a3po", "seq_mis"])
@@ -162,8 +181,15 @@ def test_a_kl_penalty_without_a_reference_is_refused() -> None:
         Trainer(bigram(), run)  # type: ignore[arg-type]
 
 
-def test_proximal_confidence_is_the_learner_s_own() -> None:
-    policy, run = bigram(), config(objective={"advantage": {"confidence_policy": "proximal", "confidence": "mean"}})
+@pytest.mark.parametrize("tokens", [64, 20], ids=["one micro-batch", "several"])
+def test_proximal_confidence_is_the_learner_s_own(tokens: int) -> None:
+    policy = bigram()
+    run = config(
+        objective={"advantage": {"confidence_policy": "proximal", "confidence": "mean"}},
+        model={"max_length": tokens},
+        learner={"micro_batch_tokens": tokens},
+        sampling={"max_tokens": 8},
+    )
     groups = groups_by(policy.completion_logprobs, noise=1.0)
     found = proximal_confidence(policy, groups, run)  # type: ignore[arg-type]
     for received, row in zip(groups, found, strict=True):
@@ -237,6 +263,13 @@ def test_mismatch_is_the_engine_s_and_not_the_step_s_own_updates(name: str, upda
     assert sum(fresh.k3_sum for fresh in result.fresh_by_group) == pytest.approx(0.0, abs=1e-6)
     measured = sum(fresh.count for fresh in result.fresh_by_group)
     assert result.metrics["mismatch/fresh_share"] == pytest.approx(measured / sum(sum(each) for each in LENGTHS))
+
+
+def test_a_step_of_one_group_measures_one() -> None:
+    policy = bigram(lr=0.0)
+    group = groups_by(policy.completion_logprobs, noise=0.4)[0]
+    (fresh,) = Trainer(policy, config()).step([group], version=0).fresh_by_group  # type: ignore[arg-type]
+    assert fresh.count == group.group.num_completion_tokens
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambdapo_async.errors import WeightsError
+from lambdapo_async.weights.adapter import PREFIX
 from lambdapo_async.weights.delta import apply, difference
 from lambdapo_async.weights.delta_file import DeltaFile, make_delta, read_delta
 from lambdapo_async.weights.gaps import GapAbs, GapStep, positions
@@ -92,6 +93,9 @@ def test_rare_changes_take_wide_gaps() -> None:
     assert change.gap.dtype == np.uint16
     assert change.gap.tolist() == [10, 19_989, 65_535, 54_462]
     assert list(change.step) == [1, 1, 0, 1]
+    narrow, wide = (gaps_of(*with_changes(1000, at)).gap for at in ([10, 20, 321, 622], [10, 311, 612, 913]))
+    assert (narrow.dtype, narrow.size) == (np.uint8, 6), "12 bytes with fillers and steps, as many as wide"
+    assert (wide.dtype, wide.size) == (np.uint16, 4), "12 bytes, narrow 14"
 
 
 def test_only_steps_that_int8_cannot_hold_are_exceptions() -> None:
@@ -112,18 +116,22 @@ def test_changes_at_the_borders_of_blocks() -> None:
     np.testing.assert_array_equal(followed(state_of(1, t=old), state_of(2, t=new)).tensors["t"].bits, new)
 
 
-def test_more_entries_than_fit_in_a_block() -> None:
-    old = np.zeros(300_000, np.uint16)
-    new = np.random.default_rng(0).integers(0, 300, old.size).astype(np.uint16)  # many exceptions, in every block
-    state = state_of(1, t=old)
-    apply(
-        difference(state, state_of(2, t=new), POOL),
-        state,
-        version=2,
-        checksum=state_of(2, t=new).checksum(POOL),
-        pool=POOL,
-    )
-    np.testing.assert_array_equal(state.tensors["t"].bits, new)
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_more_entries_than_fit_in_a_block(dtype: str) -> None:
+    """20,000 neighbours, then 1,000 that only fillers reach; many are exceptions. Forth and back."""
+    rng, at = np.random.default_rng(0), np.cumsum([1] * 20_000 + [300] * 1000)
+    old = tensor_of(rng.integers(0, 2**15, at[-1] + 1), dtype)
+    new = tensor_of(old.bits, dtype)
+    new.bits[at] += rng.integers(1, 400, at.size).astype(new.bits.dtype)
+    change = difference(state_of(1, t=old), state_of(2, t=new), POOL).changes["t"]
+    assert isinstance(change, GapStep if dtype == "BF16" else GapAbs)
+    found = np.concatenate(list(change.changed_positions())).tolist()
+    assert found == at.tolist() if dtype == "BF16" else set(found) > set(at.tolist())
+    bits = old.bits.copy()
+    undo = change.apply_to(bits)
+    np.testing.assert_array_equal(bits, new.bits)
+    undo.apply_to(bits)
+    np.testing.assert_array_equal(bits, old.bits)
 
 
 def test_positions_are_the_cumulated_gaps() -> None:
@@ -147,9 +155,32 @@ def test_float32_changes_are_values() -> None:
 
 def test_a_tensor_changed_wholly_is_replaced_only_where_that_is_smaller() -> None:
     old = np.zeros(100, np.uint16)
-    by_one, by_many = state_of(2, t=old + 1), state_of(2, t=old + 1000)
-    assert isinstance(difference(state_of(1, t=old), by_one, POOL).changes["t"], GapStep)
-    assert isinstance(difference(state_of(1, t=old), by_many, POOL).changes["t"], BitTensor)
+    by_one, one_exception = old + 1, old + 1
+    one_exception[7] = 1000
+    assert isinstance(difference(state_of(1, t=old), state_of(2, t=by_one), POOL).changes["t"], GapStep), "200 bytes"
+    assert isinstance(difference(state_of(1, t=old), state_of(2, t=one_exception), POOL).changes["t"], BitTensor)
+    zeros, ones = (tensor_of(bits, "F32") for bits in (old, by_one))
+    assert isinstance(difference(state_of(1, t=zeros), state_of(2, t=ones), POOL).changes["t"], BitTensor), "500 bytes"
+
+
+def test_an_adapter_goes_whole_however_little_of_it_changed() -> None:
+    name = f"{PREFIX}layers.0.q_proj.lora_A.weight"
+    old, new = np.zeros(100, np.uint16), np.zeros(100, np.uint16)
+    new[7] = 1
+    before, after = ({name: tensor_of(bits), "base": tensor_of(bits)} for bits in (old, new))
+    changes = difference(State(1, before), State(2, after), POOL).changes
+    assert isinstance(changes[name], BitTensor)
+    assert isinstance(changes["base"], GapStep)
+
+
+def test_a_state_keeps_no_array_of_the_delta() -> None:
+    old, new = state_of(1), state_of(2, t=[1, 2])
+    delta = difference(old, new, POOL)
+    apply(delta, old, version=2, checksum=new.checksum(POOL), pool=POOL)
+    old.tensors["t"].bits[0] = 9
+    change = delta.changes["t"]
+    assert isinstance(change, BitTensor)
+    assert change.bits.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +197,13 @@ def test_nothing_changed_is_an_empty_delta() -> None:
     delta = difference(old, new, POOL)
     assert (delta.changes, delta.removed, delta.changed) == ({}, (), 0)
     assert followed(old, new).checksum(POOL) == new.checksum(POOL)
+
+
+def test_what_was_removed_is_named_in_order() -> None:
+    """Else the file of the same two states would be another one in every process."""
+    names = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    delta = difference(state_of(1, **{name: [1] for name in names}), state_of(2), POOL)
+    assert delta.removed == tuple(sorted(names))
 
 
 def test_scalars_and_empty_tensors() -> None:

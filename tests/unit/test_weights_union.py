@@ -54,6 +54,7 @@ def test_its_entries_are_those_that_changed_since_the_keyframe() -> None:
     assert isinstance(change, GapAbs)
     assert (change.gap.tolist(), change.val.bits.tolist()) == ([2, 8], [3, 13])
     assert union_of(*versions).changed_share() == pytest.approx(2 / 12)
+    assert file_of(*versions).delta.changed == 2
 
 
 def test_fillers_of_steps_are_no_changes() -> None:
@@ -93,6 +94,11 @@ def test_a_tensor_that_came_and_left_is_removed_wherever_it_is() -> None:
         assert as_reference(state) == as_reference(versions[2])
 
 
+def test_what_was_removed_is_named_in_order() -> None:
+    names = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    assert file_of(state_of(1, **{name: [1] for name in names}), state_of(2)).delta.removed == tuple(sorted(names))
+
+
 def test_nothing_recorded_changes_nothing() -> None:
     union = union_of(state_of(1, a=[1, 2]))
     assert union.changed_share() == 0
@@ -102,6 +108,17 @@ def test_nothing_recorded_changes_nothing() -> None:
 def test_a_change_of_type_counts_as_wholly_changed() -> None:
     union = union_of(state_of(1, a=[1, 2], b=[1, 2]), state_of(2, a=tensor_of([1, 2], "F16"), b=[1, 2]))
     assert union.changed_share() == pytest.approx(0.5)
+
+
+def test_the_changed_share_is_of_what_the_file_carries() -> None:
+    base, little = state_of(1, t=[1, 2, 3, 4]), state_of(2, t=[1, 2, 3, 5])
+    wholly, gone = state_of(3, t=tensor_of([1, 2, 3, 5], "F16")), state_of(3)
+    assert union_of(base, little).changed_share() == 1 / 4
+    assert union_of(base, little, wholly).changed_share() == 1
+    assert union_of(base, little, gone).changed_share() == 0
+    assert union_of(base, state_of(2, t=[1, 2, 3, 4], new=[7])).changed_share() == 0, "nothing of the keyframe"
+    assert union_of(state_of(1, t=[1]), state_of(2, t=[2])).changed_share() == 1
+    assert union_of(state_of(1)).changed_share() == 0
 
 
 @pytest.mark.parametrize("version", [0, 3, 4])
