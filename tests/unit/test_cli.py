@@ -121,6 +121,20 @@ def test_a_dry_learner_misses_its_rows(config_path, tmp_path, capsys):
     assert "none.jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("broker.url=http://elsewhere", "is no Redis URL"),
+        ("objective.policy_loss.preset=no_such_module:LOSS", "no_such_module"),
+    ],
+)
+def test_a_dry_learner_finds_what_can_be_found_without_redis(config_path, tmp_path, capsys, override, expected):
+    with pytest.raises(SystemExit) as ended:
+        run_main(learner_app, [str(config_path), "--set", f"output_dir={tmp_path}", "--set", override, "--dry-run"])
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
 def test_a_dry_demo_says_what_it_would_start_and_starts_nothing(config_path, tmp_path, capsys):
     overrides = ("--set", "evaluation.target=0.9", "--set", f"output_dir={tmp_path / 'outputs'}")
     assert run("demo", "--config", config_path, *overrides, "--run-id", "d1", "--actors", "3", "--dry-run") == 0
