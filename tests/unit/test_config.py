@@ -120,6 +120,13 @@ def test_a_template_has_room_for_the_prompt(config_file: Path) -> None:
     assert "task.template = 'Think.': string should match pattern" in complaint(config_file)
 
 
+def test_a_task_without_rewards_would_reward_everything(config_file: Path) -> None:
+    config_file.write_text(
+        '[model]\npath = "m"\n[task]\nkind = "jsonl"\ntrain_path = "a"\nheldout_path = "b"\nrewards = []\n'
+    )
+    assert "task.rewards = []: tuple should have at least 1 item" in complaint(config_file)
+
+
 def test_all_problems_of_one_file_come_at_once(config_file: Path) -> None:
     message = complaint(config_file, "learner.lr=-1", "rollout.group_siz=2")
     assert "learner.lr" in message
