@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _SWAP_TIMEOUT_S = 600.0
 
 
-class Engine(AsyncLLM):
+class Engine(AsyncLLM):  # type: ignore[misc]  # vLLM has no types
     """vLLM's, which ends when its owner shuts it down."""
 
     def __del__(self) -> None:

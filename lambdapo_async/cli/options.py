@@ -43,11 +43,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check what can be, say 
 
 
 def _set_option(help_text: str) -> OptionInfo:
-    return typer.Option("--set", metavar="KEY=VALUE", show_default=False, help=f"{help_text}; may be repeated.")
+    help_text = f"{help_text}; may be repeated."
+    option: OptionInfo = typer.Option("--set", metavar="KEY=VALUE", show_default=False, help=help_text)
+    return option
 
 
 if TYPE_CHECKING:
-    Overrides = ActorOverrides = Sequence[str]  # so that `= ()` is a default; typer itself knows lists only
+    Overrides = Sequence[str]  # so that `= ()` is a default; typer itself knows lists only
+    ActorOverrides = Sequence[str]
 else:
     Overrides = Annotated[list[str], _set_option("Override one config value, for example learner.lr=1e-6")]
     ActorOverrides = Annotated[

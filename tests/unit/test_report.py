@@ -12,6 +12,7 @@ from lambdapo_async.report.curves import REWARD_CHART, draw, marked_events
 from lambdapo_async.report.page import compare, write_report
 from lambdapo_async.report.run_folder import RunFolderError, Sample, read_run, write_header
 from lambdapo_async.report.summary import KILLED, summarise
+from tests.full_disk import full_disk
 from tests.metric_rows import eval_row, event_row, step_row
 
 CONFIG = RunConfig.model_validate(
@@ -105,6 +106,24 @@ def test_a_damaged_header_is_named(folder):
     (folder / "run.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"run\.json is damaged"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("run.json", "[1]"), ("run.json", '{"config": 3}'), ("samples.jsonl", '{"step": 1}\n')],
+)
+def test_what_is_not_a_runs_file_is_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(RunFolderError, match=f"{re.escape(name)} is damaged: .*delete it"):
+        write_report(folder)
+
+
+def test_a_report_on_a_full_disk_leaves_the_old_one(folder: Path) -> None:
+    before = write_report(folder).read_bytes()
+    with full_disk(100), pytest.raises(RunFolderError, match=r"report\.html cannot be written: .*free disk space"):
+        write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
+    assert not list(folder.glob("*.partial"))
 
 
 def test_a_chart_takes_its_ink_from_the_page_and_skips_what_was_not_measured():
