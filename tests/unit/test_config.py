@@ -58,6 +58,8 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ("learner.group_size=4", "unknown key learner.group_size; did you mean rollout.group_size?"),
         ("objective.weight=own", "; did you mean objective.advantage.weight?"),
         ("task.kind=arithmetics", "task.kind must be one of arithmetic, jsonl"),
+        ("seed=9223372036854775808", "seed = 9223372036854775808: input should be less than"),
+        ("learner.num_threads=100000", "input should be less than or equal to 1024"),
         ("name=..", "name = '..': string should match pattern"),
         ("task.digist=2", "unknown key task.digist; did you mean digits?"),
         ("objective.policy_loss.surrogate.eps_low=1", "did you mean eps_lo?"),
