@@ -10,7 +10,7 @@ import typer
 
 from actors.environment import prepare_environment
 from lambdapo_async.cli.errors import run_main
-from lambdapo_async.cli.options import DryRun, Overrides, RedisUrl, RunName
+from lambdapo_async.cli.options import ActorOverrides, DryRun, RedisUrl, RunName
 from lambdapo_async.config.load import REDIS_URL_VARIABLE
 from lambdapo_async.errors import ConfigError
 
@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def act(
     run_id: RunName,
     redis_url: RedisUrl = None,
-    overrides: Overrides = (),
+    overrides: ActorOverrides = (),
     dry_run: DryRun = False,
 ) -> None:
     """Sample rollout groups for a run and follow its weights, until it ends or SIGTERM."""

@@ -14,6 +14,7 @@ from actors.holding import Holding, HoldLimits
 from actors.meter import EngineMeter
 from actors.orphans import Orphans
 from actors.parts import ActorParts
+from actors.progress import ProgressLog
 from actors.prompts import Prompt
 from actors.sampled import Sampled
 from actors.sampler import Sampler
@@ -34,6 +35,7 @@ class Actor:
         self._parts = parts
         self._config = parts.config
         self._meter = EngineMeter()
+        self._progress = ProgressLog()
         self._sampler = Sampler(parts.engine, self._meter, parts.config)
         self._holding = Holding(HoldLimits.of(parts.config))
         self._in_flight: dict[Lease, asyncio.Task[None]] = {}
@@ -197,7 +199,7 @@ class Actor:
         """
         parts, beat_s = self._parts, self._config.broker.heartbeat_s
         while True:
-            self._is_set_aside = await asyncio.to_thread(parts.fleet.beat, self._heartbeat())
+            self._is_set_aside = await asyncio.to_thread(parts.fleet.beat, self._progress.told(self._heartbeat()))
             if self._is_set_aside:
                 parts.canary.doubt()
             held = list(self._in_flight)

@@ -2,28 +2,30 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_RATE_WINDOW_S = 10.0
-"""Tokens are counted when a group ends, so a rate over one heartbeat would jump."""
+_WINDOW_S = 10.0
+"""Tokens are counted when a group ends, so a rate over one heartbeat would jump. And the learner reads heartbeats when
+a step ends, at which the gate is often shut: idleness at that moment is not that of the step."""
 
 
 class EngineMeter:
     """Tokens sampled, and the share of time in which the engine had nothing to do."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.tokens = self.completions = 0
+        self._clock = clock
         self._running = 0
-        self._idle_since: float | None = time.monotonic()
+        self._idle_since: float | None = clock()
         self._idle_s = 0.0
-        self._beat_at = time.monotonic()
-        self._counts: deque[tuple[float, int]] = deque([(self._beat_at, 0)])
+        self._beats: deque[tuple[float, int, float]] = deque([(clock(), 0, 0.0)])
+        """(when, tokens and idle seconds so far), oldest first."""
 
     @contextmanager
     def request(self) -> Iterator[None]:
         """Wraps one engine request."""
-        self._settle_idle(time.monotonic())
+        self._settle_idle(self._clock())
         self._running += 1
         self._idle_since = None
         try:
@@ -31,7 +33,7 @@ class EngineMeter:
         finally:
             self._running -= 1
             if self._running == 0:
-                self._idle_since = time.monotonic()
+                self._idle_since = self._clock()
 
     def count(self, completions: int, tokens: int) -> None:
         """Add what a request returned."""
@@ -39,16 +41,15 @@ class EngineMeter:
         self.tokens += tokens
 
     def beat(self) -> tuple[float, float]:
-        """(tokens per second over the last ten seconds, idle share since the last call)."""
-        now = time.monotonic()
+        """(tokens per second, idle share), both over the last ten seconds."""
+        now = self._clock()
         self._settle_idle(now)
-        idle_share = min(self._idle_s / max(now - self._beat_at, 1e-9), 1.0)
-        self._beat_at, self._idle_s = now, 0.0
-        self._counts.append((now, self.tokens))
-        while self._counts[1][0] <= now - _RATE_WINDOW_S:
-            self._counts.popleft()
-        started, tokens = self._counts[0]
-        return (self.tokens - tokens) / max(now - started, 1e-9), idle_share
+        self._beats.append((now, self.tokens, self._idle_s))
+        while self._beats[1][0] <= now - _WINDOW_S:
+            self._beats.popleft()
+        started, tokens, idle_s = self._beats[0]
+        elapsed_s = max(now - started, 1e-9)
+        return (self.tokens - tokens) / elapsed_s, min((self._idle_s - idle_s) / elapsed_s, 1.0)
 
     def _settle_idle(self, now: float) -> None:
         if self._idle_since is not None:

@@ -38,10 +38,17 @@ logger = logging.getLogger(__name__)
 _SWAP_TIMEOUT_S = 600.0
 
 
+class Engine(AsyncLLM):  # type: ignore[misc]  # vLLM has no types
+    """vLLM's, which ends when its owner shuts it down."""
+
+    def __del__(self) -> None:
+        """Nothing: vLLM's own shuts down once more, which at exit ends in a traceback, for its modules are gone."""
+
+
 class VllmEngine:
     """``InferenceEngine`` on one vLLM engine process; create it with :meth:`start`."""
 
-    def __init__(self, llm: AsyncLLM, model_dir: Path, config: RunConfig, scratch: Path) -> None:
+    def __init__(self, llm: Engine, model_dir: Path, config: RunConfig, scratch: Path) -> None:
         self._llm = llm
         lora = config.learner.lora
         self._adapters = AdapterVersions(llm, lora, model_dir=model_dir, folder=scratch)
@@ -87,7 +94,7 @@ class VllmEngine:
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         try:
             with forked_children_end_with_us():
-                llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
+                llm = Engine.from_vllm_config(vllm_config, disable_log_stats=True)
         except (RuntimeError, ValueError, VLLMError) as error:  # for example too little memory for the KV cache
             raise EngineError(
                 f"vLLM cannot start with these settings: {error} (its log says more); check "

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from lambdapo_async.errors import CheckpointError, LambdaPOError
 
-WAY_OUT = "free disk space or repair the disk, then resume"
+WAY_OUT = "free disk space or repair the disk, then try again (a learner with --resume)"
 """What to do when the disk refused."""
 
 

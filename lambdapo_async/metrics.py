@@ -107,7 +107,7 @@ METRICS: Mapping[str, str] = {
     "weights/publish_s": "seconds to write it to the store",
     "actors/alive": "actors with a live heartbeat",
     "actors/tokens_per_s": "completion tokens sampled per second, all actors",
-    "actors/idle_share": "share of the time in which an actor's engine held no request, mean",
+    "actors/idle_share": "share of the last ten seconds in which an actor's engine held no request, mean",
     "actors/mismatch_max": "largest k3 estimate of KL(mu || pi) of an actor at staleness 0, nats per token",
     "actors/mismatch_median": "the median over the actors",
     "actors/acceptance_min": "smallest share of an actor's groups that was trained",

@@ -86,9 +86,19 @@ def _launch(
 
 
 def _describe(launch: Launch) -> str:
-    """What would be started; ``TaskError`` when the task's rows or rewards cannot be read."""
+    """What would be started.
+
+    Raises:
+        BrokerRefusedError: ``broker.url`` is no Redis URL; whether it answers is not asked.
+        ConfigError: an objective of the user's own cannot be imported.
+        TaskError: the task's rows or rewards cannot be read.
+    """
+    from lambdapo_async.broker.connection import connect
+    from lambdapo_async.objective.resolve import resolve_objective
     from lambdapo_async.tasks.registry import build_task  # reward functions only now
 
+    connect(launch.config.broker.url, timeout_s=launch.config.broker.timeout_s).close()
+    resolve_objective(launch.config)
     task = build_task(launch.config)
     rows = f"{len(task.train_rows())} training and {len(task.heldout_rows())} held-out rows"
     return f"would {'resume' if launch.resume else 'start'} run {launch.run_id} in {launch.folder} on {rows}"

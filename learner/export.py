@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.options import DryRun
-from lambdapo_async.durable import sync, sync_tree
-from lambdapo_async.errors import CheckpointError, ConfigError
+from lambdapo_async.durable import explaining_refusal, sync, sync_tree, whole_or_gone
+from lambdapo_async.errors import CheckpointError, ConfigError, DiskError
 from learner.checkpoint import CheckpointStore
 from learner.lora import merge_folder
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
@@ -32,6 +32,7 @@ def export_model(model_dir: Path, target: Path, *, dtype: torch.dtype) -> None:
 
     Raises:
         ConfigError: ``target`` exists, or the model cannot be read.
+        CheckpointError, DiskError: the disk refused ``target``.
     """
     check_target(target)
     source = ModelSource.locate(str(model_dir), None)
@@ -39,15 +40,17 @@ def export_model(model_dir: Path, target: Path, *, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     if source.adapter is not None:
         merge_folder(model, source.adapter)
-    partial = Path(tempfile.mkdtemp(prefix=f"partial-{target.name}-", dir=target.parent))
-    model.to(dtype).save_pretrained(partial)
-    for name, content in companion_files(source.folder).items():
-        if name != CONFIG_FILE:  # the one just written knows the new dtype
-            (partial / name).write_bytes(content)
-    partial.chmod(0o755)
-    sync_tree(partial)
-    os.rename(partial, target)
-    sync(target.parent)
+    with explaining_refusal(target, DiskError):
+        partial = Path(tempfile.mkdtemp(prefix=f"partial-{target.name}-", dir=target.parent))
+    with whole_or_gone(partial, target):
+        model.to(dtype).save_pretrained(partial)
+        for name, content in companion_files(source.folder).items():
+            if name != CONFIG_FILE:  # the one just written knows the new dtype
+                (partial / name).write_bytes(content)
+        partial.chmod(0o755)
+        sync_tree(partial)
+        os.rename(partial, target)
+        sync(target.parent)
 
 
 def check_target(target: Path) -> None:

@@ -67,8 +67,14 @@ def locate_model(path: str, revision: str | None) -> Path:
         raise ConfigError(f"model.path = {path!r} is a folder without config.json: give one in Hugging Face's format")
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors*", *COMPANION_PATTERNS]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ConfigError(f"model.path = {path!r} (revision {revision}) cannot be read: {error!s:.300}") from error
+    except HFValidationError as error:
+        raise ConfigError(f"model.path = {path!r}: there is no such folder, and a repo id looks otherwise") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        place = "" if revision is None else f", revision {revision},"
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"model.path = {path!r}: there is no such folder, and as a repo id{place} it cannot be read: {said:.300}"
+        ) from error
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:

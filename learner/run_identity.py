@@ -44,8 +44,8 @@ def check_same_config(folder: Path, config: RunConfig) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"--resume: {', '.join(changed)} differ from the run in {folder}, but actors and the journal depend on "
-            "them: set them back, or start another run"
+            f"--resume: the run in {folder} has another {', '.join(changed)}, on which actors and the journal depend: "
+            "set it back, or start another run"
         )
 
 

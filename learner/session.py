@@ -32,7 +32,7 @@ from learner.policy import Policy
 from learner.publication import Rows
 from learner.rank_process import run_rank
 from learner.run_identity import check_same_config, refuse_other_schema, refuse_taken_id
-from learner.starter import ensure_starter
+from learner.starter import ensure_starter, is_worth_a_line
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,9 @@ def run_learner(config: RunConfig, *, run_id: str, folder: Path, resume: bool) -
 def _lead(config: RunConfig, run_id: str, folder: Path, ranks: Ranks, *, resume: bool) -> None:
     resolve_objective(config)  # imports what the user wrote
     task = build_task(config)
-    for split in (task.train_rows(), task.heldout_rows()):  # unreadable files end it here, too
-        logger.info("%d rows", len(split))
+    logger.info(
+        "%d training and %d held-out rows", len(task.train_rows()), len(task.heldout_rows())
+    )  # unreadable files end it here, too
     key = config.broker.hmac_key
     run = RedisRun(
         config.broker.url,
@@ -103,7 +104,8 @@ def _warn_of_biased_sampling(config: RunConfig) -> None:
 
 
 def _log_starter(step: int, num_steps: int, loss: float) -> None:
-    logger.info("building the starter model: step %d of %d, loss %.3f", step, num_steps, loss)
+    if is_worth_a_line(step, num_steps):
+        logger.info("building the starter model: step %d of %d, loss %.3f", step, num_steps, loss)
 
 
 def _load_tokenizer(policy: Policy, folder: Path) -> Tokenizer:

@@ -203,7 +203,11 @@ def _curriculum(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of right demonstrations, then endless ones of which some hold a slip."""
     right, slipped = (
-        _batches(_demonstrations(task, slip_rate, source), tokenizer, batch_tokens=recipe.batch_tokens)
+        _batches(
+            _demonstrations(task, slip_rate, source, max_length=tokenizer.model_max_length),
+            tokenizer,
+            batch_tokens=recipe.batch_tokens,
+        )
         for slip_rate in (0.0, recipe.slip_rate)
     )
     return chain(islice(right, recipe.clean_steps), slipped)
@@ -236,11 +240,21 @@ def _padded(batch: Sequence[tuple[list[int], int]], length: int, *, pad: int) ->
     return input_ids_BL, labels_BL
 
 
-def _demonstrations(task: Task, slip_rate: float, source: random.Random) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) pairs: training rows in a new order each epoch."""
-    rows = list(task.train_rows())
+def _demonstrations(
+    task: Task, slip_rate: float, source: random.Random, *, max_length: int
+) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) pairs: training rows in a new order each epoch.
+
+    A batch of prompts alone has no loss, and its mean, NaN, would spoil the model: rows that fill the context are left
+    out.
+    """
+    all_rows = task.train_rows()
+    rows = [row for row in all_rows if len(task.render(row)) < max_length]
     if not rows:
-        raise TaskError("the task has no training row, so no starter model can be built from it")
+        raise TaskError(
+            f"none of {len(all_rows)} training rows leaves room for an answer in model.max_length = {max_length} "
+            "characters, so no starter model can be built from them: raise it"
+        )
     for _ in count():
         source.shuffle(rows)
         for row in rows:
@@ -253,6 +267,11 @@ def _completion(task: Task, row: Row, slip_rate: float, source: random.Random) -
     return row.answer if row.solution is None else row.solution
 
 
+def is_worth_a_line(step: int, num_steps: int) -> bool:
+    """Whether a step of the building is shown: a line every few seconds is enough."""
+    return step % 20 == 0 or step == num_steps
+
+
 def build(config_path: ConfigPath, overrides: Overrides = ()) -> None:
     """Build the starter model of a config and print its folder."""
     config = load_config(config_path, overrides)
@@ -261,7 +280,7 @@ def build(config_path: ConfigPath, overrides: Overrides = ()) -> None:
 
 
 def _echo_progress(step: int, num_steps: int, loss: float) -> None:
-    if step % 20 == 0 or step == num_steps:
+    if is_worth_a_line(step, num_steps):
         typer.echo(f"step {step}/{num_steps} loss {loss:.3f}", err=True)
 
 

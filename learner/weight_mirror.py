@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import WeightsError
+from lambdapo_async.errors import ConfigError, WeightsError
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import DeltaFile, make_delta, write_full
 from lambdapo_async.weights.manifest import NewFile
@@ -107,7 +107,7 @@ class WeightMirror:
                 that may or may not have succeeded, after a Redis that lost its last second.
 
         Raises:
-            WeightsError: two keyframes do not fit into the byte budget.
+            ConfigError: two keyframes do not fit into the byte budget.
         """
         started, last = time.perf_counter(), self._published
         if last is None or head != last.state.version or not _is_same_model(last.state, state):
@@ -187,7 +187,7 @@ class WeightMirror:
         """Say it at the first version, not at the first that replaces it."""
         budget = self._config.budget_bytes
         if budget is not None and 2 * keyframe_bytes > budget:
-            raise WeightsError(
+            raise ConfigError(
                 f"weights.max_redis_bytes = {budget} cannot hold two keyframes of {keyframe_bytes} bytes, the old one "
                 f"and the one that replaces it: raise it to at least {3 * keyframe_bytes}"
             )

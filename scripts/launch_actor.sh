@@ -13,6 +13,7 @@ if [ $# -lt 1 ] || [[ $1 == -* ]]; then
 fi
 run_id=$1
 shift
+[[ $run_id != *:* ]] || { echo "error: what comes first is neither a run id nor a URL: begin a URL with redis://" >&2; exit 2; }
 python="${LAMBDAPO_VENV:-$root/.venv}/bin/python"
 [ -x "$python" ] || { echo "error: $python is missing: run scripts/setup first" >&2; exit 2; }
 exec "$python" -m actors --run-id "$run_id" "$@"

@@ -63,7 +63,9 @@ class Broker:
             try:
                 return operation(self._client)
             except (redis.AuthenticationError, redis.exceptions.AuthorizationError) as error:
-                raise BrokerRefusedError(f"{self._shown_url}: {error}: check user and password of the URL") from error
+                raise BrokerRefusedError(
+                    f"{self._shown_url}: {_words(error)}: check user and password of the URL"
+                ) from error
             except redis.RedisError as error:
                 problem = _passing(error)
                 if problem is None:
@@ -71,7 +73,8 @@ class Broker:
                 elapsed_s = time.monotonic() - started
                 if elapsed_s + pause_s > self._timeout_s:
                     raise BrokerUnavailable(
-                        f"{self._shown_url} {problem} for {elapsed_s:.1f} s (deadline {self._timeout_s:g} s): {error}"
+                        f"{self._shown_url} {problem} for {elapsed_s:.1f} s (deadline {self._timeout_s:g} s): "
+                        f"{_words(error)}"
                     ) from error
                 if not is_logged and elapsed_s > _LOGGED_AFTER_S:
                     is_logged = True
@@ -87,10 +90,18 @@ class Broker:
             case redis.InvalidResponse():
                 return BrokerRefusedError(f"{self._shown_url} does not speak the Redis protocol: {error}")
             case redis.exceptions.NoPermissionError():
-                return BrokerRefusedError(f"{self._shown_url}: {error}: check the rights of the URL's user")
+                return BrokerRefusedError(
+                    f"{self._shown_url}: {_words(error)}: check the rights of the URL's user "
+                    "(scripts/redis-acl prints them)"
+                )
             case redis.ResponseError() if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-                return BrokerRefusedError(f"{self._shown_url}: {error}: check user and password of the URL")
+                return BrokerRefusedError(f"{self._shown_url}: {_words(error)}: check user and password of the URL")
         return BrokerError(f"{self._shown_url} answered: {error}")
+
+
+def _words(error: redis.RedisError) -> str:
+    """What redis-py or the server says, without a full stop: our sentence goes on."""
+    return str(error).rstrip(".")
 
 
 def _passing(error: redis.RedisError) -> str | None:

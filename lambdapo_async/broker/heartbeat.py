@@ -28,7 +28,7 @@ class Heartbeat(BaseModel):
     tokens_per_s: float
     """Over the last beats."""
     idle_share: Annotated[float, Field(ge=0.0, le=1.0)]
-    """Share of the time since the last beat in which the engine held no request."""
+    """Share of the last ten seconds in which the engine held no request."""
     counters: Annotated[dict[str, float], Field(max_length=64)] = {}
     """Everything else worth a number: updates, pause seconds, scoring failures, late groups."""
     sent_at: float

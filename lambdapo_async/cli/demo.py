@@ -18,7 +18,8 @@ from lambdapo_async.cli.progress_view import open_view
 from lambdapo_async.cli.supervise import Supervisor, exit_on_termination
 from lambdapo_async.config import RunConfig, load_config
 from lambdapo_async.config.load import REDIS_URL_VARIABLE
-from lambdapo_async.errors import ConfigError
+from lambdapo_async.durable import explaining_refusal
+from lambdapo_async.errors import ConfigError, DiskError
 from lambdapo_async.report.machine import gpu_names
 from lambdapo_async.report.run_folder import metrics_path, read_run
 from lambdapo_async.report.summary import Summary, summarise
@@ -105,8 +106,12 @@ def run_demo(plan: DemoPlan, console: Console) -> Summary:
     """Run it and leave a report; every process it started is gone when it returns or raises.
 
     Raises:
+        BrokerUnreachableError: there is no Redis at REDIS_URL.
+        DiskError: the run's folder cannot be made.
         LambdaPOError: a process failed; the message ends with its log's last lines.
     """
+    with explaining_refusal(plan.folder, DiskError):
+        plan.logs.mkdir(parents=True, exist_ok=True)
     console.print(f"run {plan.run_id}, logs in {plan.logs}", markup=False, highlight=False, soft_wrap=True)
     with ExitStack() as stack:
         stack.enter_context(exit_on_termination())
@@ -131,6 +136,8 @@ def _assemble(plan: DemoPlan, console: Console, stack: ExitStack) -> DemoParts:
     from lambdapo_async.cli.run_watch import BrokerWatch, demo_redis  # redis only when something really starts
 
     url = stack.enter_context(demo_redis(os.environ, plan.folder / "redis"))
+    watch = BrokerWatch(url, plan.run_id)
+    watch.check_reachable()
     environ = {**os.environ, REDIS_URL_VARIABLE: url}
     supervisor = stack.enter_context(Supervisor(environ))
     learner = supervisor.start("the learner", plan.learner_command, log=plan.logs / "learner.log")
@@ -141,7 +148,7 @@ def _assemble(plan: DemoPlan, console: Console, stack: ExitStack) -> DemoParts:
         num_actors=plan.num_actors,
         learner=learner,
         pool=pool,
-        watch=BrokerWatch(url, plan.run_id),
+        watch=watch,
         view=stack.enter_context(open_view(console)),
     )
 

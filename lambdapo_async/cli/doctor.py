@@ -23,9 +23,16 @@ def diagnose(url: str, *, max_bytes: int) -> bool:
         try:
             findings = examine(client, url, max_bytes=max_bytes)
         except (redis.AuthenticationError, redis.ResponseError) as error:
-            raise BrokerRefusedError(f"{redact(url)}: {error}: check user and password of the URL") from error
+            raise BrokerRefusedError(
+                f"{redact(url)}: {_words(error)}: check user, password and database of the URL"
+            ) from error
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise BrokerUnreachableError(f"{redact(url)} did not answer: {error}; does it run?") from error
+            question = "does it run, with TLS at this port?" if url.startswith("rediss") else "does it run?"
+            raise BrokerUnreachableError(f"{redact(url)} did not answer: {_words(error)}; {question}") from error
     for finding in findings:
         typer.echo(str(finding))
     return all(finding.problem is None for finding in findings)
+
+
+def _words(error: redis.RedisError) -> str:
+    return str(error).rstrip(".")

@@ -18,10 +18,14 @@ def print_rules(
         int, typer.Option("--redis", metavar="VERSION", min=OLDEST[0], help="The server's major version.")
     ] = FIRST_WITH_READ_ONLY_KEYS,
 ) -> None:
-    """Print the commands that make the two users; put passwords in place of the words in capitals."""
+    """Print the commands that make the two users, and an administrator before they close the default user.
+
+    Put passwords in place of the words in capitals.
+    """
     for role in ROLES:
         quoted = " ".join(rules(role, run_id, redis_major=redis_major))
         typer.echo(f"ACL SETUSER lambdapo-{role} {quoted} >{role.upper()}-PASSWORD")
+    typer.echo("ACL SETUSER lambdapo-admin on ~* &* +@all >ADMIN-PASSWORD")
     typer.echo("ACL SETUSER default off")
 
 

@@ -30,6 +30,10 @@ class BrokerWatch:
     def __init__(self, url: str, run_id: str) -> None:
         self._run = RedisRun(url, run_id, timeout_s=_TIMEOUT_S, hmac_key=os.environ.get(HMAC_KEY_VARIABLE))
 
+    def check_reachable(self) -> None:
+        """``BrokerUnreachableError`` when nobody answers, ``BrokerRefusedError`` when we are not let in."""
+        self._run.check_reachable()
+
     def is_published(self) -> bool:
         """Whether actors can join."""
         try:

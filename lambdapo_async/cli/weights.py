@@ -15,7 +15,8 @@ from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.open_run import open_run
 from lambdapo_async.cli.options import RedisUrl, RunName
 from lambdapo_async.config.load import parse_published
-from lambdapo_async.errors import WeightsError
+from lambdapo_async.durable import explaining_refusal
+from lambdapo_async.errors import DiskError, WeightsError
 from lambdapo_async.weights.adapter import is_adapter, merged_state
 from lambdapo_async.weights.catch_up import Available
 from lambdapo_async.weights.delta_file import DeltaMetadata
@@ -107,7 +108,9 @@ def export(
     check_target(target)
     with _open_history(run_id, redis_url) as (run, history):
         state = _model_of(reconstruct(history, version), run, run_id)
-        write_hf_folder(target, state, run.run_store.model_files())
+        model_files = run.run_store.model_files()
+    with explaining_refusal(target, DiskError):
+        write_hf_folder(target, state, model_files)
     typer.echo(f"version {version} of {run_id} exported to {target}")
 
 

@@ -59,7 +59,7 @@ class LearnerConfig(Section):
     """Compile each layer with ``torch.compile``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is a device."""
-    num_threads: PositiveInt | None = None
+    num_threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of torch; None leaves torch's default."""
     checkpoint_every: PositiveInt = 20
     """Steps between checkpoints."""

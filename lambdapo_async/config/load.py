@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -119,6 +119,8 @@ def _describe(detail: ErrorDetails) -> str:
         return f"{field} is required"
     if detail["type"] == "model_type":
         return f"{field} is a section: set its keys ({', '.join(_valid_names(location))}) one by one"
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{field}.kind must be one of {', '.join(_TASKS)}"
     if detail["type"] == "tuple_type":
         return f"{field} is a list: write it as {field} = [..., ...]"
     message = detail["msg"].removeprefix("Value error, ")
@@ -143,6 +145,8 @@ def _without_union_tags(location: Sequence[str]) -> list[str]:
 
 def _suggestion(location: Sequence[str]) -> str:
     names = _valid_names(location[:-1])
+    if elsewhere := [path for path in _all_paths(RunConfig) if path.rpartition(".")[2] == location[-1]]:
+        return f"; did you mean {' or '.join(elsewhere)}?"
     nearest = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
     if nearest:
         return f"; did you mean {nearest[0]}?"
@@ -157,6 +161,19 @@ def _valid_names(location: Sequence[str]) -> list[str]:
         elif part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation) or section
     return list(section.model_fields)
+
+
+def _all_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted path of every key below ``section``, a key of several tasks once."""
+    names = {name: field.annotation for name, field in section.model_fields.items()}
+    for name, annotation in names.items():
+        inner = _section_of(annotation)
+        if inner is None:
+            yield prefix + name
+        elif name == "task":
+            yield from dict.fromkeys(path for task in _TASKS.values() for path in _all_paths(task, f"{prefix}{name}."))
+        else:
+            yield from _all_paths(inner, f"{prefix}{name}.")
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

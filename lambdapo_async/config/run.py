@@ -30,9 +30,9 @@ CONFIG_SCHEMA = 1
 class RunConfig(Section):
     """Everything that defines a run; the actors get all of it but ``broker.url`` and ``broker.hmac_key``."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Run ids are made from it."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of data order, generated rows and the starter model."""
     output_dir: Path = Path("outputs")
     """Folder of all runs; a run writes to ``output_dir/run_id``."""

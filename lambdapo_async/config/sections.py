@@ -64,7 +64,7 @@ class JsonlTask(Section):
     """Prompt text sent to the model; ``{prompt}`` is replaced by the row's."""
     chat: bool = False
     """Render the prompt through the tokenizer's chat template."""
-    rewards: tuple[str, ...] = ("math",)
+    rewards: tuple[str, ...] = Field(("math",), min_length=1)
     """Verifiable reward functions by registered name (``math``, ``exact``) or dotted path; their product is V.
     Learner and actors import a dotted path: whoever may write the run's config in Redis chooses code they run."""
     max_rows: PositiveInt | None = None

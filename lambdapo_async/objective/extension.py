@@ -17,9 +17,13 @@ def load_attribute(path: str, *, field: str) -> object:
     module_name, _, name = path.replace(":", ".").rpartition(".")
     try:
         attributes = vars(importlib.import_module(module_name))
-    except (ImportError, SyntaxError) as error:
+    except ImportError as error:
         raise ConfigError(
             f"{field} = {path!r}: module {module_name} cannot be imported ({error}); its folder must be on PYTHONPATH"
+        ) from error
+    except Exception as error:  # the user's code may raise anything; none of it is swallowed
+        raise ConfigError(
+            f"{field} = {path!r}: importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
     if name not in attributes:
         raise ConfigError(f"{field} = {path!r}: module {module_name} has no {name}")

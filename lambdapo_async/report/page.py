@@ -2,16 +2,16 @@
 
 import datetime
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
+from lambdapo_async.durable import explaining_refusal, replace_file
 from lambdapo_async.metrics import EVENT, MetricRow
 from lambdapo_async.report.curves import CHARTS, REWARD_CHART, draw, marked_events
-from lambdapo_async.report.run_folder import RunRecord, Sample, read_run
+from lambdapo_async.report.run_folder import RunFolderError, RunRecord, Sample, read_run
 from lambdapo_async.report.summary import summarise
 
 _REPORT = "report.html"
@@ -32,13 +32,12 @@ def write_report(folder: Path) -> Path:
     """Write ``report.html`` into a run's folder from the files that lie there; returns its path.
 
     Raises:
-        RunFolderError: no run is there.
+        RunFolderError: no run is there, or the disk refused.
     """
     page = render(read_run(folder))
     path = folder / _REPORT
-    partial = path.with_name(f"{_REPORT}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with explaining_refusal(path, RunFolderError):
+        replace_file(path, page.encode())
     return path
 
 

@@ -70,15 +70,12 @@ def metrics_path(folder: Path) -> Path:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Everything in ``folder``; ``RunFolderError`` when there are no metrics."""
+    """Everything in ``folder``; ``RunFolderError`` when there are no metrics, or one of its files is damaged."""
     rows = read_metrics(metrics_path(folder))
     if not rows:
         raise RunFolderError(f"{folder} holds no run: {_METRICS} is missing or empty; name one like outputs/RUN_ID")
     header = _read_header(folder / _HEADER)
-    samples = [
-        Sample(int(line["step"]), line["prompt"], line["text"], line["answer"], float(line["reward"]))
-        for line in JsonLinesTail(folder / _SAMPLES).take()
-    ]
+    samples = _read_samples(folder / _SAMPLES)
     return RunRecord(
         run_id=header.get("run_id", folder.name),
         machine=header.get("machine", ""),
@@ -94,11 +91,23 @@ def recorded_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _read_samples(path: Path) -> list[Sample]:
+    try:
+        return [
+            Sample(int(line["step"]), line["prompt"], line["text"], line["answer"], float(line["reward"]))
+            for line in JsonLinesTail(path).take()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged: {error!r}; delete it to report without it") from None
+
+
 def _read_header(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        header = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunFolderError(f"{path} is damaged: {error}; delete it to report without it") from None
+    if not isinstance(header, dict) or not isinstance(header.get("config", {}), dict):
+        raise RunFolderError(f"{path} is damaged: no object with a config; delete it to report without it")
     return header

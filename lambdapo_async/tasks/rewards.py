@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def resolve_reward(name: str) -> NamedReward:
         return NamedReward(name, _built_in(name))
     style, _, path = name.partition(":")
     if ":" not in path:
-        return NamedReward(name, _imported(name))
+        return NamedReward(name, _own(name))
     if style not in _ADAPTERS:
         raise TaskError(f"reward {name!r}: no adapter {style!r}; there are {', '.join(_ADAPTERS)}")
     return NamedReward(name, _ADAPTERS[style](_imported(path)))
@@ -71,12 +72,24 @@ def _built_in(name: str) -> RewardFunction:
     raise TaskError(f"no reward {name!r}: {hint} (your own is named package.module:function)")
 
 
+def _own(path: str) -> RewardFunction:
+    """A function of the user's own with our signature."""
+    function = _imported(path)
+    try:
+        inspect.signature(function).bind("row", "completions")
+    except TypeError as error:
+        raise TaskError(f"reward {path!r} is not a function of (row, completions): {error}") from None
+    return function
+
+
 def _imported(path: str) -> Callable[..., Any]:
     module_name, _, function_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise TaskError(f"reward {path!r}: cannot import {module_name!r}: {error}; is it on PYTHONPATH?") from error
+    except Exception as error:  # the user's code may raise anything; none of it is swallowed
+        raise TaskError(f"reward {path!r}: importing {module_name} raised {type(error).__name__}: {error}") from error
     names = vars(module)
     function: Callable[..., Any] | None = names.get(function_name)
     if callable(function):

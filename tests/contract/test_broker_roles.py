@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from lambdapo_async.broker.acl import FIRST_WITH_READ_ONLY_KEYS, ROLES, Role, rules
-from lambdapo_async.broker.connection import BrokerRefusedError
+from lambdapo_async.broker.connection import BrokerRefusedError, connect
 from lambdapo_async.broker.redis_run import RedisRun
 from lambdapo_async.errors import BrokerError, WeightsError
 from lambdapo_async.rollout import Lease
@@ -168,7 +168,7 @@ def test_the_printed_rules_make_the_two_users(tmp_path: Path) -> None:
     ).stdout
     with own_server(tmp_path, AOF) as server, contextlib.ExitStack() as opened:
         for line in printed.splitlines():
-            for role in ROLES:
+            for role in (*ROLES, "admin"):
                 line = line.replace(f"{role.upper()}-PASSWORD", f"lambdapo-{role}-pw")
             assert server.client.execute_command(*line.split()) == b"OK"
         learner, actor = (
@@ -180,6 +180,9 @@ def test_the_printed_rules_make_the_two_users(tmp_path: Path) -> None:
         assert actor.admission("a").lease(1) == (Lease("train", 0),)
         assert not actor.fleet.beat(heartbeat("a"))
         assert learner.fleet.members() == (heartbeat("a"),)
+        as_admin = server.url.replace("unix://", "unix://lambdapo-admin:lambdapo-admin-pw@")
+        with contextlib.closing(connect(as_admin, timeout_s=TIMEOUT_S)) as admin:
+            assert admin.config_get("maxmemory")
         (file,) = actor.weights.files()
         assert actor.weights.fetch(file) == full(1).payload
         with (

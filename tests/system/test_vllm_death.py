@@ -1,6 +1,7 @@
 """What is left when the engine's process, or the one that holds it, is killed."""
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.engine import Completion
-from actors.vllm_engine import VllmEngine
+from actors.vllm_engine import Engine, VllmEngine
 from lambdapo_async.config.sections import SamplingConfig
 from lambdapo_async.errors import EngineError
 from tests.engine_fixtures import published_weights, tiny_config, write_weights
@@ -133,3 +135,13 @@ def test_a_killed_holder_leaves_no_process(tiny_model_folder: Path) -> None:
     for process in alive:
         process.kill()
     assert not alive, f"orphans of {os.getpid()}'s child: {alive}"
+
+
+def test_an_engine_that_is_freed_ends_nothing_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At exit vLLM's modules are gone before its engines: their own end was a traceback below every actor's log."""
+    ended: list[object] = []
+    monkeypatch.setattr(AsyncLLM, "shutdown", ended.append)
+    engine = Engine.__new__(Engine)
+    del engine
+    gc.collect()
+    assert ended == []

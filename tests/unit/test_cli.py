@@ -121,6 +121,38 @@ def test_a_dry_learner_misses_its_rows(config_path, tmp_path, capsys):
     assert "none.jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("broker.url=http://elsewhere", "is no Redis URL"),
+        ("objective.policy_loss.preset=no_such_module:LOSS", "no_such_module"),
+    ],
+)
+def test_a_dry_learner_finds_what_can_be_found_without_redis(config_path, tmp_path, capsys, override, expected):
+    with pytest.raises(SystemExit) as ended:
+        run_main(learner_app, [str(config_path), "--set", f"output_dir={tmp_path}", "--set", override, "--dry-run"])
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_demo_that_finds_no_redis_at_its_url_ends_before_it_starts_anything(
+    config_path, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("REDIS_URL", f"unix://{tmp_path}/nobody")
+    monkeypatch.setattr("lambdapo_async.broker.redis_run._FIRST_CONTACT_S", 0.1)
+    overrides = ("--set", "evaluation.target=0.9", "--set", f"output_dir={tmp_path}")
+    assert run("demo", "--config", config_path, "--run-id", "r", *overrides) == 2
+    assert "did not answer" in capsys.readouterr().err
+    assert list((tmp_path / "r" / "logs").iterdir()) == []
+
+
+def test_a_demo_that_cannot_write_is_one_line(config_path, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    overrides = ("--set", "evaluation.target=0.9", "--set", f"output_dir={tmp_path / 'file'}")
+    assert run("demo", "--config", config_path, "--run-id", "r", *overrides) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_a_dry_demo_says_what_it_would_start_and_starts_nothing(config_path, tmp_path, capsys):
     overrides = ("--set", "evaluation.target=0.9", "--set", f"output_dir={tmp_path / 'outputs'}")
     assert run("demo", "--config", config_path, *overrides, "--run-id", "d1", "--actors", "3", "--dry-run") == 0

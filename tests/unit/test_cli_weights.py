@@ -14,6 +14,7 @@ from lambdapo_async.config import RunConfig
 from lambdapo_async.keys import RunKeys
 from lambdapo_async.weights.adapter import PREFIX
 from lambdapo_async.weights.state import State
+from tests.full_disk import full_disk
 from tests.redis_fixtures import next_run_id
 from tests.weight_history import MODEL_FILES, full_file, published, versions
 
@@ -75,6 +76,13 @@ def test_export_writes_a_folder_once(run_id: str, tmp_path: Path, capsys: pytest
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert weights("export", 2, "--to", target, "--run-id", run_id) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_export_to_a_full_disk_is_one_line(run_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with full_disk():
+        assert weights("export", 2, "--to", tmp_path / "model", "--run-id", run_id) == 2
+    assert "model cannot be written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_merges_adapters(redis_url: str, run_id: str, tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ("learner.learning_rat=1", "unknown key learner.learning_rat; valid here: activation_checkpointing, "),
         ("sampling.temperture=1", "unknown key sampling.temperture; did you mean temperature?"),
         ("smapling.temperature=1", "unknown key smapling; did you mean sampling?"),
+        ("lr=1", "unknown key lr; did you mean learner.lr?"),
+        ("learner.group_size=4", "unknown key learner.group_size; did you mean rollout.group_size?"),
+        ("objective.weight=own", "; did you mean objective.advantage.weight?"),
+        ("task.kind=arithmetics", "task.kind must be one of arithmetic, jsonl"),
+        ("seed=9223372036854775808", "seed = 9223372036854775808: input should be less than"),
+        ("learner.num_threads=100000", "input should be less than or equal to 1024"),
+        ("name=..", "name = '..': string should match pattern"),
         ("task.digist=2", "unknown key task.digist; did you mean digits?"),
         ("objective.policy_loss.surrogate.eps_low=1", "did you mean eps_lo?"),
         ("learner.lr=-1", "learner.lr = -1: input should be greater than 0"),
@@ -118,6 +125,13 @@ def test_a_template_has_room_for_the_prompt(config_file: Path) -> None:
         '[model]\npath = "m"\n[task]\nkind = "jsonl"\ntrain_path = "a"\nheldout_path = "b"\ntemplate = "Think."\n'
     )
     assert "task.template = 'Think.': string should match pattern" in complaint(config_file)
+
+
+def test_a_task_without_rewards_would_reward_everything(config_file: Path) -> None:
+    config_file.write_text(
+        '[model]\npath = "m"\n[task]\nkind = "jsonl"\ntrain_path = "a"\nheldout_path = "b"\nrewards = []\n'
+    )
+    assert "task.rewards = []: tuple should have at least 1 item" in complaint(config_file)
 
 
 def test_all_problems_of_one_file_come_at_once(config_file: Path) -> None:

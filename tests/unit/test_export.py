@@ -13,6 +13,7 @@ from learner.character_tokenizer import build_tokenizer
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.export import app
 from learner.policy import Policy
+from tests.full_disk import full_disk
 from tests.processes import ROOT
 from tests.tiny_models import micro_batch, tiny_model
 
@@ -139,6 +140,14 @@ def test_what_cannot_be_exported_is_one_line_and_status_2(
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path: Path, capsys) -> None:
+    folder, _ = run
+    with full_disk(100):
+        assert export(folder, "--to", tmp_path / "exported") == 2
+    assert "exported cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*exported*"))
 
 
 def test_the_command_is_the_modules(tmp_path: Path) -> None:

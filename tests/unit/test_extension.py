@@ -105,7 +105,7 @@ def test_a_wrong_path_is_one_line_that_names_the_key(objective: dict[str, object
 def test_a_file_that_is_no_python_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_objective.py").write_text("def f(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match="module broken_objective cannot be imported"):
+    with pytest.raises(ConfigError, match="importing broken_objective raised SyntaxError"):
         resolve_objective(run(advantage={"estimator": "broken_objective:f"}))
 
 

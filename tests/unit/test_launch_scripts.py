@@ -51,6 +51,13 @@ def test_launch_actor_shows_its_usage(venv: Path, arguments: list[str]) -> None:
     assert "RUN_ID" in done.stderr
 
 
+def test_launch_actor_tells_an_address_from_a_run_id(venv: Path) -> None:
+    done = run("launch_actor.sh", ":hunter2@host:6379", "r1", LAMBDAPO_VENV=str(venv))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "begin a URL with redis://" in done.stderr
+    assert "hunter2" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("ranks", "started"), [("1", "-m learner c.toml"), ("2", "--nproc-per-node 2 -m learner c.toml")]
 )

@@ -222,7 +222,7 @@ def test_damaged_weights_are_named(folder: Path) -> None:
 
 
 def test_a_name_that_is_neither_folder_nor_repo_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"model\.path = 'no such model!' .* cannot be read"):
+    with pytest.raises(ConfigError, match=r"model\.path = 'no such model!': there is no such folder, and a repo id"):
         load(Path("no such model!"))
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from lambdapo_async.config import RunConfig
-from lambdapo_async.metrics import EVAL, EVENT, STEP, MetricsLog
+from lambdapo_async.metrics import EVAL, EVENT, STEP, MetricRow, MetricsLog
 from lambdapo_async.report.curves import REWARD_CHART, draw, marked_events
 from lambdapo_async.report.page import compare, write_report
 from lambdapo_async.report.run_folder import RunFolderError, Sample, read_run, write_header
 from lambdapo_async.report.summary import KILLED, summarise
+from tests.full_disk import full_disk
 from tests.metric_rows import eval_row, event_row, step_row
 
 CONFIG = RunConfig.model_validate(
@@ -107,6 +108,24 @@ def test_a_damaged_header_is_named(folder):
         read_run(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("run.json", "[1]"), ("run.json", '{"config": 3}'), ("samples.jsonl", '{"step": 1}\n')],
+)
+def test_what_is_not_a_runs_file_is_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(RunFolderError, match=f"{re.escape(name)} is damaged: .*delete it"):
+        write_report(folder)
+
+
+def test_a_report_on_a_full_disk_leaves_the_old_one(folder: Path) -> None:
+    before = write_report(folder).read_bytes()
+    with full_disk(100), pytest.raises(RunFolderError, match=r"report\.html cannot be written: .*free disk space"):
+        write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
+    assert not list(folder.glob("*.partial"))
+
+
 def test_a_chart_takes_its_ink_from_the_page_and_skips_what_was_not_measured():
     svg = draw(REWARD_CHART, [step_row(1, 1.0, reward__mean=math.nan)])
     assert svg.startswith("<svg")
@@ -133,20 +152,52 @@ def test_samples_are_compared_by_prompt_between_the_first_and_the_last_evaluatio
 def test_the_summary_counts_seconds_from_the_start_of_the_first_step():
     rows = [
         eval_row(0, 99.0, 0.4),
-        step_row(1, 102.0, time__step_s=2.0, time__wait_s=50.0, tokens__trained=1000, staleness__max=0),
+        step_row(1, 102.0, time__step_s=2.0, staleness__max=0),
         event_row(1, 103.0, f"{KILLED} actor-0"),
-        step_row(2, 104.0, time__step_s=1.0, time__wait_s=1.0, tokens__trained=600, staleness__max=2),
+        step_row(2, 104.0, time__step_s=1.0, staleness__max=2),
         eval_row(2, 105.0, 0.92),
-        step_row(3, 106.0, time__step_s=1.0, time__wait_s=1.0, tokens__trained=400, staleness__max=1),
+        step_row(3, 106.0, time__step_s=1.0, staleness__max=1),
         eval_row(3, 107.0, 0.91),
     ]
     summary = summarise(rows, target=0.9)
     assert (summary.steps, summary.heldout_start, summary.heldout_end) == (3, 0.4, 0.91)
     assert (summary.seconds_to_target, summary.seconds) == (5.0, 7.0)
     assert summary.is_target_reached
-    assert (summary.learner_tokens_per_s, summary.learner_idle_share) == (250.0, 0.5)
     assert (summary.staleness_max, summary.actors_killed) == (2.0, 1)
     assert dict(summary.table())["target"] == "0.9, after 5 s from the first step"
+
+
+def _measured(step: int, *, tokens: int, seconds: float, **values: float) -> MetricRow:
+    speed = {"speed__tokens_per_s": tokens / seconds, "tokens__trained": tokens}
+    return step_row(step, 1e4 * step, **speed, **values)  # hours apart: suspended in between
+
+
+def test_the_summary_weighs_each_mean_by_what_it_is_a_mean_of():
+    rows = [
+        _measured(1, tokens=100, seconds=1.0, mismatch_kl=1.0, mismatch__fresh=4.0, mismatch__fresh_share=1.0,
+                  actors__tokens_per_s=800.0, actors__idle_share=0.0, staleness__mean=0.0, groups__trained=2),
+        _measured(2, tokens=300, seconds=3.0, mismatch_kl=3.0, mismatch__fresh=8.0, mismatch__fresh_share=0.1,
+                  actors__tokens_per_s=400.0, actors__idle_share=0.4, staleness__mean=3.0, groups__trained=6),
+        _measured(3, tokens=400, seconds=1.0, mismatch_kl=2.0, mismatch__fresh_share=0.0,
+                  actors__tokens_per_s=300.0, actors__idle_share=0.8, staleness__mean=1.0, groups__trained=8),
+    ]  # fmt: skip
+    summary = summarise(rows, target=None)
+    assert summary.mismatch_fresh == pytest.approx((4.0 * 100 + 8.0 * 30) / 130)
+    assert summary.mismatch_kl == pytest.approx((1.0 * 100 + 3.0 * 300 + 2.0 * 400) / 800)
+    assert summary.staleness_mean == pytest.approx((0.0 * 2 + 3.0 * 4 + 1.0 * 2) / 8)
+    assert summary.actor_tokens_per_s == pytest.approx((800 * 1 + 400 * 3 + 300 * 1) / 5)
+    assert summary.actor_idle_share == pytest.approx((0.4 * 3 + 0.8 * 1) / 5)
+
+
+def test_the_learners_speed_counts_neither_the_first_step_nor_the_time_it_was_suspended():
+    rows = [
+        _measured(1, tokens=1000, seconds=50.0, speed__idle_share=1.0),
+        _measured(2, tokens=600, seconds=1.0, speed__idle_share=0.2),
+        _measured(3, tokens=400, seconds=3.0, speed__idle_share=0.6),
+    ]
+    summary = summarise(rows, target=None)
+    assert summary.learner_tokens_per_s == pytest.approx(1000 / 4)
+    assert summary.learner_idle_share == pytest.approx((0.2 * 1 + 0.6 * 3) / 4)
 
 
 @pytest.mark.parametrize("rows", [[], [eval_row(0, 1.0, 0.4)], [step_row(1, 1.0)]])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lambdapo_async.config.sections import DensityConfig
-from lambdapo_async.errors import TaskError
+from lambdapo_async.errors import ConfigError, TaskError
+from lambdapo_async.objective.extension import load_attribute
 from lambdapo_async.tasks.interface import Row
 from lambdapo_async.tasks.rewards import resolve_reward
 from lambdapo_async.tasks.scoring import NamedReward, score_completions
@@ -54,6 +55,10 @@ def test_rewards_written_for_others(name: str, expected: list[float]) -> None:
     assert resolve_reward(f"{style}:{__name__}:{name}")(ROW, ["18", "19"]) == expected
 
 
+def one_argument(completions: Sequence[str]) -> list[float]:
+    return [1.0] * len(completions)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -62,6 +67,7 @@ def test_rewards_written_for_others(name: str, expected: list[float]) -> None:
         ("no_such_module:f", "cannot import 'no_such_module'.*PYTHONPATH"),
         (":f", "cannot import ''"),
         (f"{__name__}:haalf", "has no function 'haalf'; did you mean 'half'"),
+        (f"{__name__}:one_argument", r"is not a function of \(row, completions\): too many"),
         (f"{__name__}:ROW", "has no function 'ROW'"),
         ("nemo:a.b:c", "no adapter 'nemo'; there are trl, verl"),
     ],
@@ -69,6 +75,22 @@ def test_rewards_written_for_others(name: str, expected: list[float]) -> None:
 def test_a_reward_that_is_not_there(name: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         resolve_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "raised"),
+    [("def f(:\n", "SyntaxError: "), ("raise RuntimeError('no licence')\n", "RuntimeError: no licence")],
+)
+def test_a_module_that_raises_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, raised: str
+) -> None:
+    name = f"raises_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(TaskError, match=f"importing {name} raised {raised}"):
+        resolve_reward(f"{name}:f")
+    with pytest.raises(ConfigError, match=f"importing {name} raised {raised}"):
+        load_attribute(f"{name}:f", field="x")
 
 
 def test_a_module_that_does_not_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

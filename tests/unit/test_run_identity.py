@@ -54,7 +54,7 @@ def test_the_optimizer_may_change_on_resume(tmp_path: Path) -> None:
         ({"sampling": {"temperature": 0.7}}, "sampling.temperature"),
         ({"rollout": {"group_size": 4}}, "rollout.group_size"),
         ({"task": {"kind": "arithmetic", "digits": 2}}, "task.digits"),
-        ({"seed": 1}, "seed differ"),
+        ({"seed": 1}, "another seed"),
         ({"replay": {"max_uses": 2}}, "replay.max_uses"),
     ],
 )

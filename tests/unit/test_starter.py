@@ -1,6 +1,7 @@
 """The starter model: whole, reproducible, readable by transformers, and good for a start."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,6 +103,24 @@ def test_the_seed_decides_every_bit_and_the_process_is_left_as_it_was(tmp_path: 
     assert torch.get_num_threads() == num_threads
 
 
+def test_rows_that_fill_the_context_teach_nothing_and_spoil_nothing(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    questions = ["x" * 500] * 40 + ["1+1="]
+    rows.write_text("".join(json.dumps({"question": question, "answer": "2"}) + "\n" for question in questions))
+    losses: list[float] = []
+    task = build_task(jsonl_config(tmp_path, rows))
+    build_starter(
+        task, tmp_path / "model", TINY, seed=0, max_length=128, progress=lambda _, __, loss: losses.append(loss)
+    )
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_rows_of_which_none_leaves_room_for_an_answer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"none of 2000 training rows.*model\.max_length = 8 characters"):
+        build_starter(arithmetic(), tmp_path / "model", TINY, seed=0, max_length=8)
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(step: int, num_steps: int, loss: float) -> None:
         if step == 2:
@@ -163,7 +182,7 @@ class NoRows:
 
 
 def test_a_task_without_rows_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="no training row"):
+    with pytest.raises(TaskError, match="none of 0 training rows"):
         build_starter(NoRows(), tmp_path / "model", TINY, seed=0, max_length=64)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lambdapo_async.config.weights import WeightsConfig
-from lambdapo_async.errors import WeightsError
+from lambdapo_async.errors import ConfigError
 from lambdapo_async.weights.catch_up import plan_catch_up
 from lambdapo_async.weights.delta_file import read_delta, read_full
 from lambdapo_async.weights.state import State
@@ -252,5 +252,5 @@ def test_a_tight_budget_makes_keyframes_in_time(pool: ThreadPoolExecutor) -> Non
 
 
 def test_a_budget_below_two_keyframes_is_refused_at_once(store: FakeWeightStore, pool: ThreadPoolExecutor) -> None:
-    with pytest.raises(WeightsError, match=r"max_redis_bytes = 1000 cannot hold two keyframes"):
+    with pytest.raises(ConfigError, match=r"max_redis_bytes = 1000 cannot hold two keyframes"):
         Learner(store, Training(), pool, max_redis_bytes=1000).publish(0)
