@@ -163,7 +163,7 @@ def _prepare(model: PreTrainedModel, source: ModelSource, config: LearnerConfig)
     if config.lora is not None:
         add_adapters(model, config.lora)
         if source.adapter is not None:
-            load_adapter(model, source.adapter)
+            load_adapter(model, source.adapter, config.lora)
     if config.activation_checkpointing:
         enable_checkpointing(model)
     if config.compile:

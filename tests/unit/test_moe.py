@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig, set_seed
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig, set_seed
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
@@ -147,3 +147,16 @@ def test_attention_takes_adapters_beside_experts(folder: Path) -> None:
         policy.step()
     assert policy.logprobs(BATCH).sum() > before
     assert set(dict(policy.named_weights())) == set(load_file(folder / "model.safetensors"))
+
+
+def test_dense_layers_take_adapters_and_experts_of_the_same_names_none(tmp_path: Path) -> None:
+    """peft maps the names of dense layers onto stacked experts, whose adapters nobody would merge or publish."""
+    pytest.importorskip("peft")
+    experts = {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": 24}
+    config = Glm4MoeConfig(**SIZES, **experts, first_k_dense_replace=1, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = load(tmp_path, lora={"rank": 2, "target_modules": ["gate_proj"]})
+    gradient_moments(policy)
+    layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name, _ in policy.named_adapter()}
+    assert layers == {"model.layers.0.mlp.gate_proj", "model.layers.1.mlp.shared_experts.gate_proj"}
+    assert set(dict(policy.named_weights())) == set(load_file(tmp_path / "model.safetensors"))
