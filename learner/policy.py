@@ -1,7 +1,7 @@
 """The policy being trained: a model, its optimizer, and the views that others need of it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -85,7 +85,7 @@ class Policy:
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._optimizer = MasterOptimizer(self._parameters, config, parameter_dtypes(model, dtype))
         self._casts = dtype == torch.float32
-        self._router_loss = RouterLoss(model) if config.router_aux_coef else None
+        self._router_loss = RouterLoss(model, ranks) if config.router_aux_coef else None
         self.model_files: Mapping[str, bytes] = companion_files(source.folder)
         """File name -> content of config, generation config and tokenizer."""
         self._frozen_bf16: dict[str, Tensor] | None = None
@@ -173,20 +173,21 @@ class Policy:
             logprobs_T: Tensor = self._forward(micro_batch, temperature)[0]
         return logprobs_T
 
-    def backward(self, micro_batch: MicroBatch, loss_fn: LossFn, *, token_share: float = 1.0) -> TokenStatistics:
-        """Add the gradient of ``loss_fn`` on one micro-batch, which lies on the policy's device.
+    def expert_costs(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
+        """What :meth:`backward` balances routers with, by one forward pass over a rank's share of an update.
 
-        Args:
-            token_share: tokens of this micro-batch over those of the whole update, prompts included: what
-                ``router_aux_coef`` is multiplied with. Routers are balanced within each micro-batch, and micro-batches
-                count by their tokens, so the loss of an update does not grow with their number.
+        None without ``router_aux_coef``.
         """
+        return None if self._router_loss is None else self._router_loss.costs(micro_batches, self.logprobs)
+
+    def backward(self, micro_batch: MicroBatch, loss_fn: LossFn, costs_RX: Tensor | None = None) -> TokenStatistics:
+        """Add the gradient of ``loss_fn``, and of the routers' balance, on one micro-batch on the policy's device."""
         offload = offload_to_host(self._model, is_on=self._config.activation_offload)
         with autocast(self.device, is_on=self._casts), offload:
             logprobs_T, entropy_T = self._forward(micro_batch)
         loss = loss_fn(logprobs_T, entropy_T)
-        if self._router_loss is not None:
-            loss = loss + self._config.router_aux_coef * token_share * self._router_loss.take()
+        if self._router_loss is not None and costs_RX is not None:
+            loss = loss + self._config.router_aux_coef * self._router_loss.loss(micro_batch, costs_RX)
         torch.autograd.backward(loss)
         self.num_flops += self._flops.training(micro_batch) / self._ranks.context_size
         return TokenStatistics(logprobs_T.detach(), entropy_T.detach())

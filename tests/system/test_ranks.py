@@ -43,6 +43,7 @@ VARIANTS: Mapping[str, dict[str, object]] = {
     "second moment": {"objective": {"policy_loss": {"preset": "m2po"}}},
     "recomputed": {"learner": {"activation_checkpointing": True}},
     "adapters": {"learner": {"lora": {"rank": 2}}},
+    "balanced experts": {"learner": {"router_aux_coef": 0.1}},
 }
 Outcome = dict[str, object]
 
@@ -68,7 +69,8 @@ def train_variants(ranks: Ranks, model: Path) -> dict[str, Outcome]:
     """Two steps of each variant."""
     outcomes: dict[str, Outcome] = {}
     for name, changes in VARIANTS.items():
-        team = Team(ranks, settings(**changes), Origin(str(model), None))
+        path = model.with_name("experts") if "experts" in name else model
+        team = Team(ranks, settings(**changes), Origin(str(path), None))
         metrics = [team.step(number) for number in range(2)]
         scored = score(team.policy, ROW)
         published = [dict(team.policy.published()) for _ in range(2)][-1]  # the frozen part is gathered once
@@ -83,7 +85,10 @@ def train_variants_in_context(ranks: Ranks, model: Path, context_size: int) -> d
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+    """A dense model, beside one of experts."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_model_folder(folder / "experts", "qwen3_moe")
+    return tiny_model_folder(folder / "dense")
 
 
 @pytest.fixture(scope="module")
