@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lambdapo_async.config.learner import LoraConfig
 from lambdapo_async.errors import CheckpointError, ConfigError
 from lambdapo_async.weights.adapter import PREFIX, adapter_settings, target_linears
-from learner.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from learner.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINGERPRINT, ModelSource
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
@@ -46,14 +46,14 @@ def adapter_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, 
             yield PREFIX + name.replace(f".{ADAPTER}.", "."), tensor
 
 
-def save_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, *, base: Path) -> None:
-    """Write adapters of the model in ``base`` as peft, transformers and vLLM read them.
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, *, base: ModelSource) -> None:
+    """Write adapters of the model ``base`` as peft, transformers and vLLM read them.
 
     Args:
         tensors: from :func:`adapter_tensors`.
     """
-    (folder / ADAPTER_CONFIG).write_bytes(adapter_settings(tensors, lora, base=str(base.resolve())))
-    save_file(dict(tensors), folder / ADAPTER_WEIGHTS)
+    (folder / ADAPTER_CONFIG).write_bytes(adapter_settings(tensors, lora, base=str(base.folder.resolve())))
+    save_file(dict(tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt", FINGERPRINT: base.fingerprint})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, lora: LoraConfig) -> None:

@@ -273,7 +273,7 @@ class Policy:
             # Beside config.json transformers would look for the model's weights here.
             del files[CONFIG_FILE]
             if adapter:
-                save_adapter(folder, adapter, self._config.lora, base=self._source.folder)
+                save_adapter(folder, adapter, self._config.lora, base=self._source)
         if self._ranks.is_main:
             for name, content in files.items():
                 (folder / name).write_bytes(content)

@@ -208,3 +208,11 @@ def test_a_model_that_moved_away_from_its_adapters_is_named(folder: Path, tmp_pa
     folder.rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match=r"saved holds LoRA adapters of the model .*, which must stay there"):
         load(tmp_path / "saved")
+
+
+def test_a_model_that_was_replaced_under_its_adapters_is_named(folder: Path, tmp_path: Path) -> None:
+    """Nothing but its numbers differs."""
+    load(folder).save_model(tmp_path / "saved")
+    tiny_model(seed=1).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"saved holds LoRA adapters of weights that were in .*, which holds others"):
+        load(tmp_path / "saved")
