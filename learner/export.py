@@ -6,6 +6,7 @@
 import os
 import tempfile
 import uuid
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from lambdapo_async.errors import CheckpointError
 from lambdapo_async.weights.hf_folder import check_target
 from learner.checkpoint import CheckpointStore
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
-from learner.model_loading import load_frozen_model
+from learner.model_loading import load_frozen_model, weight_dtype
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -45,7 +46,10 @@ def export_model(model_dir: Path, target: Path, *, dtype: torch.dtype) -> None:
     partial = target.with_name(f"partial-{target.name}-{uuid.uuid4().hex}")
     with whole_or_gone(partial, target):
         partial.mkdir()
-        model.to(dtype).save_pretrained(partial)
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.to(weight_dtype(model, name, dtype))
+        model.save_pretrained(partial)
         for name, content in companion_files(source.folder).items():
             if name != CONFIG_FILE:  # the one just written knows the new dtype
                 (partial / name).write_bytes(content)

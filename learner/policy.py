@@ -19,7 +19,7 @@ from learner.flops import ModelFlops
 from learner.logprobs import LogprobModel
 from learner.lora import adapter_tensors, frozen, merged, save_adapter
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
-from learner.model_loading import autocast, load_model, parameter_dtypes, trained_dtype
+from learner.model_loading import autocast, load_model, parameter_dtypes, trained_dtype, weight_dtype
 from learner.optimizer import MasterOptimizer
 from learner.parallel import ALONE, Ranks
 from learner.router_loss import RouterLoss
@@ -225,17 +225,18 @@ class Policy:
         """
         lora = self._config.lora
         own = merged(self._named_states(), scaling=lora.alpha / lora.rank if lora else 0.0)
-        # Cast before it is gathered: half as much goes over the wire.
-        cast = ((name, tensor.to(dtype, copy=dtype != torch.float32)) for name, tensor in own)
-        yield from self._whole(cast)
+        yield from self._whole(own, dtype)
 
-    def _whole(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _whole(self, named: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Gathered from all ranks, under a checkpoint's names; ranks but the first get nothing."""
-        for name, weight in full_tensors(named, self._ranks):
+        # Cast before they are gathered: half as much goes over the wire.
+        kinds = ((name, tensor, weight_dtype(self._model, name, dtype)) for name, tensor in named)
+        cast = ((name, tensor.to(kind, copy=dtype != torch.float32)) for name, tensor, kind in kinds)
+        for name, weight in full_tensors(cast, self._ranks):
             yield from revert_weight_conversion(self._model, {name: weight}).items()
 
     def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
-        """:meth:`named_weights` as contiguous bfloat16 copies."""
+        """:meth:`named_weights` as contiguous copies: bfloat16, but for what is computed with in float32 always."""
         for name, weight in self.named_weights(torch.bfloat16):
             yield name, weight.contiguous()
 
@@ -248,8 +249,8 @@ class Policy:
             yield from self.named_bf16()
             return
         if self._frozen_bf16 is None:
-            cast = ((name, tensor.to(torch.bfloat16, copy=True)) for name, tensor in frozen(self._named_states()))
-            self._frozen_bf16 = {name: weight.contiguous() for name, weight in self._whole(cast)}
+            whole = self._whole(frozen(self._named_states()), torch.bfloat16)
+            self._frozen_bf16 = {name: weight.contiguous() for name, weight in whole}
         yield from self._frozen_bf16.items()
         for name, tensor in self.named_adapter():
             yield name, tensor.bfloat16()

@@ -16,6 +16,7 @@ from lambdapo_async.rank_balance import filler
 from lambdapo_async.weights.delta import difference
 from lambdapo_async.weights.state import State
 from learner.attention import select_attention
+from learner.export import export_model
 from learner.flops import ModelFlops
 from learner.memory_plan import plan_memory, read_shape
 from learner.policy import Policy
@@ -26,6 +27,7 @@ from tests.weight_states import POOL
 
 CPU = torch.device("cpu")
 NUM_EXPERTS, TOP_K = 4, 2
+CHOICE_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 IDS = torch.arange(24) * 7 % VOCAB
 DOCUMENTS = (((9,), IDS[:9]), ((15,), IDS[9:]), ((9, 15), IDS))
 EXPERT = re.compile(r"(layers\.\d+\.\w+\.experts\.\d+)\.")
@@ -168,14 +170,39 @@ def test_attention_takes_adapters_beside_experts(folder: Path) -> None:
     assert set(dict(policy.named_weights())) == set(load_file(folder / "model.safetensors"))
 
 
-def test_dense_layers_take_adapters_and_experts_of_the_same_names_none(tmp_path: Path) -> None:
+@pytest.fixture
+def partly_dense(tmp_path: Path) -> Path:
+    """A dense layer before one of experts, which a float32 bias helps to choose, beside one that sees every token."""
+    experts = {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": 24}
+    model = AutoModelForCausalLM.from_config(Glm4MoeConfig(**SIZES, **experts, first_k_dense_replace=1, pad_token_id=0))
+    model.get_buffer(CHOICE_BIAS).copy_(torch.rand(NUM_EXPERTS))
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_what_is_computed_in_float32_is_published_and_exported_in_float32(
+    partly_dense: Path, tmp_path: Path, lora: dict[str, int] | None
+) -> None:
+    """Rounded, the bias chooses other experts for an actor than for the learner."""
+    if lora:
+        pytest.importorskip("peft")
+    policy = load(partly_dense, lora=lora)
+    policy.save_model(tmp_path / "saved")
+    export_model(tmp_path / "saved", tmp_path / "exported", dtype=torch.bfloat16)
+    expected = load_file(partly_dense / "model.safetensors")[CHOICE_BIAS]
+    assert not torch.equal(expected, expected.bfloat16().float())
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    for found in (dict(policy.published()), exported):
+        torch.testing.assert_close(found[CHOICE_BIAS], expected, rtol=0, atol=0)
+        assert found["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+
+
+def test_dense_layers_take_adapters_and_experts_of_the_same_names_none(partly_dense: Path) -> None:
     """peft maps the names of dense layers onto stacked experts, whose adapters nobody would merge or publish."""
     pytest.importorskip("peft")
-    experts = {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": 24}
-    config = Glm4MoeConfig(**SIZES, **experts, first_k_dense_replace=1, pad_token_id=0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    policy = load(tmp_path, lora={"rank": 2, "target_modules": ["gate_proj"]})
+    policy = load(partly_dense, lora={"rank": 2, "target_modules": ["gate_proj"]})
     gradient_moments(policy)
     layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name, _ in policy.named_adapter()}
     assert layers == {"model.layers.0.mlp.gate_proj", "model.layers.1.mlp.shared_experts.gate_proj"}
-    assert set(dict(policy.named_weights())) == set(load_file(tmp_path / "model.safetensors"))
+    assert set(dict(policy.named_weights())) == set(load_file(partly_dense / "model.safetensors"))
