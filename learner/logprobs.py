@@ -63,7 +63,7 @@ def packed_logprobs(
     if context is None:
         return logprobs_T, entropy_T
     logprobs_T, entropy_T = add_parts(torch.stack([logprobs_T, entropy_T]), context)
-    return logprobs_T, entropy_T
+    return logprobs_T.clone(), entropy_T.clone()  # FSDP warns of views
 
 
 def predicted_tokens(micro_batch: MicroBatch, context: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
