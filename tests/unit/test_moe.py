@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig, set_seed
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, PhimoeConfig, Qwen3MoeConfig, set_seed
 
 from lambdapo_async.config.learner import LearnerConfig
 from lambdapo_async.errors import ConfigError
@@ -206,3 +206,13 @@ def test_dense_layers_take_adapters_and_experts_of_the_same_names_none(partly_de
     layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name, _ in policy.named_adapter()}
     assert layers == {"model.layers.0.mlp.gate_proj", "model.layers.1.mlp.shared_experts.gate_proj"}
     assert set(dict(policy.named_weights())) == set(load_file(partly_dense / "model.safetensors"))
+
+
+def test_a_router_that_is_a_linear_layer_takes_no_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    config = PhimoeConfig(**sizes, num_local_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = load(tmp_path, lora={"rank": 2})
+    assert not any("router" in name for name, _ in policy.named_adapter())
+    assert gradient_moments(policy)
