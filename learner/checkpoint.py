@@ -249,8 +249,12 @@ def write_share(folder: Path, policy: Saveable, ranks: Ranks) -> None:
     """On all ranks: write this rank's part; returns when every rank has written.
 
     Raises:
-        CheckpointError: on every rank, when one could not write its moments.
+        CheckpointError: this rank does not see ``folder``; on every rank, when one could not write its moments.
     """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"rank {ranks.rank} does not see {folder}, which rank 0 made: put output_dir on storage that all share"
+        )
     (folder / "model").mkdir(exist_ok=True)
     policy.save_model(folder / "model")
     write_moments(folder / "optimizer", policy.optimizer_state(), ranks)

@@ -5,21 +5,24 @@
 
 import os
 import tempfile
+import uuid
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from lambdapo_async.cli.errors import run_main
 from lambdapo_async.cli.options import DryRun
-from lambdapo_async.durable import explaining_refusal, sync, sync_tree, whole_or_gone
-from lambdapo_async.errors import CheckpointError, ConfigError, DiskError
+from lambdapo_async.durable import sync, sync_tree, whole_or_gone
+from lambdapo_async.errors import CheckpointError
+from lambdapo_async.weights.hf_folder import check_target
 from learner.checkpoint import CheckpointStore
-from learner.lora import merge_folder
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
+from learner.model_loading import load_frozen_model, weight_dtype
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -32,37 +35,27 @@ def export_model(model_dir: Path, target: Path, *, dtype: torch.dtype) -> None:
 
     Raises:
         ConfigError: ``target`` exists, or the model cannot be read.
-        CheckpointError, DiskError: the disk refused ``target``.
+        CheckpointError: adapters of another model, or the disk refused; nothing is left of ``target``.
     """
     check_target(target)
     source = ModelSource.locate(str(model_dir), None)
-    # Merged in float32: an adapter may move a weight by less than bfloat16 resolves.
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-    if source.adapter is not None:
-        merge_folder(model, source.adapter)
-    with explaining_refusal(target, DiskError):
-        partial = Path(tempfile.mkdtemp(prefix=f"partial-{target.name}-", dir=target.parent))
+    # Merged in float32, a CPU's type: an adapter may move a weight by less than bfloat16 resolves.
+    model = load_frozen_model(source, torch.device("cpu"))
+    # The model's own is copied as it is: transformers reads some that it refuses to write.
+    model.generation_config = GenerationConfig()
+    partial = target.with_name(f"partial-{target.name}-{uuid.uuid4().hex}")
     with whole_or_gone(partial, target):
-        model.to(dtype).save_pretrained(partial)
+        partial.mkdir()
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.to(weight_dtype(model, name, dtype))
+        model.save_pretrained(partial)
         for name, content in companion_files(source.folder).items():
             if name != CONFIG_FILE:  # the one just written knows the new dtype
                 (partial / name).write_bytes(content)
-        partial.chmod(0o755)
         sync_tree(partial)
         os.rename(partial, target)
-        sync(target.parent)
-
-
-def check_target(target: Path) -> None:
-    """Refuse to write over anything, or into a folder that is not there.
-
-    Raises:
-        ConfigError: with what to change.
-    """
-    if target.exists():
-        raise ConfigError(f"{target} exists already: name a folder that does not")
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(f"{target.absolute().parent} is no folder: create it first")
+        sync(target.absolute().parent)
 
 
 def find_model(run_folder: Path, step: int | None) -> Path:

@@ -40,15 +40,9 @@ def packed_logprobs(
     """
     num_fed = micro_batch.layout.num_tokens
     ids_t, positions_t = micro_batch.input_ids_T[:num_fed], micro_batch.position_ids_T[:num_fed]
-    own = slice(0, num_fed)
     if context is not None:
-        own = own_tokens(num_fed, context)
         ids_t, positions_t = shard_tokens(ids_t, context), shard_tokens(positions_t, context)
-    # A rank predicts what comes after its tokens, be it another rank's.
-    predictor_T, index_S = micro_batch.predictor_T, micro_batch.loss_indices()
-    if context is not None:
-        predictor_S = predictor_T.index_select(0, index_S)
-        index_S = index_S[(predictor_S >= own.start) & (predictor_S < own.stop)]
+    index_S, rows_S = predicted_tokens(micro_batch, context)
     hidden_tE = model.get_decoder()(
         input_ids=ids_t[None],
         position_ids=positions_t[None],
@@ -57,7 +51,7 @@ def packed_logprobs(
     ).last_hidden_state[0]
     logprobs_S, entropy_S = project(
         model.get_output_embeddings(),
-        hidden_tE.index_select(0, predictor_T.index_select(0, index_S) - own.start),
+        hidden_tE.index_select(0, rows_S),
         micro_batch.input_ids_T.index_select(0, index_S),
         temperature=temperature / logit_scale(model),
         soft_cap=soft_cap(model),
@@ -69,7 +63,19 @@ def packed_logprobs(
     if context is None:
         return logprobs_T, entropy_T
     logprobs_T, entropy_T = add_parts(torch.stack([logprobs_T, entropy_T]), context)
-    return logprobs_T, entropy_T
+    return logprobs_T.clone(), entropy_T.clone()  # FSDP warns of views
+
+
+def predicted_tokens(micro_batch: MicroBatch, context: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """[S] tokens with loss that this rank predicts, and [S] those of its own t tokens that predict them."""
+    index_S = micro_batch.loss_indices()
+    predictor_S = micro_batch.predictor_T.index_select(0, index_S)
+    if context is None:
+        return index_S, predictor_S
+    # A rank predicts what comes after its tokens, be it another rank's.
+    own = own_tokens(micro_batch.layout.num_tokens, context)
+    is_own_S = (predictor_S >= own.start) & (predictor_S < own.stop)
+    return index_S[is_own_S], predictor_S[is_own_S] - own.start
 
 
 def logit_scale(model: PreTrainedModel) -> float:

@@ -4,14 +4,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 
 from lambdapo_async.errors import ConfigError
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FINGERPRINT = "base_fingerprint"
+"""Name in the metadata of adapters of ours: :attr:`ModelSource.fingerprint` of what they lie on."""
+_SAMPLE_BYTES = 2**16
 COMPANION_PATTERNS = (
     CONFIG_FILE,
     "generation_config.json",
@@ -33,25 +38,36 @@ class ModelSource:
     """Config, weights and companion files."""
     adapter: Path | None
     """Folder in peft's format whose LoRA adapters lie on those weights."""
+    fingerprint: str
+    """Of the weights in ``folder``: what adapters are saved with, and compared when they are read."""
 
     @classmethod
     def locate(cls, path: str, revision: str | None) -> "ModelSource":
         """Find a model, or an adapter and the model that it was trained on.
 
         Raises:
-            ConfigError: neither a folder nor a repo id that can be read.
+            ConfigError: neither a folder nor a repo id that can be read, or adapters of other weights than are there.
         """
         folder = Path(path).expanduser()
         # A folder with both is a whole model beside an adapter of somebody's: the model is what was asked for.
         if (folder / CONFIG_FILE).is_file() or not (folder / ADAPTER_CONFIG).is_file():
-            return cls(locate_model(path, revision), None)
+            found = locate_model(path, revision)
+            return cls(found, None, fingerprint(found))
         base = json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
         try:
-            return cls(locate_model(base, None), folder)
+            found = locate_model(base, None)
         except ConfigError as error:
             raise ConfigError(
                 f"{folder} holds LoRA adapters of the model {base}, which must stay there: {error}"
             ) from error
+        source = cls(found, folder, fingerprint(found))
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as adapter:
+            trained_on = (adapter.metadata() or {}).get(FINGERPRINT, source.fingerprint)  # others' adapters say nothing
+        if trained_on != source.fingerprint:
+            raise ConfigError(
+                f"{folder} holds LoRA adapters of weights that were in {found}, which holds others now: put them back"
+            )
+        return source
 
 
 def locate_model(path: str, revision: str | None) -> Path:
@@ -75,6 +91,17 @@ def locate_model(path: str, revision: str | None) -> Path:
         raise ConfigError(
             f"model.path = {path!r}: there is no such folder, and as a repo id{place} it cannot be read: {said:.300}"
         ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells two models' weights apart by the size and a sample of each file, without reading them."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            file.seek(path.stat().st_size // 2)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:

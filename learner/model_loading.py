@@ -31,11 +31,14 @@ def trained_dtype(config: LearnerConfig, device: torch.device, ranks: Ranks = AL
 
 
 def parameter_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Name of each parameter -> ``dtype``, or float32 where the architecture computes with nothing less."""
+    """Name of each parameter -> :func:`weight_dtype`."""
+    return {name: weight_dtype(model, name, dtype) for name, _ in model.named_parameters()}
+
+
+def weight_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 for a parameter or buffer with which the architecture computes in nothing less."""
     exact = model._keep_in_fp32_modules_strict or ()
-    return {
-        name: torch.float32 if any(part in name for part in exact) else dtype for name, _ in model.named_parameters()
-    }
+    return torch.float32 if any(part in name for part in exact) else dtype
 
 
 def autocast(device: torch.device, *, is_on: bool = True) -> AbstractContextManager[object]:
@@ -163,7 +166,7 @@ def _prepare(model: PreTrainedModel, source: ModelSource, config: LearnerConfig)
     if config.lora is not None:
         add_adapters(model, config.lora)
         if source.adapter is not None:
-            load_adapter(model, source.adapter)
+            load_adapter(model, source.adapter, config.lora)
     if config.activation_checkpointing:
         enable_checkpointing(model)
     if config.compile:

@@ -1,7 +1,7 @@
 """The policy being trained: a model, its optimizer, and the views that others need of it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -19,7 +19,7 @@ from learner.flops import ModelFlops
 from learner.logprobs import LogprobModel
 from learner.lora import adapter_tensors, frozen, merged, save_adapter
 from learner.model_folder import CONFIG_FILE, ModelSource, companion_files
-from learner.model_loading import autocast, load_model, parameter_dtypes, trained_dtype
+from learner.model_loading import autocast, load_model, parameter_dtypes, trained_dtype, weight_dtype
 from learner.optimizer import MasterOptimizer
 from learner.packing_check import packable_positions
 from learner.parallel import ALONE, Ranks
@@ -86,7 +86,7 @@ class Policy:
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._optimizer = MasterOptimizer(self._parameters, config, parameter_dtypes(model, dtype))
         self._casts = dtype == torch.float32
-        self._router_loss = RouterLoss(model) if config.router_aux_coef else None
+        self._router_loss = RouterLoss(model, ranks) if config.router_aux_coef else None
         self.model_files: Mapping[str, bytes] = companion_files(source.folder)
         """File name -> content of config, generation config and tokenizer."""
         self._frozen_bf16: dict[str, Tensor] | None = None
@@ -173,20 +173,21 @@ class Policy:
             logprobs_T: Tensor = self._forward(micro_batch, temperature)[0]
         return logprobs_T
 
-    def backward(self, micro_batch: MicroBatch, loss_fn: LossFn, *, token_share: float = 1.0) -> TokenStatistics:
-        """Add the gradient of ``loss_fn`` on one micro-batch, which lies on the policy's device.
+    def expert_costs(self, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
+        """What :meth:`backward` balances routers with, by one forward pass over a rank's share of an update.
 
-        Args:
-            token_share: tokens of this micro-batch over those of the whole update, prompts included: what
-                ``router_aux_coef`` is multiplied with. Routers are balanced within each micro-batch, and micro-batches
-                count by their tokens, so the loss of an update does not grow with their number.
+        None without ``router_aux_coef``.
         """
+        return None if self._router_loss is None else self._router_loss.costs(micro_batches, self.logprobs)
+
+    def backward(self, micro_batch: MicroBatch, loss_fn: LossFn, costs_RX: Tensor | None = None) -> TokenStatistics:
+        """Add the gradient of ``loss_fn``, and of the routers' balance, on one micro-batch on the policy's device."""
         offload = offload_to_host(self._model, is_on=self._config.activation_offload)
         with autocast(self.device, is_on=self._casts), offload:
             logprobs_T, entropy_T = self._forward(micro_batch)
         loss = loss_fn(logprobs_T, entropy_T)
-        if self._router_loss is not None:
-            loss = loss + self._config.router_aux_coef * token_share * self._router_loss.take()
+        if self._router_loss is not None and costs_RX is not None:
+            loss = loss + self._config.router_aux_coef * self._router_loss.loss(micro_batch, costs_RX)
         torch.autograd.backward(loss)
         self.num_flops += self._flops.training(micro_batch) / self._ranks.context_size
         return TokenStatistics(logprobs_T.detach(), entropy_T.detach())
@@ -224,17 +225,18 @@ class Policy:
         """
         lora = self._config.lora
         own = merged(self._named_states(), scaling=lora.alpha / lora.rank if lora else 0.0)
-        # Cast before it is gathered: half as much goes over the wire.
-        cast = ((name, tensor.to(dtype, copy=dtype != torch.float32)) for name, tensor in own)
-        yield from self._whole(cast)
+        yield from self._whole(own, dtype)
 
-    def _whole(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _whole(self, named: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Gathered from all ranks, under a checkpoint's names; ranks but the first get nothing."""
-        for name, weight in full_tensors(named, self._ranks):
+        # Cast before they are gathered: half as much goes over the wire.
+        kinds = ((name, tensor, weight_dtype(self._model, name, dtype)) for name, tensor in named)
+        cast = ((name, tensor.to(kind, copy=dtype != torch.float32)) for name, tensor, kind in kinds)
+        for name, weight in full_tensors(cast, self._ranks):
             yield from revert_weight_conversion(self._model, {name: weight}).items()
 
     def named_bf16(self) -> Iterator[tuple[str, Tensor]]:
-        """:meth:`named_weights` as contiguous bfloat16 copies."""
+        """:meth:`named_weights` as contiguous copies: bfloat16, but for what is computed with in float32 always."""
         for name, weight in self.named_weights(torch.bfloat16):
             yield name, weight.contiguous()
 
@@ -247,8 +249,8 @@ class Policy:
             yield from self.named_bf16()
             return
         if self._frozen_bf16 is None:
-            cast = ((name, tensor.to(torch.bfloat16, copy=True)) for name, tensor in frozen(self._named_states()))
-            self._frozen_bf16 = {name: weight.contiguous() for name, weight in self._whole(cast)}
+            whole = self._whole(frozen(self._named_states()), torch.bfloat16)
+            self._frozen_bf16 = {name: weight.contiguous() for name, weight in whole}
         yield from self._frozen_bf16.items()
         for name, tensor in self.named_adapter():
             yield name, tensor.bfloat16()
@@ -272,7 +274,7 @@ class Policy:
             # Beside config.json transformers would look for the model's weights here.
             del files[CONFIG_FILE]
             if adapter:
-                save_adapter(folder, adapter, self._config.lora, base=self._source.folder)
+                save_adapter(folder, adapter, self._config.lora, base=self._source)
         if self._ranks.is_main:
             for name, content in files.items():
                 (folder / name).write_bytes(content)

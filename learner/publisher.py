@@ -28,7 +28,7 @@ class Snapshottable(Protocol):
     """What is published: the learner's ``Policy``."""
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face name and CPU bfloat16 tensor of every parameter, gathered from the ranks one by one.
+        """Hugging Face name and CPU tensor of every weight, mostly bfloat16, gathered from the ranks one by one.
 
         What is trained is copied.
         """

@@ -1,15 +1,17 @@
 """Whether a learner may have the run id it was given: a run is one config, one Redis and one folder."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lambdapo_async.broker.interface import RunStore
 from lambdapo_async.config import RunConfig
 from lambdapo_async.errors import ConfigError, RunNotPublishedError
 from lambdapo_async.report.run_folder import recorded_config
 
-# What actors and the journal depend on; everything else may change from one life of a learner to the next.
-_FIXED = ("seed", "model", "task", "density", "sampling", "rollout", "replay")
+# What actors and the journal depend on, beside learner.lora; everything else may change from one life to the next.
+_FIXED = frozenset({"seed", "model", "task", "density", "sampling", "rollout", "replay"})
 
 
 def refuse_taken_id(run_store: RunStore, run_id: str) -> None:
@@ -35,13 +37,8 @@ def refuse_other_schema(run_store: RunStore) -> None:
 
 def check_same_config(folder: Path, config: RunConfig) -> None:
     """``ConfigError`` when ``config`` differs from the folder's run in what cannot change on ``--resume``."""
-    before, now = recorded_config(folder), config.published()
-    changed = [
-        f"{section}.{key}".rstrip(".")
-        for section in _FIXED
-        for key, value in _leaves(before.get(section, now[section]))
-        if dict(_leaves(now.get(section))).get(key) != value
-    ]
+    before, now = _fixed(recorded_config(folder)), _fixed(config.published())
+    changed = [name for name, value in sorted(before.items()) if now.get(name) != value]
     if changed:
         raise ConfigError(
             f"--resume: the run in {folder} has another {', '.join(changed)}, on which actors and the journal depend: "
@@ -49,5 +46,17 @@ def check_same_config(folder: Path, config: RunConfig) -> None:
         )
 
 
-def _leaves(section: object) -> list[tuple[str, object]]:
-    return sorted(section.items()) if isinstance(section, dict) else [("", section)]
+def _fixed(published: Mapping[str, Any]) -> dict[str, object]:
+    """Dotted name -> value of what is there of the fixed keys."""
+    fixed: dict[str, object] = {}
+    for section in published.keys() & _FIXED:
+        values = published[section]
+        fixed |= (
+            {f"{section}.{key}": each for key, each in values.items()}
+            if isinstance(values, dict)
+            else {section: values}
+        )
+    # Checkpoints hold adapters or whole models, and actors know which tensors are to come.
+    if "lora" in published.get("learner", {}):
+        fixed["learner.lora"] = published["learner"]["lora"]
+    return fixed

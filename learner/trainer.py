@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 import torch
@@ -48,8 +47,6 @@ class _Batch:
     """[T] log pi at the step's start; None where the loss does not read it, or pi is still that policy."""
     reference_T: Tensor | None
     """[T] log-probabilities under the reference; None without a KL term."""
-    token_share: float
-    """Its tokens over those of the whole update; 0 for one without loss, a share's filler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +140,15 @@ class Trainer:
         sequences = training_sequences(groups, advantages_BG)
         budget = self._config.learner.micro_batch_tokens
         shares = rank_shares(sequences, token_budget=budget, num_shares=self._ranks.num_shares)
-        num_tokens = sum(each.layout.num_tokens for each in chain.from_iterable(shares) if each.loss_mask_T.any())
         denominator = LossDenominator(
             # Where no completion has a token the gradient is 0, whatever it is divided by.
             num_loss_tokens=max(1, sum(int(sequence.loss_mask.sum()) for sequence in sequences)),
             num_sequences=len(sequences),
             max_tokens=self._config.sampling.max_tokens,
         )
-        return _Minibatch(tuple(self._batch(each, num_tokens) for each in shares[self._ranks.share_index]), denominator)
+        return _Minibatch(tuple(self._batch(each) for each in shares[self._ranks.share_index]), denominator)
 
-    def _batch(self, micro_batch: MicroBatch, num_tokens: int) -> _Batch:
+    def _batch(self, micro_batch: MicroBatch) -> _Batch:
         columns = micro_batch.to(self._policy.device)
         # With one update the proximal policy is the newest one: no extra forward pass.
         needs_proximal = self._spec.anchor == "proximal" and self._num_updates > 1
@@ -160,14 +156,14 @@ class Trainer:
             columns,
             proximal_T=self._policy.logprobs(columns) if needs_proximal else None,
             reference_T=None if self._reference is None else self._reference(columns).detach(),
-            token_share=micro_batch.layout.num_tokens / num_tokens if micro_batch.loss_mask_T.any() else 0.0,
         )
 
     def _update(self, minibatch: _Minibatch, moment: _Moment, tally: StepTally) -> None:
         """One optimizer update."""
         spec = self._solved(minibatch, moment)
+        costs_RX = self._policy.expert_costs([batch.columns for batch in minibatch.batches])
         for batch in minibatch.batches:
-            self._backward(batch, minibatch.denominator, spec, moment, tally)
+            self._backward(batch, minibatch.denominator, spec, moment, tally, costs_RX)
         tally.grad_norms.append(self._policy.step())
 
     def _solved(self, minibatch: _Minibatch, moment: _Moment) -> PolicyLossSpec:
@@ -197,6 +193,7 @@ class Trainer:
         spec: PolicyLossSpec,
         moment: _Moment,
         tally: StepTally,
+        costs_RX: Tensor | None,
     ) -> None:
         """Add one micro-batch's gradient, and what is to be reported of it."""
         columns = batch.columns
@@ -226,7 +223,7 @@ class Trainer:
             outcome.append((policy, extra))
             return policy.loss + extra.loss
 
-        statistics = self._policy.backward(columns, loss_of, token_share=batch.token_share)
+        statistics = self._policy.backward(columns, loss_of, costs_RX)
         tally.add(_sums_of(*outcome[0], statistics.entropy_T, columns))
         start_T = _start_logprobs(batch, statistics, moment)
         tally.count(statistics, columns, version=moment.version, start_logprobs_T=start_T)

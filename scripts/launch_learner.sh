@@ -12,8 +12,6 @@ python="${LAMBDAPO_VENV:-$root/.venv}/bin/python"
 [[ ${LAMBDAPO_RANKS:-1} =~ ^[1-9][0-9]*$ ]] ||
   { echo "error: LAMBDAPO_RANKS=$LAMBDAPO_RANKS: give a number of GPUs, 1 or more" >&2; exit 2; }
 if [ "${LAMBDAPO_RANKS:-1}" -gt 1 ]; then
-  # A suspended learner first finishes its step and writes a checkpoint: torchrun's 30 s would kill it.
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
-  exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$LAMBDAPO_RANKS" -m learner "$@"
+  exec "$python" -m learner.launch "$LAMBDAPO_RANKS" "$@"
 fi
 exec "$python" -m learner "$@"

@@ -1,6 +1,6 @@
 """A policy small enough to know everything about: one logit per pair of tokens, plain gradient descent, float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ class BigramPolicy:
         self.num_updates = self.num_skipped = self.num_forwards = 0
         self.gradients: list[Tensor] = []
         """[V, V] of every update taken."""
-        self.token_shares: list[list[float]] = [[]]
-        """Per update, of every micro-batch."""
+        self.num_batches: list[int] = [0]
+        """Per update, micro-batches."""
 
     def table(self) -> Tensor:
         """[V, V] log pi of the column's token after the row's."""
@@ -36,10 +36,13 @@ class BigramPolicy:
         self.num_forwards += 1
         return self._forward(micro_batch)[0].detach()
 
+    def expert_costs(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """It has no experts."""
+
     def backward(
-        self, micro_batch: MicroBatch, loss_fn: Callable[[Tensor, Tensor], Tensor], *, token_share: float
+        self, micro_batch: MicroBatch, loss_fn: Callable[[Tensor, Tensor], Tensor], costs_RX: None
     ) -> TokenStatistics:
-        self.token_shares[-1].append(token_share)
+        self.num_batches[-1] += 1
         logprobs_T, entropy_T = self._forward(micro_batch)
         loss_fn(logprobs_T, entropy_T).backward()
         return TokenStatistics(logprobs_T.detach(), entropy_T.detach())
@@ -52,7 +55,7 @@ class BigramPolicy:
             self.logits_VV -= self.lr * gradient
         self.logits_VV.grad = None
         self.num_updates += 1
-        self.token_shares.append([])
+        self.num_batches.append(0)
         return float(self.gradients[-1].norm())
 
     def _forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:

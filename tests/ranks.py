@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -17,7 +18,7 @@ from learner.parallel import ALONE, join_ranks
 RankFunction = Callable[..., object]
 """``function(ranks, *arguments)`` of a module that can be imported; tensors come back from :func:`run_ranks`."""
 
-_PRELOADED = ["tests.ranks", "tests.tiny_models", "learner.checkpoint", "torch.distributed.fsdp"]
+_PRELOADED = ["tests.ranks", "tests.tiny_models", "torch.distributed.tensor", "torch.distributed.fsdp"]
 _LOOPBACK = "127.0.0.1"
 
 
@@ -36,9 +37,7 @@ def run_ranks(
     """
     store = TCPStore(_LOOPBACK, 0, world_size, is_master=True, wait_for_workers=False)
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(
-        ["tests.ranks", "tests.tiny_models", "torch.distributed.tensor", "torch.distributed.fsdp"]
-    )
+    spawn.set_forkserver_preload(_PRELOADED)
     results = [folder / f"rank-{rank}.pt" for rank in range(world_size)]
     ends = []
     processes = []
@@ -87,6 +86,7 @@ def _run_rank(
 ) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")  # pytest's filters end at its own process
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -6,13 +6,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig, set_seed
 
 from lambdapo_async.packed_layout import PackedLayout, Segment, packed_layout
 from lambdapo_async.packing import MicroBatch
 from learner.attention import select_attention
 
-Architecture = Literal["qwen3", "llama"]
+Architecture = Literal["qwen3", "llama", "qwen3_moe"]
 VOCAB = 61
 SIZES = {
     "vocab_size": VOCAB,
@@ -27,9 +27,11 @@ SIZES = {
 
 
 def tiny_model(architecture: Architecture = "qwen3", *, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random model of 30,000 parameters with our packed attention; Qwen3 ties its embeddings, Llama does not."""
+    """A random model of 30,000 parameters with our packed attention; Qwen3 ties its embeddings, the others do not."""
     set_seed(seed)
-    kind = {"qwen3": Qwen3Config, "llama": LlamaConfig}[architecture]
+    kind = {"qwen3": Qwen3Config, "llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}[architecture]
+    if architecture == "qwen3_moe":
+        changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **changes}
     config = kind(**{**SIZES, "tie_word_embeddings": architecture == "qwen3", **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=select_attention(torch.device("cpu")))
     with torch.no_grad():  # larger than the usual initialisation, so that attention and norms matter

@@ -48,7 +48,8 @@ class LearnerConfig(Section):
     lora: LoraConfig | None = None
     """Train adapters only; None trains every weight."""
     router_aux_coef: float = Field(0.0, ge=0.0)
-    """Weight of the load-balancing loss of a mixture of experts (arXiv:2101.03961); 0 leaves it out."""
+    """Weight of the load-balancing loss of a mixture of experts (arXiv:2101.03961), over all completions of an update,
+    which takes a forward pass more; 0 leaves it out."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and compute the rest, logits too, again in the backward pass."""
     activation_offload: bool = False
@@ -81,14 +82,5 @@ class LearnerConfig(Section):
         if self.activation_offload and not self.activation_checkpointing:
             raise ValueError(
                 "activation_offload moves what activation_checkpointing keeps: set activation_checkpointing = true, too"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_context(self) -> Self:
-        if self.context_parallel > 1 and self.router_aux_coef:
-            raise ValueError(
-                "router_aux_coef balances the routers over whole micro-batches, of which no rank has all tokens with "
-                f"context_parallel = {self.context_parallel}: set one of them to its default"
             )
         return self

@@ -28,9 +28,8 @@ def target_linears(model: nn.Module, lora: LoraConfig, *, head: nn.Module | None
     Raises:
         ConfigError: a target names no linear layer of the model.
     """
-    linears = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
-    }
+    # Nothing derived of it: a router of that kind returns more than a product.
+    linears = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head}
     found = {_last(name) for name in linears}
     if unknown := set(lora.target_modules) - found:
         raise ConfigError(

@@ -14,7 +14,6 @@ from lambdapo_async.errors import ConfigError
 from lambdapo_async.journal.receipts import ReceiptsState
 from lambdapo_async.weights.canary import Canary, ModelIdentity
 from learner.canary import LearnerCanary, canary_sequence, score
-from learner.character_tokenizer import build_tokenizer
 from learner.checkpoint import CheckpointStore, LearnerState
 from learner.crew import Crew, take_orders
 from learner.crew_member import CrewMember, Origin, load_trainees
@@ -22,11 +21,10 @@ from learner.parallel import ALONE, Ranks, share_sequences
 from learner.pool import PoolState
 from learner.trainer import Trainer
 from tests.fakes_canary import FakeCanaryStore
-from tests.processes import Process
 from tests.random_groups import received_groups
 from tests.ranks import run_ranks
-from tests.scripted_run import CONFIG_FILE, acting, settings
-from tests.tiny_models import VOCAB, tiny_model, tiny_model_folder
+from tests.scripted_run import settings
+from tests.tiny_models import VOCAB, tiny_model_folder
 
 ROW = canary_sequence([3, 4, 5], [6, 7])
 STATE = LearnerState(
@@ -45,6 +43,7 @@ VARIANTS: Mapping[str, dict[str, object]] = {
     "second moment": {"objective": {"policy_loss": {"preset": "m2po"}}},
     "recomputed": {"learner": {"activation_checkpointing": True}},
     "adapters": {"learner": {"lora": {"rank": 2}}},
+    "balanced experts": {"learner": {"router_aux_coef": 0.1}},
 }
 Outcome = dict[str, object]
 
@@ -70,7 +69,8 @@ def train_variants(ranks: Ranks, model: Path) -> dict[str, Outcome]:
     """Two steps of each variant."""
     outcomes: dict[str, Outcome] = {}
     for name, changes in VARIANTS.items():
-        team = Team(ranks, settings(**changes), Origin(str(model), None))
+        path = model.with_name("experts") if "experts" in name else model
+        team = Team(ranks, settings(**changes), Origin(str(path), None))
         metrics = [team.step(number) for number in range(2)]
         scored = score(team.policy, ROW)
         published = [dict(team.policy.published()) for _ in range(2)][-1]  # the frozen part is gathered once
@@ -85,7 +85,10 @@ def train_variants_in_context(ranks: Ranks, model: Path, context_size: int) -> d
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+    """A dense model, beside one of experts."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_model_folder(folder / "experts", "qwen3_moe")
+    return tiny_model_folder(folder / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -212,52 +215,3 @@ def test_every_rank_wrote_moments(started: tuple[Path, Outcome]) -> None:
 def test_what_several_ranks_do_not_support_is_refused(model: Path, option: str) -> None:
     with pytest.raises(ConfigError, match=f"learner.{option} with 2 ranks is not supported"):
         load_trainees(settings(learner={option: True}), Origin(str(model), None), Ranks(world_size=2))
-
-
-RUN_S = 120.0
-
-
-def learn(num_ranks: int, log: Path, *arguments: str) -> None:
-    """Run a whole learner, on one rank or under torchrun, to its end."""
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m")
-    process = Process(*(launcher if num_ranks > 1 else ()), "learner", *arguments, log=log)
-    try:
-        assert process.wait(timeout_s=RUN_S) == 0, process.log_tail()
-    finally:
-        process.kill()  # the ranks die with torchrun
-
-
-def weights_after(folder: Path, step: int) -> dict[str, Tensor]:
-    (checkpoint,) = (folder / "checkpoints").glob(f"step-{step:08d}.*")
-    return load_file(checkpoint / "model" / "model.safetensors")
-
-
-@pytest.mark.system
-@pytest.mark.timeout(400)
-def test_a_run_of_two_ranks_is_that_of_one_and_resumes_in_context_and_on_one(tmp_path: Path, redis_url: str) -> None:
-    tokenizer = build_tokenizer(64)
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    config_path = tmp_path / "run.toml"
-    config_path.write_text(CONFIG_FILE.format(model=tmp_path / "model"))
-    config = settings(rollout={"groups_per_step": 2})
-
-    def arguments(run_id: str, *more: str) -> tuple[str, ...]:
-        place = ("--redis-url", redis_url, "--run-id", run_id, "--set", f"output_dir={tmp_path}")
-        return (str(config_path), *place, *more)
-
-    with acting(redis_url, "two-ranks", config):
-        learn(2, tmp_path / "two.log", *arguments("two-ranks"))
-        context = ("--set", "learner.context_parallel=2")
-        learn(
-            2, tmp_path / "context.log", *arguments("two-ranks", "--resume", "--set", "learner.num_steps=4", *context)
-        )
-        learn(1, tmp_path / "resumed.log", *arguments("two-ranks", "--resume", "--set", "learner.num_steps=5"))
-    with acting(redis_url, "one-rank", config):
-        learn(1, tmp_path / "one.log", *arguments("one-rank", "--set", "learner.num_steps=5"))
-    start_of, one, two = (tmp_path / name for name in ("model", "one-rank", "two-ranks"))
-    begun = load_file(start_of / "model.safetensors")
-    for step in (3, 4, 5):
-        expected, found = weights_after(one, step), weights_after(two, step)
-        assert not torch.equal(expected["model.norm.weight"], begun["model.norm.weight"])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from lambdapo_async.errors import CheckpointError
 from learner import checkpoint as module
-from learner.checkpoint import CheckpointStore
+from learner.checkpoint import CheckpointStore, write_share
+from learner.parallel import Ranks
 from learner.policy import Policy
 from tests.checkpoints import load, owner, state, steps_in
 from tests.full_disk import full_disk
@@ -196,6 +197,12 @@ def test_a_fence_that_the_disk_refuses_is_an_error_with_advice(folder: Path) -> 
     with full_disk(), pytest.raises(CheckpointError, match=r"checkpoints cannot be written: .*; free disk space"):
         owner(folder)
     assert CheckpointStore(folder).take_fence() == 2, "a number that was won is not won again"
+
+
+def test_a_rank_on_other_storage_is_an_error_with_advice(policy: Policy, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"rank 1 does not see .*partial-x.* storage that all share"):
+        write_share(tmp_path / "partial-x", policy, Ranks(rank=1, world_size=2))
+    assert not (tmp_path / "partial-x").exists()
 
 
 def test_the_same_step_saved_again_overwrites_nothing_and_is_newer(policy: Policy, folder: Path) -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor
 
 from lambdapo_async.config.learner import LearnerConfig
@@ -152,11 +151,6 @@ def test_a_model_is_refused_before_it_is_loaded() -> None:
 def test_a_rank_is_planned_with_its_part_of_the_activations() -> None:
     half = plan_memory(tiny_model(), LearnerConfig(micro_batch_tokens=64), "cpu", world_size=2, context_size=2)
     assert half == plan_memory(tiny_model(), LearnerConfig(micro_batch_tokens=32), "cpu", world_size=2)
-
-
-def test_routers_are_not_balanced_over_a_part_of_the_tokens() -> None:
-    with pytest.raises(ValidationError, match="router_aux_coef balances the routers over whole micro-batches"):
-        LearnerConfig(context_parallel=2, router_aux_coef=0.1)
 
 
 def attend_with_one_kv_head(_: Ranks) -> str:

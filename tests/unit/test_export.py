@@ -105,14 +105,41 @@ def test_an_export_loads_and_says_what_the_policy_says(run, tmp_path: Path, argu
 
 def test_bfloat16_is_the_default_and_config_says_so(tmp_path: Path) -> None:
     policy = policy_at(tmp_path / "model")
-    store = CheckpointStore(tmp_path / "run" / "checkpoints")
-    store.take_fence()
-    store.save(state(1), policy)
-    assert export(tmp_path / "run", "--to", tmp_path / "exported") == 0
+    assert export(exported_run(tmp_path, policy), "--to", tmp_path / "exported") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert model.dtype == torch.bfloat16
     found = {name: tensor.detach() for name, tensor in model.named_parameters()}
     torch.testing.assert_close(found, dict(policy.named_bf16()), rtol=0, atol=0)
+
+
+def exported_run(tmp_path: Path, policy: Policy) -> Path:
+    """A run's folder with one checkpoint of ``policy``."""
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    store.take_fence()
+    store.save(state(1), policy)
+    return tmp_path / "run"
+
+
+def test_a_generation_config_is_kept_that_transformers_would_not_write(tmp_path: Path) -> None:
+    """As Llama 2's: it names a temperature, and does not say that it samples."""
+    policy_at(tmp_path / "model")
+    content = '{"temperature": 0.6, "top_p": 0.9}'
+    (tmp_path / "model" / "generation_config.json").write_text(content)
+    settings = LearnerConfig()
+    policy = Policy.load(
+        tmp_path / "model", revision=None, config=settings, temperature=1.0, device=torch.device("cpu")
+    )
+    assert export(exported_run(tmp_path, policy), "--to", tmp_path / "exported") == 0
+    assert (tmp_path / "exported" / "generation_config.json").read_text() == content
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = exported_run(tmp_path, policy_at(tmp_path / "model"))
+    with full_disk(30_000):  # config and tokenizer fit, weights do not
+        status = export(folder, "--to", tmp_path / "exported")
+    error = capsys.readouterr().err
+    assert (status, error.count("\n"), "exported cannot be written" in error) == (2, 1, True), error
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "run"}
 
 
 def test_a_dry_run_names_the_checkpoint_and_writes_nothing(run, tmp_path: Path, capsys) -> None:
@@ -140,14 +167,6 @@ def test_what_cannot_be_exported_is_one_line_and_status_2(
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path: Path, capsys) -> None:
-    folder, _ = run
-    with full_disk(100):
-        assert export(folder, "--to", tmp_path / "exported") == 2
-    assert "exported cannot be written" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*exported*"))
 
 
 def test_the_command_is_the_modules(tmp_path: Path) -> None:

@@ -58,9 +58,7 @@ def test_launch_actor_tells_an_address_from_a_run_id(venv: Path) -> None:
     assert "hunter2" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("ranks", "started"), [("1", "-m learner c.toml"), ("2", "--nproc-per-node 2 -m learner c.toml")]
-)
+@pytest.mark.parametrize(("ranks", "started"), [("1", "-m learner c.toml"), ("2", "-m learner.launch 2 c.toml")])
 def test_launch_learner_starts_as_many_ranks_as_asked(venv: Path, ranks: str, started: str) -> None:
     done = run("launch_learner.sh", "c.toml", LAMBDAPO_VENV=str(venv), LAMBDAPO_RANKS=ranks)
     assert done.returncode == 0

@@ -15,7 +15,7 @@ from lambdapo_async.errors import CheckpointError, ConfigError, WeightsError
 from lambdapo_async.weights.adapter import merged_state
 from lambdapo_async.weights.delta import difference
 from lambdapo_async.weights.state import State
-from learner.lora import add_adapters
+from learner.lora import add_adapters, merge_folder
 from learner.policy import Policy
 from tests.tiny_models import micro_batch, tiny_model, tiny_model_folder
 
@@ -174,6 +174,20 @@ def test_adapters_of_another_rank_or_without_lora_are_refused(folder: Path, tmp_
         load(tmp_path / "saved", None)
 
 
+def test_adapters_of_another_scale_are_refused(folder: Path, tmp_path: Path) -> None:
+    load(folder).save_model(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"trained with learner\.lora\.alpha = 8, .* another policy with 16"):
+        load(tmp_path / "saved", {**LORA, "alpha": 16.0})
+
+
+def test_adapters_of_another_model_are_not_merged(folder: Path, tmp_path: Path) -> None:
+    load(folder).save_model(tmp_path / "saved")
+    for changes, found in (({"intermediate_size": 40}, r"\(32, 40\)"), ({"num_hidden_layers": 1}, "None")):
+        model = tiny_model(**changes)
+        with pytest.raises(CheckpointError, match=rf"adapts .*down_proj.weight of shape \(32, 48\), which is {found}"):
+            merge_folder(model, tmp_path / "saved")
+
+
 def test_adapters_train_under_checkpointing_with_the_same_numbers(folder: Path) -> None:
     policies = []
     for is_on in (False, True):
@@ -193,4 +207,12 @@ def test_a_model_that_moved_away_from_its_adapters_is_named(folder: Path, tmp_pa
     load(folder).save_model(tmp_path / "saved")
     folder.rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match=r"saved holds LoRA adapters of the model .*, which must stay there"):
+        load(tmp_path / "saved")
+
+
+def test_a_model_that_was_replaced_under_its_adapters_is_named(folder: Path, tmp_path: Path) -> None:
+    """Nothing but its numbers differs."""
+    load(folder).save_model(tmp_path / "saved")
+    tiny_model(seed=1).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"saved holds LoRA adapters of weights that were in .*, which holds others"):
         load(tmp_path / "saved")

@@ -56,12 +56,22 @@ def test_the_optimizer_may_change_on_resume(tmp_path: Path) -> None:
         ({"task": {"kind": "arithmetic", "digits": 2}}, "task.digits"),
         ({"seed": 1}, "another seed"),
         ({"replay": {"max_uses": 2}}, "replay.max_uses"),
+        ({"learner": {"lora": {"rank": 8}}}, "learner.lora"),
     ],
 )
 def test_what_actors_depend_on_may_not(tmp_path: Path, sections: dict[str, object], name: str) -> None:
     write_header(tmp_path, "x", config())
     with pytest.raises(ConfigError, match=name):
         check_same_config(tmp_path, config(**sections))
+
+
+def test_adapters_stay_what_they_are(tmp_path: Path) -> None:
+    adapters = {"rank": 8, "alpha": 16.0, "target_modules": ["q_proj"]}
+    write_header(tmp_path, "x", config(learner={"lora": adapters}))
+    check_same_config(tmp_path, config(learner={"lora": adapters, "lr": 3e-6}))
+    for other in ({**adapters, "rank": 4}, {**adapters, "alpha": 8.0}, None):
+        with pytest.raises(ConfigError, match=r"--resume: learner\.lora differ"):
+            check_same_config(tmp_path, config(learner={"lora": other}))
 
 
 def test_a_resume_on_a_full_disk_does_not_damage_what_the_next_one_reads(tmp_path: Path) -> None:

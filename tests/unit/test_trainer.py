@@ -93,8 +93,7 @@ def test_micro_batching_changes_nothing(name: str) -> None:
         )
         policy, metrics = stepped(run)
         gradients.append((policy.gradients[0], metrics))
-        assert len(policy.token_shares[0]) > 1 or tokens == 64
-        assert sum(policy.token_shares[0]) == pytest.approx(1.0)
+        assert policy.num_batches[0] > 1 or tokens == 64
     torch.testing.assert_close(gradients[1][0], gradients[0][0])
     assert gradients[1][1] == pytest.approx(gradients[0][1], rel=1e-5, abs=1e-9)
 
