@@ -95,6 +95,7 @@ def test_sigterm_suspends_all_ranks_with_status_0(tmp_path: Path, redis_url: str
     assert "suspended at step" in process.log_tail()
 
 
+@pytest.mark.timeout(200)
 def test_a_users_mistake_ends_all_ranks_with_status_2_and_no_traceback(tmp_path: Path, run_of: RunOf) -> None:
     process = learner(2, tmp_path / "log", *run_of("wrong", "--set", "learner.lr=-1"))
     assert process.wait(timeout_s=RUN_S) == 2, process.log_tail()
