@@ -141,8 +141,9 @@ def test_balance_loss_of_two_layers_that_ask_one_expert_alone() -> None:
     """Every token asks expert 0 or 1 of 4, whose probability is p, in bfloat16 as a model on a GPU says it."""
     first, second = torch.tensor([[3.0, 0, 0, 0]] * 5), torch.tensor([[0, 1.0, 0, 0]] * 5)
     p = [math.exp(logit) / (math.exp(logit) + 3) for logit in (3.0, 1.0)]
-    loss = float(balance_loss([first.bfloat16(), second.bfloat16()], top_k=1))
-    assert loss == pytest.approx(4 * (p[0] + p[1]) / 2, rel=1e-6)
+    layers, rows_S = [first.bfloat16(), second.bfloat16()], torch.arange(5)
+    costs_RX = expert_costs(expert_choices(layers, rows_S, top_k=1), top_k=1)
+    assert float(balance_loss(layers, rows_S, costs_RX)) == pytest.approx(4 * (p[0] + p[1]) / 2, rel=1e-6)
 
 
 def test_the_auxiliary_loss_alone_evens_the_routers_out(folder: Path) -> None:

@@ -31,9 +31,9 @@ def test_a_published_preset_survives_the_knobs_written_out() -> None:
 def test_without_a_preset_a_knob_has_its_own_defaults() -> None:
     for weight, surrogate in ((RatioWeight(), Surrogate()), (RatioWeight(op="mask"), Surrogate(kind="score"))):
         config = PolicyLossConfig(
-            preset=None, anchor="behavior", weight=weight, reject=(), surrogate=surrogate, reduce="constant"
+            preset=None, anchor="latest", weight=weight, reject=(), surrogate=surrogate, reduce="constant"
         )
-        assert resolve_policy_loss(config) == PolicyLossSpec("behavior", weight, (), surrogate, "constant")
+        assert resolve_policy_loss(config) == PolicyLossSpec("latest", weight, (), surrogate, "constant")
 
 
 def test_aliases() -> None:
@@ -98,8 +98,8 @@ def test_a_knob_overrides_the_preset_s_field_by_field() -> None:
 
 
 def test_what_may_be_written_though_it_changes_little() -> None:
-    point = resolve_policy_loss(PolicyLossConfig(weight=RatioWeight(lo=2.0)))
-    assert (point.weight.lo, point.weight.hi) == (2.0, 2.0)
+    point = resolve_policy_loss(PolicyLossConfig(weight=RatioWeight(lo=1.0, hi=1.0)))
+    assert (point.weight.lo, point.weight.hi) == (1.0, 1.0)
     assert resolve_policy_loss(PolicyLossConfig(surrogate=Surrogate(kind="score"))) == PRESETS["cispo"]
     own = Surrogate(kind="somebody.s:surrogate", eps_lo=0.1)
     assert resolve_policy_loss(PolicyLossConfig(surrogate=own)).surrogate == own, "it may read its fields as it likes"
