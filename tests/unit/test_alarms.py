@@ -61,7 +61,7 @@ def test_density_that_rises_alone_is_alarming() -> None:
     assert not any(density_alarm(flat, flat))
     assert not any(density_alarm(rising[::-1], flat))
     assert density_alarm(rising, rising[::-1])[-1]
-    assert not density_alarm(rising + rising[-1:] * steps, flat * 2)[-1], "what rose long ago is forgotten"
+    assert not density_alarm(rising + rising[-1:] * steps, [0.0] * 2 * steps)[-1], "what rose long ago is forgotten"
 
 
 def test_every_alarm_is_a_documented_metric() -> None:

@@ -138,6 +138,15 @@ def test_prompts_that_rollouts_need_count_in_the_bound() -> None:
     assert fewest_bins(families, 2048) == len(partition(families, 2048)) == 18
     assert fewest_bins([Family(32, (224,) * 9)] * 5, 2048) == 5
     assert fewest_bins([Family(0, (224,) * 8)] * 9, 2048) == 8
+    lone = Family(32, (224,))
+    assert fewest_bins([*families, lone], 2048) == 19
+    assert fewest_bins([*[Family(32, (224,) * 9)] * 9, lone], 2048) == 10
+
+
+def test_a_family_too_large_for_a_bin_counts_its_prompt_in_each() -> None:
+    """Two completions of 20 beside a prompt of 60 fill a bin; the third of the large family has no room for 21 more."""
+    families = [Family(60, (20,) * 5), Family(1, (20,))]
+    assert fewest_bins(families, 100) == len(partition(families, 100)) == 4
 
 
 @pytest.mark.parametrize(
