@@ -70,7 +70,7 @@ def test_adapters_stay_what_they_are(tmp_path: Path) -> None:
     write_header(tmp_path, "x", config(learner={"lora": adapters}))
     check_same_config(tmp_path, config(learner={"lora": adapters, "lr": 3e-6}))
     for other in ({**adapters, "rank": 4}, {**adapters, "alpha": 8.0}, None):
-        with pytest.raises(ConfigError, match=r"--resume: learner\.lora differ"):
+        with pytest.raises(ConfigError, match=r"has another learner\.lora, on which"):
             check_same_config(tmp_path, config(learner={"lora": other}))
 
 
