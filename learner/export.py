@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from lambdapo_async.cli.errors import run_main
@@ -41,7 +42,8 @@ def export_model(model_dir: Path, target: Path, *, dtype: torch.dtype) -> None:
     source = ModelSource.locate(str(model_dir), None)
     # Merged in float32, a CPU's type: an adapter may move a weight by less than bfloat16 resolves.
     model = load_frozen_model(source, torch.device("cpu"))
-    # The model's own is copied as it is: transformers reads some that it refuses to write.
+    # The model's own is copied as it is: transformers reads some that it refuses to write. Where there is none it makes
+    # one of config.json, but not beside an empty one.
     model.generation_config = GenerationConfig()
     partial = target.with_name(f"partial-{target.name}-{uuid.uuid4().hex}")
     with whole_or_gone(partial, target):
@@ -50,6 +52,7 @@ def export_model(model_dir: Path, target: Path, *, dtype: torch.dtype) -> None:
             if tensor.is_floating_point():
                 tensor.data = tensor.to(weight_dtype(model, name, dtype))
         model.save_pretrained(partial)
+        (partial / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
         for name, content in companion_files(source.folder).items():
             if name != CONFIG_FILE:  # the one just written knows the new dtype
                 (partial / name).write_bytes(content)

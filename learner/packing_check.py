@@ -41,6 +41,8 @@ def check_packing(model: PreTrainedModel) -> None:
         )
     try:
         packed, alone = _logits_twice(model)
+    except torch.OutOfMemoryError:
+        raise  # no fault of the model's kind
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # whatever others' code says to our inputs
         raise ConfigError(
             f"{type(model).__name__} cannot be run on packed sequences, choose another model: {error!s:.300}"

@@ -64,7 +64,7 @@ class Broker:
                 return operation(self._client)
             except (redis.AuthenticationError, redis.exceptions.AuthorizationError) as error:
                 raise BrokerRefusedError(
-                    f"{self._shown_url}: {_words(error)}: check user and password of the URL"
+                    f"{self._shown_url}: {words_of(error)}: check user and password of the URL"
                 ) from error
             except redis.RedisError as error:
                 problem = _passing(error)
@@ -74,7 +74,7 @@ class Broker:
                 if elapsed_s + pause_s > self._timeout_s:
                     raise BrokerUnavailable(
                         f"{self._shown_url} {problem} for {elapsed_s:.1f} s (deadline {self._timeout_s:g} s): "
-                        f"{_words(error)}"
+                        f"{words_of(error)}"
                     ) from error
                 if not is_logged and elapsed_s > _LOGGED_AFTER_S:
                     is_logged = True
@@ -91,15 +91,15 @@ class Broker:
                 return BrokerRefusedError(f"{self._shown_url} does not speak the Redis protocol: {error}")
             case redis.exceptions.NoPermissionError():
                 return BrokerRefusedError(
-                    f"{self._shown_url}: {_words(error)}: check the rights of the URL's user "
+                    f"{self._shown_url}: {words_of(error)}: check the rights of the URL's user "
                     "(scripts/redis-acl prints them)"
                 )
             case redis.ResponseError() if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-                return BrokerRefusedError(f"{self._shown_url}: {_words(error)}: check user and password of the URL")
+                return BrokerRefusedError(f"{self._shown_url}: {words_of(error)}: check user and password of the URL")
         return BrokerError(f"{self._shown_url} answered: {error}")
 
 
-def _words(error: redis.RedisError) -> str:
+def words_of(error: redis.RedisError) -> str:
     """What redis-py or the server says, without a full stop: our sentence goes on."""
     return str(error).rstrip(".")
 

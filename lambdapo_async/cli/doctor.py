@@ -5,6 +5,7 @@ import contextlib
 import redis
 import typer
 
+from lambdapo_async.broker.client import words_of
 from lambdapo_async.broker.connection import BrokerRefusedError, connect, redact
 from lambdapo_async.broker.doctor import examine
 from lambdapo_async.errors import BrokerUnreachableError
@@ -24,15 +25,11 @@ def diagnose(url: str, *, max_bytes: int) -> bool:
             findings = examine(client, url, max_bytes=max_bytes)
         except (redis.AuthenticationError, redis.ResponseError) as error:
             raise BrokerRefusedError(
-                f"{redact(url)}: {_words(error)}: check user, password and database of the URL"
+                f"{redact(url)}: {words_of(error)}: check user, password and database of the URL"
             ) from error
         except (redis.ConnectionError, redis.TimeoutError) as error:
             question = "does it run, with TLS at this port?" if url.startswith("rediss") else "does it run?"
-            raise BrokerUnreachableError(f"{redact(url)} did not answer: {_words(error)}; {question}") from error
+            raise BrokerUnreachableError(f"{redact(url)} did not answer: {words_of(error)}; {question}") from error
     for finding in findings:
         typer.echo(str(finding))
     return all(finding.problem is None for finding in findings)
-
-
-def _words(error: redis.RedisError) -> str:
-    return str(error).rstrip(".")

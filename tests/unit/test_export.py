@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,19 @@ def test_a_generation_config_is_kept_that_transformers_would_not_write(tmp_path:
     )
     assert export(exported_run(tmp_path, policy), "--to", tmp_path / "exported") == 0
     assert (tmp_path / "exported" / "generation_config.json").read_text() == content
+
+
+def test_without_a_generation_config_the_model_ends_where_its_config_says(tmp_path: Path) -> None:
+    policy_at(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "eos_token_id": 3}))
+    policy = Policy.load(
+        tmp_path / "model", revision=None, config=LearnerConfig(), temperature=1.0, device=torch.device("cpu")
+    )
+    assert export(exported_run(tmp_path, policy), "--to", tmp_path / "exported") == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert exported.generation_config.eos_token_id == 3
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,17 @@ def test_check_packing_refuses_attention_across_documents() -> None:
         check_packing(model)
 
 
+def test_a_full_device_is_not_laid_on_the_model() -> None:
+    model = tiny_model("llama")
+
+    def decode(**_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.forward = decode
+    with pytest.raises(torch.OutOfMemoryError):
+        check_packing(model)
+
+
 def test_check_packing_refuses_tokens_that_mix_with_their_neighbours() -> None:
     """As convolutions and recurrences do, if only within documents: a second completion follows the first there."""
     model = tiny_model("llama")
